@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a run: `transformers.TrainingArguments` and what the method adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from transformers import TrainingArguments
+
+RationaleReduction = Literal["mean", "pair"]
+RationaleNorm = Literal["spectral", "frobenius"]
+PairCombination = Literal["mean", "sum"]
+
+
+@dataclass
+class IPGConfig(TrainingArguments):
+    """Settings of [`IPGTrainer`]: every one of [`~transformers.TrainingArguments`], and these.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `1.0`):
+            Scale α > 0 of the task gradient while the pairs' outputs disagree: its norm becomes α times the norm of
+            the corrective gradient. Smaller values hold the task back more.
+        invariance_threshold (`float`, *optional*, defaults to `1e-4`):
+            Threshold t >= 0 of the invariance divergence (nats). While the divergence of the pair batch is above it,
+            the task gradient is scaled; `inf` never scales it (an ablation).
+        rationale_reduction (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`: distance of the mean rationales of the two sides (the paper's); needs oriented pairs.
+            `"pair"`: mean over pairs of the distance within a pair (ours).
+        rationale_norm (`str`, *optional*, defaults to `"spectral"`):
+            Matrix norm of the rationale difference: `"spectral"` or `"frobenius"`.
+        per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
+            Pairs drawn per optimizer step and device. Larger than the pair set: all pairs at every step.
+        pair_combination (`str`, *optional*, defaults to `"mean"`):
+            With several pair sets, the corrective gradient is the `"mean"` or the `"sum"` of theirs.
+        freeze_norm (`bool`, *optional*, defaults to `False`):
+            Keep batch-norm layers on their running statistics in the task forward too, as they are in the pair forward
+            and at inference. Advised for pretrained networks with batch norm.
+        shared_optimizer_state (`bool`, *optional*, defaults to `True`):
+            Whether the corrective and the task update share the optimizer's state (momentum, Adam moments). `False` is
+            an ablation; such a run cannot be resumed.
+        pair_seed (`int`, *optional*):
+            Seed of the order and the augmentation of pairs. Defaults to `data_seed`, else `seed`.
+        pair_num_workers (`int`, *optional*):
+            Worker processes that load pairs. Defaults to `dataloader_num_workers`.
+        check_pairs (`bool`, *optional*, defaults to `True`):
+            Look at every row of a map-style pair set before training (shapes, dtypes, labels, finite values). What is
+            drawn is checked in any case.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Flip training images and pairs left-right half of the time. Only for raw images that the trainer
+            transforms itself (a `processing_class` and an `image` column). Both sides of a pair get the same draw.
+        random_crop_scale (`float`, *optional*, defaults to `1.0`):
+            Smallest share of the area, in (0, 1], that a random crop keeps; `1.0` crops nothing. Same conditions.
+    """
+
+    alpha: float = field(default=1.0, metadata={"help": "Scale of the task gradient while the pairs' outputs disagree."})
+    invariance_threshold: float = field(
+        default=1e-4, metadata={"help": "Divergence (nats) above which the task gradient is scaled."}
+    )
+    rationale_reduction: RationaleReduction = field(
+        default="mean", metadata={"help": "Distance of mean rationales (mean) or mean distance of pairs (pair)."}
+    )
+    rationale_norm: RationaleNorm = field(default="spectral", metadata={"help": "Norm of the rationale difference."})
+    per_device_pair_batch_size: int = field(default=32, metadata={"help": "Pairs per optimizer step and device."})
+    pair_combination: PairCombination = field(
+        default="mean", metadata={"help": "How the corrective gradients of several pair sets combine."}
+    )
+    freeze_norm: bool = field(
+        default=False, metadata={"help": "Keep batch-norm layers on their running statistics in the task forward."}
+    )
+    shared_optimizer_state: bool = field(
+        default=True, metadata={"help": "Share the optimizer's state between the two updates (False: an ablation)."}
+    )
+    pair_seed: int | None = field(default=None, metadata={"help": "Seed of the pairs' order and augmentation."})
+    pair_num_workers: int | None = field(default=None, metadata={"help": "Worker processes that load pairs."})
+    check_pairs: bool = field(default=True, metadata={"help": "Look at every pair before training."})
+    random_flip: bool = field(default=False, metadata={"help": "Random left-right flips, one draw per pair."})
+    random_crop_scale: float = field(
+        default=1.0, metadata={"help": "Smallest share of the area that a random crop keeps; 1.0 crops nothing."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._require("alpha", math.isfinite(self.alpha) and self.alpha > 0, "a finite number above 0")
+        self._require("invariance_threshold", self.invariance_threshold >= 0, "0 or more, and not NaN")
+        self._require("per_device_pair_batch_size", self.per_device_pair_batch_size >= 1, "1 or more")
+        self._require("random_crop_scale", 0 < self.random_crop_scale <= 1, "in (0, 1]")
+        workers = self.pair_num_workers
+        self._require("pair_num_workers", workers is None or workers >= 0, "0 or more, or None")
+        for name, choices in (
+            ("rationale_reduction", RationaleReduction),
+            ("rationale_norm", RationaleNorm),
+            ("pair_combination", PairCombination),
+        ):
+            self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
+
+    def _require(self, name: str, valid: bool, rule: str) -> None:
+        if not valid:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not valid: it must be {rule}.")

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pair data set is, how it is drawn from, and how to make one."""
+
+from .loader import PairCollator, PairLoader, PairSampler
+
+from .transforms import ImageRows
+
+__all__ = ["ImageRows", "PairCollator", "PairLoader", "PairSampler"]

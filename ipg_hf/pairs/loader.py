@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drawing pairs: an endless, reshuffled, resumable order, and batches of two halves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from .transforms import ImageRows
+
+
+class PairCollator:
+    """Rows of pairs -> one batch whose first half holds the a sides and whose second half the b sides.
+
+    Args:
+        input_names: the names that the model's forward accepts; `<name>_a` and `<name>_b` of a row become `<name>`.
+        main_input: the input that every row must have.
+
+    A call takes n rows and returns `{name: tensor (2n, ...)}`. ValueError: the columns are missing, the sides differ in
+    shape or dtype, or a value is NaN or infinite.
+    """
+
+    def __init__(self, input_names: Collection[str], main_input: str = "pixel_values"):
+        self.input_names = frozenset(input_names)
+        self.main_input = main_input
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        batch = {}
+        for name in self.names(rows[0]):
+            sides = [[torch.as_tensor(row[f"{name}_{side}"]) for row in rows] for side in "ab"]
+            for number, (a, b) in enumerate(zip(*sides, strict=True)):
+                check_sides(name, a, b, f"row {number} of the batch{_source(rows[number])}")
+            batch[name] = torch.stack(sides[0] + sides[1])
+            finite = torch.isfinite(batch[name]).flatten(1).all(1)
+            if not finite.all():
+                number = int(finite.int().argmin()) % len(rows)
+                raise ValueError(
+                    f"the pair set has NaN or infinite values in {name!r}, row {number} of the batch"
+                    f"{_source(rows[number])}. Remove or mend that row."
+                )
+        return batch
+
+    def names(self, row: Mapping[str, Any]) -> list[str]:
+        """The model inputs of which the row holds both sides."""
+        found = [key[:-2] for key in row if key.endswith("_a") and f"{key[:-2]}_b" in row]
+        names = [name for name in found if name in self.input_names]
+        if self.main_input not in names:
+            raise ValueError(
+                f"the pair set has no columns {self.main_input}_a and {self.main_input}_b, only {sorted(row)}. Give it "
+                "image_a and image_b and the trainer an image processor (processing_class), or transform it yourself."
+            )
+        return names
+
+
+def check_sides(name: str, a: Tensor, b: Tensor, where: str) -> None:
+    """Raises ValueError where the two sides of a pair differ in shape or dtype."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(
+            f"the sides of a pair must have one shape and dtype, but {name}_a is {a.dtype} {tuple(a.shape)} and "
+            f"{name}_b {b.dtype} {tuple(b.shape)} in {where}."
+        )
+
+
+def _source(row: Mapping[str, Any]) -> str:
+    return f" (source_id {row['source_id']})" if "source_id" in row else ""
+
+
+class PairSampler(Sampler):
+    """Endless batches of keys (position, row) over n rows: each pass is a fresh permutation, no row is dropped.
+
+    Batches go on across the end of a pass. Position p is row `permutation(seed, p // n)[p % n]`, whatever the batch
+    size and the number of processes; process r of m takes the r-th part of each global batch.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1):
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.start + self.rank * self.batch_size
+        number, order = -1, np.empty(0)
+        while True:
+            keys = []
+            for position in range(first, first + self.batch_size):
+                if position // self.num_rows != number:
+                    number = position // self.num_rows
+                    order = np.random.default_rng((self.seed, number)).permutation(self.num_rows)
+                keys.append((position, int(order[position % self.num_rows])))
+            yield keys
+            first += self.batch_size * self.world_size
+
+
+class _MapPairs(Dataset):
+    """Fetches keys of a PairSampler from the user's data set.
+
+    A random transform of the user's own draws from the global generators: they are set from the seed and the position
+    for the fetch and put back after it, so that the pairs and the rest of the training do not disturb each other.
+    """
+
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Mapping[str, Any]]:
+        if isinstance(self.dataset, ImageRows):
+            return self.dataset.__getitems__(keys)
+        rows = [row for _, row in keys]
+        with _seeded(self.seed, keys[0][0]):
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(rows)
+            return [self.dataset[row] for row in rows]
+
+
+class _StreamPairs(IterableDataset):
+    """An endless stream over an iterable data set."""
+
+    def __init__(self, dataset: Any, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        drawn = epoch = 0
+        while True:
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            before = drawn
+            rows = iter(self.dataset)
+            while True:
+                with _seeded(self.seed, worker.id if worker else 0, drawn):
+                    row = next(rows, None)
+                if row is None:
+                    break
+                yield row
+                drawn += 1
+            if drawn == before:
+                raise ValueError("the pair set is empty: its stream ended without a single row.")
+            epoch += 1
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[0])
+    torch.default_generator.manual_seed(int(words[1]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class PairLoader:
+    """Endless batches of pairs, from any position on.
+
+    Args:
+        dataset: a map-style data set, or an iterable one, which is read again from its start when it ends.
+        collate: makes a batch of rows, e.g. [`PairCollator`].
+        batch_size: pairs a batch on this process. More than a map-style set holds: all of it.
+        seed: seed of the order, and of random transforms.
+        rank: number of this process.
+        world_size: number of processes that share each global batch.
+        loader_kwargs: more arguments for `torch.utils.data.DataLoader` (worker processes, pinned memory).
+
+    Attributes:
+        position: pairs drawn so far by all processes together; set it before the first draw to go on from there. A
+            stream is read again and passed over up to that point.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Any,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        **loader_kwargs: Any,
+    ):
+        self.dataset = dataset
+        self.collate = collate
+        self.batch_size = batch_size
+        if not is_stream(dataset):
+            self.batch_size = min(batch_size, -(-len(dataset) // world_size))
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.loader_kwargs = loader_kwargs
+        self.position = 0
+        self._batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._stream() if is_stream(self.dataset) else self._rows()
+        batch = next(self._batches)
+        self.position += self.batch_size * self.world_size
+        return batch
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches = None
+
+    def _rows(self) -> Iterator[Any]:
+        sampler = PairSampler(
+            len(self.dataset),
+            self.batch_size,
+            seed=self.seed,
+            start=self.position,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return iter(self._loader(_MapPairs(self.dataset, self.seed), batch_sampler=sampler, collate_fn=self.collate))
+
+    def _stream(self) -> Iterator[Any]:
+        # every process reads the whole global batch and takes its part: exact for any stream, at the price of reading
+        size, rank = self.batch_size, self.rank
+        batches = iter(
+            self._loader(
+                _StreamPairs(self.dataset, self.seed), batch_size=size * self.world_size, collate_fn=list, drop_last=False
+            )
+        )
+        for _ in range(self.position // (size * self.world_size)):
+            next(batches)
+        return (self.collate(rows[rank * size : (rank + 1) * size]) for rows in batches)
+
+    def _loader(self, dataset: Any, **kwargs: Any) -> DataLoader:
+        workers = self.loader_kwargs.get("num_workers", 0)
+        # a worker without a shard of its own would find the stream empty
+        workers = min(workers, getattr(self.dataset, "num_shards", workers)) if is_stream(self.dataset) else workers
+        settings = {**self.loader_kwargs, "num_workers": workers, **kwargs}
+        if workers == 0:
+            settings |= {"prefetch_factor": None, "multiprocessing_context": None}
+        # a generator of its own: starting the loader must not draw from the global one
+        return DataLoader(dataset, generator=torch.Generator().manual_seed(self.seed), **settings)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set can only be iterated."""
+    return isinstance(dataset, (IterableDataset, datasets.IterableDataset))

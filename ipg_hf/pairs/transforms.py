@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From raw images to model inputs: the model's own image processor, with random crops and flips in its train form.
+
+Every draw is a function of the seed and of the row's place (epoch and row of the training set, position in the endless
+order of the pairs), never of a global generator: the number of workers, of processes, or a resume changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+PRELOAD_CHUNK = 512
+
+
+class ImageRows(torch.utils.data.Dataset):
+    """Rows of a raw-image data set as model inputs.
+
+    Args:
+        dataset: a map-style `datasets.Dataset` with image columns.
+        processor: an image processor (`AutoImageProcessor`, `TimmWrapperImageProcessor`, ...), called in its inference
+            form on batches of images.
+        columns: image column -> name of the model input it becomes, e.g. `{"image": "pixel_values"}`, or two columns
+            for a pair set. All images of one row get the same crop and the same flip.
+        keep: other columns that stay as they are (labels, attributes).
+        random_flip: flip left-right half of the time.
+        random_crop_scale: smallest share of the area that a random crop keeps; 1.0 crops nothing.
+        seed: seed of the draws.
+        preload: transform every row once, now, and keep the tensors in memory. Only without random draws.
+
+    Items are dicts: input name -> float tensor (channels, height, width); kept column -> its value. A key is a row
+    number, or a pair (position, row) as the pair sampler gives it.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        processor: Any,
+        columns: Mapping[str, str],
+        *,
+        keep: Sequence[str] = (),
+        random_flip: bool = False,
+        random_crop_scale: float = 1.0,
+        seed: int = 0,
+        preload: bool = False,
+    ):
+        self.columns = dict(columns)
+        self.keep = [name for name in keep if name in dataset.column_names]
+        # other columns (masks, say) would be decoded for nothing
+        self.dataset = dataset.with_format(None).select_columns([*self.columns, *self.keep])
+        self.processor = processor
+        self.random_flip = random_flip
+        self.random_crop_scale = random_crop_scale
+        self.seed = seed
+        # worker processes that outlive an epoch see a change made here, since the memory is shared
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._preloaded: dict[str, Tensor] | None = None
+        if preload:
+            if self.is_random:
+                raise ValueError("preload=True keeps one version of each image: it needs no random flip and no crop.")
+            self._preloaded = self._load_all()
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two visits of a row may differ."""
+        return self.random_flip or self.random_crop_scale < 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the draws of another pass over the rows."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """Several rows at once, as `torch.utils.data.DataLoader` asks for them."""
+        rows = [key[1] if isinstance(key, tuple) else key for key in keys]
+        if self._preloaded is not None:
+            index = torch.as_tensor(rows)
+            table = {name: values[index].unbind() for name, values in self._preloaded.items()}
+        else:
+            places = [key[0] if isinstance(key, tuple) else (self._epoch.item(), key) for key in keys]
+            table = self._transformed(self.dataset[rows], [self._draw(place) for place in places])
+        return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+    def transform_batch(self, batch: dict[str, list], numbers: list[int]) -> dict[str, Any]:
+        """The inputs of a batch of raw rows, for `datasets.IterableDataset.map`; `numbers` are the rows' places."""
+        return self._transformed(batch, [self._draw(number) for number in numbers])
+
+    def _draw(self, place: int | tuple[int, int]) -> np.ndarray | None:
+        if not self.is_random:
+            return None
+        return np.random.default_rng((self.seed, *np.atleast_1d(place))).random(5)
+
+    def _transformed(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Any]:
+        images = {name: [self._augmented(*pair) for pair in zip(batch[name], draws, strict=True)] for name in self.columns}
+        # one call for all columns: processors have a fixed cost per call
+        inputs = process_images(self.processor, [image for name in self.columns for image in images[name]])
+        inputs = inputs.view(len(self.columns), len(draws), *inputs.shape[1:])
+        return dict(zip(self.columns.values(), inputs, strict=True)) | {name: batch[name] for name in self.keep}
+
+    def _augmented(self, image: Image.Image, draw: np.ndarray | None) -> Image.Image:
+        if draw is None:
+            return image
+        if self.random_crop_scale < 1:
+            image = image.crop(crop_box(image.size, self.random_crop_scale, draw[:4]))
+        if self.random_flip and draw[4] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+    def _load_all(self) -> dict[str, Tensor]:
+        tables = [
+            self._transformed(self.dataset[start : start + PRELOAD_CHUNK], draws)
+            for start in range(0, len(self), PRELOAD_CHUNK)
+            for draws in [[None] * min(PRELOAD_CHUNK, len(self) - start)]
+        ]
+        return {name: torch.cat([torch.as_tensor(table[name]) for table in tables]) for name in tables[0]}
+
+
+def as_model_inputs(
+    dataset: Any,
+    processor: Any,
+    main_input: str,
+    *,
+    keep: Sequence[str] = (),
+    random_flip: bool = False,
+    random_crop_scale: float = 1.0,
+    seed: int = 0,
+) -> Any:
+    """A `datasets` set with raw images (`image`, or `image_a` and `image_b`) as model inputs; any other set as it is.
+
+    A set with columns of inputs, or with a format or transform of the user's own, is left alone. A stream is mapped
+    lazily, its draws being a function of the row alone.
+    """
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        return dataset
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    found = {f"image{side}": f"{main_input}{side}" for side in ("", "_a", "_b") if f"image{side}" in names}
+    if not found or set(found.values()) & set(names) or set(found) == {"image_a"} or set(found) == {"image_b"}:
+        return dataset
+    settings = {"random_flip": random_flip, "random_crop_scale": random_crop_scale, "seed": seed}
+    if isinstance(dataset, datasets.Dataset):
+        if dataset.format["type"] is not None:
+            return dataset
+        return ImageRows(dataset, processor, found, keep=keep, **settings)
+    empty = datasets.Dataset.from_dict({name: [] for name in (*found, *keep) if name in names})
+    rows = ImageRows(empty, processor, found, keep=keep, **settings)
+    return dataset.map(rows.transform_batch, batched=True, with_indices=True, remove_columns=names)
+
+
+def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    """Calls an image processor on images of any mode.
+
+    Returns:
+        float tensor, shape (N, channels, height, width).
+
+    Raises:
+        ValueError: the processor gives images of different sizes.
+    """
+    images = [image if image.mode in ("RGB", "F") else image.convert("RGB") for image in images]
+    inputs = processor(list(images), return_tensors="pt")["pixel_values"]
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"{type(processor).__name__} made inputs of different sizes; set its size and crop so that all agree."
+        )
+    return inputs
+
+
+def crop_box(size: tuple[int, int], scale: float, draw: Sequence[float]) -> tuple[int, int, int, int]:
+    """A random crop: an area share in [scale, 1] and an aspect ratio in [3/4, 4/3] of the image's own.
+
+    Args:
+        size: (width, height) in pixels.
+        scale: smallest share of the area, in (0, 1].
+        draw: four numbers in [0, 1): area, aspect ratio, left, top.
+
+    Returns:
+        (left, top, right, bottom) in pixels, inside the image and not empty.
+    """
+    area = scale + (1 - scale) * draw[0]
+    stretch = math.exp((2 * draw[1] - 1) * math.log(4 / 3) / 2)
+    # at most 1: a crop never leaves the image, and a full-area draw is the whole image in any ratio
+    width = max(1, round(size[0] * min(1.0, math.sqrt(area) * stretch)))
+    height = max(1, round(size[1] * min(1.0, math.sqrt(area) / stretch)))
+    left, top = int(draw[2] * (size[0] - width + 1)), int(draw[3] * (size[1] - height + 1))
+    return left, top, left + width, top + height

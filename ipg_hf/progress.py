@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainer knows of the guidance between two log lines, and what a resumed run needs of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Probabilities that differ by less than this over all images of a window's pair batches are one constant output.
+CONSTANT_SPREAD = 1e-3
+
+
+class PairProgress(TrainerCallback, ExportableState):
+    """Sums of the guidance metrics since the last log line, and the place reached in each pair set.
+
+    `Trainer` writes the state of exportable callbacks into `trainer_state.json`, the file it writes last: a checkpoint
+    is either whole or not one. The sums stay tensors on their device until they are logged or saved.
+    """
+
+    def __init__(self) -> None:
+        self.positions: dict[str, int] = {}
+        self.sums: dict[str, Tensor | float] = {}
+        self.steps = 0
+        self.skipped = 0
+        self.peak_spread = 0.0
+        self.warned = False
+
+    def state(self) -> dict[str, Any]:
+        """The state as plain numbers (see `transformers.trainer_callback.ExportableState`)."""
+        attributes = {
+            "positions": dict(self.positions),
+            "sums": {name: float(value) for name, value in self.sums.items()},
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "peak_spread": self.peak_spread,
+            "warned": self.warned,
+        }
+        return {"args": {}, "attributes": attributes}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Goes on from what `state()` gave, or from nothing."""
+        attributes = (state or PairProgress().state())["attributes"]
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Adds the metrics of one optimizer step (detached scalars)."""
+        for name, value in values.items():
+            # double: a float32 sum of float32 values would depend on whether a checkpoint came between
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+        self.steps += 1
+
+    def pop(self, advice: str) -> dict[str, float]:
+        """The means since the last call, as log entries; warns once where the pairs' outputs became one constant."""
+        logs: dict[str, float] = {}
+        if self.steps:
+            logs = {f"ipg/{name}": float(value) / self.steps for name, value in self.sums.items()}
+            spread = logs.pop("ipg/spread", None)
+            if spread is not None:
+                self.peak_spread = max(self.peak_spread, spread)
+                # a fresh head is constant too: only a run that was not and has become so has collapsed
+                collapsed = spread < CONSTANT_SPREAD < 0.1 * self.peak_spread
+                logs["ipg/collapsed"] = float(collapsed)
+                if collapsed and not self.warned:
+                    logger.warning(
+                        "The model's outputs on the pairs have become one constant: the trivial solution, which has "
+                        f"distance and divergence 0. {advice}"
+                    )
+                    self.warned = True
+        if logs or self.skipped:
+            logs["ipg/skipped"] = float(self.skipped)
+        self.sums, self.steps, self.skipped = {}, 0, 0
+        return logs
+
+
+def output_spread(logits: Tensor) -> Tensor:
+    """Largest difference of a class's probability between any two images, a scalar in [0, 1].
+
+    Args:
+        logits: shape (N, C).
+    """
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    return (probabilities.amax(0) - probabilities.amin(0)).amax()
