@@ -54,7 +54,9 @@ class IPGConfig(TrainingArguments):
             Smallest share of the area, in (0, 1], that a random crop keeps; `1.0` crops nothing. Same conditions.
     """
 
-    alpha: float = field(default=1.0, metadata={"help": "Scale of the task gradient while the pairs' outputs disagree."})
+    alpha: float = field(
+        default=1.0, metadata={"help": "Scale of the task gradient while the pairs' outputs disagree."}
+    )
     invariance_threshold: float = field(
         default=1e-4, metadata={"help": "Divergence (nats) above which the task gradient is scaled."}
     )

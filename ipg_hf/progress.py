@@ -53,11 +53,11 @@ class PairProgress(TrainerCallback, ExportableState):
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds the metrics of one optimizer step (detached scalars)."""
         for name, value in values.items():
-            # double: a float32 sum of float32 values would depend on whether a checkpoint came between
-            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+            value = value if value.device.type == "mps" else value.double()  # MPS has no float64
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps += 1
 
-    def pop(self, advice: str) -> dict[str, float]:
+    def pop(self, alpha: float, learning_rate: float) -> dict[str, float]:
         """The means since the last call, as log entries; warns once where the pairs' outputs became one constant."""
         logs: dict[str, float] = {}
         if self.steps:
@@ -71,7 +71,8 @@ class PairProgress(TrainerCallback, ExportableState):
                 if collapsed and not self.warned:
                     logger.warning(
                         "The model's outputs on the pairs have become one constant: the trivial solution, which has "
-                        f"distance and divergence 0. {advice}"
+                        f"distance and divergence 0. Use a larger alpha (now {alpha}) or a smaller learning_rate (now "
+                        f"{learning_rate}), and choose the checkpoint by worst-group accuracy on validation."
                     )
                     self.warned = True
         if logs or self.skipped:

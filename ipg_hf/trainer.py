@@ -5,21 +5,30 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
-from .guidance import invariance_divergence, loss_gradient_scale, rationale_distance
+from .correction import (
+    corrective_update,
+    evaluate_sides,
+    find_problem_type,
+    gradient_norm,
+    norm_layers,
+    pair_measures,
+)
+from .guidance import ProblemType, loss_gradient_scale
 from .heads import find_head, inference
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set
 from .pairs.loader import PairCollator, PairLoader
@@ -95,16 +104,12 @@ class IPGTrainer(Trainer):
         **trainer_kwargs: Any,
     ):
         # ---- 1. Arguments
-        if args is None:
-            args = IPGConfig(output_dir="tmp_trainer")
+        args = IPGConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, IPGConfig):
             raise ValueError(f"args is a {type(args).__name__}: make it an IPGConfig, which takes the same arguments.")
         if model is not None and not isinstance(model, PreTrainedModel) and hasattr(model, "pretrained_cfg"):
-            raise ValueError(
-                f"model is the timm module {type(model).__name__}, which has no loss: pass load_image_classifier(model)."
-            )
-        named = pair_dataset if isinstance(pair_dataset, Mapping) else {"": pair_dataset}
-        self.pair_datasets = {name: dataset for name, dataset in named.items() if dataset is not None}
+            raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
+        self.pair_datasets = {name: dataset for name, dataset in _named(pair_dataset).items() if dataset is not None}
         self.head_path = head
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
         self._pair_loaders: dict[str, PairLoader] = {}
@@ -123,10 +128,14 @@ class IPGTrainer(Trainer):
             optimizers=optimizers,
             **trainer_kwargs,
         )
-        for name, dataset in {"train_dataset": train_dataset, **_by_name("eval_dataset", eval_dataset)}.items():
-            check_labels(dataset, name, getattr(getattr(self.model, "config", None), "num_labels", None))
 
-        # ---- 3. Guidance
+        # ---- 3. Data and guidance
+        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
+        check_labels(train_dataset, "train_dataset", num_labels)
+        for name, dataset in _named(eval_dataset).items():
+            check_labels(dataset, _title("eval_dataset", name), num_labels)
+        inputs = set(inspect.signature(self.model.forward).parameters) - {"labels"}
+        self._pair_collator = PairCollator(inputs, getattr(self.model, "main_input_name", "pixel_values"))
         if self.pair_datasets:
             self._prepare_guidance()
 
@@ -136,16 +145,17 @@ class IPGTrainer(Trainer):
         if self.args.fp16:
             raise ValueError("fp16=True is not supported with pairs: use bf16=True, which needs no loss scaling.")
         self.head = find_head(self.model, self.head_path)
-        self.main_input = getattr(self.model, "main_input_name", "pixel_values")
-        inputs = set(inspect.signature(self.model.forward).parameters) - {"labels"}
-        self._pair_collator = PairCollator(inputs, self.main_input)
+        wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
-            title = f"pair_dataset[{name!r}]" if name else "pair_dataset"
+            title = _title("pair_dataset", name)
             check_pair_labels(dataset, title)
             self.pair_datasets[name] = dataset = self._as_inputs(dataset, is_training=True, seed=self._pair_seed(name))
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs)
-            self._warn_about_size(dataset, title)
-        if not self.args.freeze_norm and self._norm_layers():
+            if hasattr(dataset, "__len__") and len(dataset) < wanted:
+                logger.warning(
+                    f"{title} has {len(dataset)} pairs, fewer than the {wanted} a step: every step uses all."
+                )
+        if not self.args.freeze_norm and norm_layers(self.model):
             logger.warning(
                 f"{type(self.model).__name__} has batch-norm layers that hold statistics, and freeze_norm is off: what "
                 "the pairs teach under the running statistics may not reach the task forward, which uses its batch's. "
@@ -158,17 +168,6 @@ class IPGTrainer(Trainer):
         if self.compute_loss_func is None and self.label_smoother is None:
             self.model_accepts_loss_kwargs = True
 
-    def _warn_about_size(self, dataset: Any, title: str) -> None:
-        wanted = self.args.per_device_pair_batch_size * self.args.world_size
-        if hasattr(dataset, "__len__") and len(dataset) < wanted:
-            logger.warning(f"{title} has {len(dataset)} pairs, fewer than the {wanted} a step: every step uses all.")
-
-    def _norm_layers(self) -> list[nn.Module]:
-        return [
-            module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)
-            and module.running_mean is not None
-        ]  # fmt: skip
-
     # ---- Data ----
 
     def _as_inputs(self, dataset: Any, is_training: bool, seed: int) -> Any:
@@ -178,7 +177,7 @@ class IPGTrainer(Trainer):
         return as_model_inputs(
             dataset,
             self.processing_class,
-            getattr(self.model, "main_input_name", "pixel_values"),
+            self._pair_collator.main_input,
             keep=("label", "labels", "label_ids", ATTRIBUTE),
             random_flip=is_training and self.args.random_flip,
             random_crop_scale=self.args.random_crop_scale if is_training else 1.0,
@@ -199,11 +198,10 @@ class IPGTrainer(Trainer):
         seeds = (self.args.pair_seed, self.args.data_seed, self.args.seed)
         seed = next(seed for seed in seeds if seed is not None)
         # each set its own order, whatever the other sets are
-        return seed if not name else seed + 1 + sum(256**i * byte for i, byte in enumerate(name.encode()))
+        return seed if not name else seed + 1 + zlib.crc32(name.encode())
 
     def _pair_loader(self, name: str) -> PairLoader:
         args = self.args
-        workers = args.dataloader_num_workers if args.pair_num_workers is None else args.pair_num_workers
         loader = PairLoader(
             self.pair_datasets[name],
             self._pair_collator,
@@ -211,13 +209,17 @@ class IPGTrainer(Trainer):
             seed=self._pair_seed(name),
             rank=args.process_index,
             world_size=args.world_size,
-            num_workers=workers,
+            num_workers=args.dataloader_num_workers if args.pair_num_workers is None else args.pair_num_workers,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
         loader.position = self.progress.positions.get(name, 0)
         return loader
+
+    def _settings(self, problem_type: ProblemType) -> dict[str, Any]:
+        args = self.args
+        return {"reduction": args.rationale_reduction, "norm": args.rationale_norm, "problem_type": problem_type}
 
     # ---- The step ----
 
@@ -229,6 +231,8 @@ class IPGTrainer(Trainer):
         """
         if resume_from_checkpoint and self.pair_datasets and not self.args.shared_optimizer_state:
             raise ValueError("shared_optimizer_state=False cannot be resumed: checkpoints hold one optimizer state.")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -267,11 +271,12 @@ class IPGTrainer(Trainer):
 
         self.head = find_head(self.model, self.head_path)
         self._pair_loaders = {name: self._pair_loader(name) for name in self.pair_datasets}
-        self._problem_type = _problem_type(self.model, inputs.get("labels"))
-        self._corrective_state = None
+        self._measures = self._settings(find_problem_type(self.model, inputs.get("labels")))
+        self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._correction: dict[str, Tensor] | None = None
-        first = self._prepare_inputs(self._pair_collator([_first_row(next(iter(self.pair_datasets.values())))]))
-        self.head.verify(self.model, first)
+        # by a loader: random transforms must not draw from the global generators, whose state a resume restores
+        first = PairLoader(next(iter(self.pair_datasets.values())), self._pair_collator, 1, seed=self.args.seed)
+        self.head.verify(self.model, self._prepare_inputs(next(first)))
         self._guided_state = self.state
 
     def _correct(self, model: nn.Module) -> dict[str, Tensor]:
@@ -286,9 +291,9 @@ class IPGTrainer(Trainer):
                 self.progress.positions[name] = loader.position
                 with self.compute_loss_context_manager():
                     logits, z = self.head.run(module, batch)
-                distance, divergence = self._measure(logits, z)
+                distance, divergence = pair_measures(self.head, logits, z, self.accelerator, **self._measures)
                 if not distance.requires_grad:
-                    raise ValueError("the distance depends on no trainable parameter: unfreeze the head or the network.")
+                    raise ValueError("the distance depends on no trainable parameter: unfreeze the head or network.")
                 self.accelerator.backward(weight * distance)
                 distances.append(weight * distance.detach())
                 divergences.append(divergence)
@@ -297,61 +302,13 @@ class IPGTrainer(Trainer):
                     metrics |= {f"{name}/distance": distance.detach(), f"{name}/divergence": divergence}
         metrics["distance"] = torch.stack(distances).sum()
         metrics["divergence"] = torch.stack(divergences).max()
-        if self._problem_type == "single_label_classification":
+        if self._measures["problem_type"] == "single_label_classification":
             metrics["spread"] = torch.stack(spreads).max()
-        norm = metrics["corrective_grad_norm"] = self._reduced_norm(module)
+        norm = corrective_update(module, self.optimizer, self.accelerator, self.args.max_grad_norm, self._own_state)
         if torch.isfinite(norm):
-            if self.args.max_grad_norm:
-                nn.utils.clip_grads_with_norm_(module.parameters(), self.args.max_grad_norm, norm)
-            self._corrective_update()
-        else:
-            metrics = {}
-            self.progress.skipped += 1
-        module.zero_grad()
-        return metrics
-
-    def _measure(self, logits: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """d, attached, and c, detached, of the pair batch that all processes hold together (R7)."""
-        mean = self.args.rationale_reduction == "mean"
-        if mean and self.args.world_size > 1:
-            # the norm of the mean is not the mean of norms: every process moves its features to the common mean
-            halves = torch.stack([side.mean(0) for side in z.detach().chunk(2)])
-            shift = self.accelerator.reduce(halves, "mean") - halves
-            z = z + shift.repeat_interleave(len(z) // 2, 0)
-        distance = rationale_distance(
-            self.head.weight, *z.chunk(2), reduction=self.args.rationale_reduction, norm=self.args.rationale_norm
-        )
-        divergence = invariance_divergence(*logits.detach().chunk(2), problem_type=self._problem_type)
-        if self.args.world_size > 1:
-            divergence = self.accelerator.reduce(divergence, "mean")
-            if not mean:
-                distance = distance + (self.accelerator.reduce(distance.detach(), "mean") - distance.detach())
-        return distance, divergence
-
-    def _reduced_norm(self, module: nn.Module) -> Tensor:
-        """Averages the corrective gradients over processes, and returns the norm of all of them together."""
-        if self.args.world_size > 1:
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        return gradient_norm(module)
-
-    def _corrective_update(self) -> None:
-        optimizer = self.optimizer.optimizer  # inside accelerate's wrapper, which has no setter for its state
-        gradient_state = self.accelerator.gradient_state
-        synchronized = gradient_state.sync_gradients
-        shared = optimizer.state
-        if not self.args.shared_optimizer_state:
-            optimizer.state = self._corrective_state if self._corrective_state is not None else type(shared)(dict)
-        # accelerate skips a step on the micro-batches before the last (accelerate issues 439, 641)
-        gradient_state._set_sync_gradients(True)
-        try:
-            with _without_weight_decay(optimizer):  # R5
-                self.optimizer.step()
-        finally:
-            gradient_state._set_sync_gradients(synchronized)
-            if not self.args.shared_optimizer_state:
-                self._corrective_state, optimizer.state = optimizer.state, shared
+            return metrics | {"corrective_grad_norm": norm}
+        self.progress.skipped += 1
+        return {}
 
     def _scale_loss_gradient(self, model: nn.Module) -> None:
         """Step 4 of the method, once an optimizer step, on the accumulated gradient."""
@@ -376,7 +333,7 @@ class IPGTrainer(Trainer):
         if ATTRIBUTE not in inspect.signature(self.model.forward).parameters:
             inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
         if self.args.freeze_norm and model.training:
-            for module in self._norm_layers():
+            for module in norm_layers(self.model):
                 module.eval()
         if not self.pair_datasets or self.compute_loss_func is not None or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -384,7 +341,8 @@ class IPGTrainer(Trainer):
         if num_items_in_batch is not None:
             # the batch's mean, weighted by its share of what is accumulated and, in DDP's mean, of all processes
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss * (inputs["labels"].ne(-100).sum() / num_items_in_batch * processes)
+            count = inputs["labels"].ne(-100).sum().to(torch.promote_types(loss.dtype, torch.float32))
+            loss = loss * (count / num_items_in_batch * processes)
         return (loss, outputs) if return_outputs else loss
 
     # ---- Evaluation ----
@@ -410,94 +368,34 @@ class IPGTrainer(Trainer):
             `<prefix>_flip_rate`, the share of pairs whose predicted classes differ; `<prefix>_divergence` and
             `<prefix>_distance` of all pairs together.
         """
-        head = find_head(self.model, self.head_path)
-        main_input = getattr(self.model, "main_input_name", "pixel_values")
-        collator = PairCollator(set(inspect.signature(self.model.forward).parameters) - {"labels"}, main_input)
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
-        batches = torch.utils.data.DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator)
-        sides: dict[str, list[Tensor]] = {"logits_a": [], "logits_b": [], "z_a": [], "z_b": []}
-        with inference(self.model):
-            for batch in batches:
-                with self.compute_loss_context_manager():
-                    logits, z = head.run(self.model, self._prepare_inputs(batch))
-                for name, part in zip(sides, (*logits.chunk(2), *z.chunk(2)), strict=True):
-                    sides[name].append(part)
-        a, b, z_a, z_b = (torch.cat(parts) for parts in sides.values())
-        settings = {"reduction": self.args.rationale_reduction, "norm": self.args.rationale_norm}
-        measured = {
-            "flip_rate": (a.argmax(-1) != b.argmax(-1)).double().mean(),
-            "divergence": invariance_divergence(a, b, problem_type=_problem_type(self.model, None)),
-            "distance": rationale_distance(head.weight, z_a, z_b, **settings),
-        }
-        return {f"{metric_key_prefix}_{name}": value.item() for name, value in measured.items()}
+        check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
+        # a generator of its own: measuring during training must not draw from the global one
+        batches = DataLoader(
+            dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=torch.Generator()
+        )
+        head, settings = find_head(self.model, self.head_path), self._settings(find_problem_type(self.model, None))
+        with self.compute_loss_context_manager():
+            measured = evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
+        return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
 
     # ---- Logs and checkpoints ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training logs get the `ipg/...` means over the steps since the last."""
         if self.pair_datasets and "loss" in logs:
-            advice = (
-                f"Use a larger alpha (now {self.args.alpha}) or a smaller learning_rate (now {self.args.learning_rate}), "
-                "and choose the checkpoint by worst-group accuracy on validation."
-            )
-            logs = {**logs, **self.progress.pop(advice)}
+            logs = {**logs, **self.progress.pop(self.args.alpha, self.args.learning_rate)}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        try:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with whole_or_removed(folder, writes=self.args.should_save), own_names(self.model):
             super()._save_checkpoint(model, trial)
-        except OSError as failure:
-            # what was written of it would be taken for the newest checkpoint
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            path = os.path.join(self._get_output_dir(trial=trial), folder)
-            if self.args.should_save:
-                shutil.rmtree(path, ignore_errors=True)
-            raise OSError(
-                failure.errno, f"could not save {folder} ({failure.strerror}); it was removed, those before it are whole"
-            ) from failure
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The 2-norm of all gradients of a model together: a float32 scalar (float64 for float64 parameters).
-
-    Parameters without a gradient count as zero.
-    """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [grad if grad.dtype in (torch.float32, torch.float64) else grad.float() for grad in gradients]
-    return nn.utils.get_total_norm(gradients)
+def _named(dataset: Any) -> dict[str, Any]:
+    return dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
 
 
-@contextmanager
-def _without_weight_decay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    decays = [group.get("weight_decay") for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        if "weight_decay" in group:
-            group["weight_decay"] = 0.0
-    try:
-        yield
-    finally:
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            if "weight_decay" in group:
-                group["weight_decay"] = decay
-
-
-def _problem_type(model: nn.Module, labels: Tensor | None) -> str:
-    """The model's problem type, inferred as transformers' loss infers it where the config names none."""
-    config = getattr(model, "config", None)
-    named = getattr(config, "problem_type", None)
-    if named is not None:
-        return named
-    if getattr(config, "num_labels", None) == 1:
-        return "regression"
-    floating = labels is not None and labels.is_floating_point()
-    return "multi_label_classification" if floating else "single_label_classification"
-
-
-def _by_name(name: str, dataset: Any) -> dict[str, Any]:
-    if isinstance(dataset, dict):
-        return {f"{name}[{key!r}]": value for key, value in dataset.items()}
-    return {name: dataset}
-
-
-def _first_row(dataset: Any) -> Mapping[str, Any]:
-    return dataset[0] if hasattr(dataset, "__getitem__") else next(iter(dataset))
+def _title(argument: str, name: str) -> str:
+    return f"{argument}[{name!r}]" if name else argument

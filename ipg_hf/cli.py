@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `ipg train` and `ipg evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+from transformers import AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from . import report
+from .config import IPGConfig
+from .data import Benchmark
+from .metrics import GroupMetrics
+from .models import load_image_classifier
+from .pairs import ImageRows
+from .recipe import Recipe, RecipeError, parse_recipe
+from .trainer import IPGTrainer
+
+logger = logging.get_logger(__name__)
+
+RECORD = "run.json"
+FIGURE = "training_curves.png"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (0, 2 for a usage error, 130 for an interrupt)."""
+    parser = argparse.ArgumentParser(
+        prog="ipg",
+        description="Train image classifiers that ignore a spurious attribute, from pairs of images.",
+        epilog="Every setting of a recipe is a flag too: --key value wins over the file.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("train", "train by a recipe"), ("evaluate", "measure a model on a recipe's data")):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        if name == "evaluate":
+            command.add_argument("model", help="a folder made by ipg train, or any Hub id")
+            command.add_argument("--split", choices=["validation", "test"], default="test")
+            command.add_argument("--output", help="write the metrics to this JSON file")
+        command.add_argument("--config", required=True, help="the recipe, a YAML file")
+    options, flags = parser.parse_known_args(argv)
+    try:
+        recipe, args, given = parse_recipe(options.config, flags)
+        if options.command == "train":
+            train(recipe, args, given)
+        else:
+            evaluate(options.model, recipe, args, options.split, options.output)
+    except (ValueError, OSError) as failure:
+        print(f"ipg {options.command}: error: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nipg {options.command}: interrupted. Its checkpoints are whole; go on from the last with "
+            "--resume_from_checkpoint last",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """Trains by a recipe, and its twin where asked for; returns the run record."""
+    resume = _prepare_output(recipe, args)
+    data = recipe.load_data(args.data_seed if args.data_seed is not None else args.seed)
+    record = _train_one(recipe, args, given, data, resume)
+    columns = {recipe.method: record["metrics"]["test"]}
+    if recipe.compare == "erm" and recipe.method != "erm":
+        twin_args = replace(args, output_dir=str(Path(args.output_dir) / "erm"), resume_from_checkpoint=None)
+        twin = replace(recipe, method="erm", compare="none")
+        columns["erm"] = _train_one(twin, twin_args, {**given, "method": "erm"}, data, None)["metrics"]["test"]
+    if args.process_index == 0:
+        print(f"\n{report.summary_table(columns)}\n\nmodel, {RECORD} and {FIGURE}: {args.output_dir}")
+    return record
+
+
+def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None) -> dict[str, Any]:
+    set_seed(args.seed)  # the weights of a model from scratch
+    model = recipe.build_model(data.train)
+    processor = recipe.build_processor()
+    sets = _inputs(data, recipe, processor)
+    trainer = IPGTrainer(
+        model=model,
+        args=args,
+        train_dataset=sets["train"],
+        eval_dataset=sets["validation"],
+        pair_dataset=sets["pairs"] if recipe.method == "ipg" else None,
+        processing_class=processor,
+        compute_metrics=GroupMetrics(train_dataset=data.train),
+    )
+    _silence(trainer)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.monotonic() - started
+    metrics = {name: _measure(trainer, sets, name) for name in ("validation", "test")}
+    record = {
+        "config": given,
+        "seed": args.seed,
+        "method": recipe.method,
+        "metrics": metrics,
+        "chosen_step": trainer.state.best_global_step or trainer.state.global_step,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "versions": report.versions(),
+        "commit": report.commit(),
+        "hardware": report.hardware(),
+    }
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(args.output_dir)
+        trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
+        report.write_json(Path(args.output_dir) / RECORD, record)
+        threshold = args.invariance_threshold
+        report.plot_training(trainer.state.log_history, Path(args.output_dir) / FIGURE, threshold)
+    return record
+
+
+def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
+    """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
+    data = recipe.load_data(args.data_seed if args.data_seed is not None else args.seed)
+    model = load_image_classifier(name)
+    names = data.train.features["label"].names
+    if model.config.num_labels != len(names):
+        raise RecipeError(f"{name} has {model.config.num_labels} labels, {recipe.dataset} has {len(names)}: {names}.")
+    processor = AutoImageProcessor.from_pretrained(name)
+    # nothing is trained or saved; the folder is one that exists, since Trainer makes it
+    args = replace(args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, output_dir=gettempdir())
+    trainer = IPGTrainer(
+        model=model, args=args, processing_class=processor, compute_metrics=GroupMetrics(train_dataset=data.train)
+    )
+    _silence(trainer)
+    metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
+    if args.process_index == 0:
+        print(f"\n{report.summary_table({Path(name).name: metrics}).replace('test', f'{split:<4}', 1)}\n")
+        print(report.group_table(metrics))
+        if output:
+            report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
+    return metrics
+
+
+def _prepare_output(recipe: Recipe, args: IPGConfig) -> str | None:
+    """Looks at what the output folder holds; returns the checkpoint to go on from.
+
+    Raises:
+        RecipeError: it holds another run, and neither a resume nor overwriting is asked for.
+    """
+    folder = Path(args.output_dir)
+    if args.resume_from_checkpoint:
+        if args.resume_from_checkpoint.lower() not in ("last", "true"):
+            return args.resume_from_checkpoint
+        whole = _whole_checkpoints(folder)
+        if not whole:
+            raise RecipeError(f"--resume_from_checkpoint: {folder} holds no whole checkpoint.")
+        return str(whole[-1])
+    held = [path for path in _run_files(folder) if path.exists()]
+    if held and not recipe.overwrite_output_dir:
+        raise RecipeError(
+            f"{folder} holds another run ({held[0].name}). Go on with it by --resume_from_checkpoint last, replace it "
+            "by --overwrite_output_dir true, or choose another --output_dir."
+        )
+    if args.process_index == 0:
+        for path in held:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
+
+
+def _run_files(folder: Path) -> list[Path]:
+    names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", "erm"]
+    return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
+
+
+def _whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in the order of their steps; the trainer's state is written last, so it tells a whole one."""
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    return sorted((path.parent for path in found), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:
+    names = ("train", "validation", "test", "pairs", "validation_pairs", "test_pairs")
+    sets = {name: getattr(data, name) for name in names}
+    if not recipe.preload:
+        return sets
+    used = [name for name in names if name != "pairs" or recipe.method == "ipg"]
+    single, double = {"image": "pixel_values"}, {"image_a": "pixel_values_a", "image_b": "pixel_values_b"}
+    return sets | {
+        name: ImageRows(
+            sets[name],
+            processor,
+            double if "image_a" in sets[name].column_names else single,
+            keep=("label", "attribute"),
+            preload=True,
+        )
+        for name in used
+    }
+
+
+def _silence(trainer: IPGTrainer) -> None:
+    """A table follows: no line for every log."""
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(_Bar)
+
+
+def _measure(trainer: IPGTrainer, sets: dict[str, Any], split: str) -> dict[str, float]:
+    metrics = trainer.evaluate(sets[split], metric_key_prefix=split)
+    metrics |= trainer.evaluate_pairs(sets[f"{split}_pairs"], metric_key_prefix=split)
+    timings = ("_runtime", "_per_second", "_preparation_time")
+    return {
+        key.removeprefix(f"{split}_"): value
+        for key, value in metrics.items()
+        if key.startswith(f"{split}_") and not key.endswith(timings)
+    }
+
+
+class _Bar(ProgressCallback):
+    """The progress bar, with the figures that matter beside it instead of a line for every log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is None or logs is None:
+            return
+        shown = {"loss": "loss", "ipg/distance": "d", "ipg/divergence": "c", "eval_worst_group_accuracy": "worst group"}
+        figures = {title: f"{logs[key]:.3g}" for key, title in shown.items() if key in logs}
+        self._figures = {**getattr(self, "_figures", {}), **figures}
+        self.training_bar.set_postfix(self._figures, refresh=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a guided step that need an optimizer, an `Accelerator` or a model, and no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from .guidance import Norm, ProblemType, Reduction, invariance_divergence, rationale_distance
+from .heads import ClassifierHead, inference
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm of all gradients of a model together: a float32 scalar (float64 for float64 parameters).
+
+    Parameters without a gradient count as zero.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [grad if grad.dtype in (torch.float32, torch.float64) else grad.float() for grad in gradients]
+    return nn.utils.get_total_norm(gradients)
+
+
+def norm_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that normalise by running statistics (batch norm of any kind) at inference."""
+    kind = nn.modules.batchnorm._NormBase
+    return [layer for layer in model.modules() if isinstance(layer, kind) and layer.running_mean is not None]
+
+
+def pair_measures(
+    head: ClassifierHead,
+    logits: Tensor,
+    z: Tensor,
+    accelerator: Accelerator,
+    *,
+    reduction: Reduction,
+    norm: Norm,
+    problem_type: ProblemType,
+) -> tuple[Tensor, Tensor]:
+    """Distance and divergence of the pair batch that all processes hold together.
+
+    Args:
+        head: the layer that made the logits.
+        logits: shape (2B, C), the a sides in the first half.
+        z: shape (2B, D), the input of the head, attached to the graph.
+        accelerator: the processes, each with B pairs of its own.
+        reduction: see `guidance.rationale_distance`.
+        norm: see `guidance.rationale_distance`.
+        problem_type: see `guidance.invariance_divergence`.
+
+    Returns:
+        The distance, attached, whose gradient averaged over processes is that of the whole batch; and the divergence,
+        detached. Both are scalars and equal on all processes.
+    """
+    several = accelerator.num_processes > 1
+    if reduction == "mean" and several:
+        # the norm of the mean is not the mean of norms: every process moves its features to the common mean
+        halves = torch.stack([side.mean(0) for side in z.detach().chunk(2)])
+        shift = accelerator.reduce(halves, "mean") - halves
+        z = z + shift.repeat_interleave(len(z) // 2, 0)
+    distance = rationale_distance(head.weight, *z.chunk(2), reduction=reduction, norm=norm)
+    divergence = invariance_divergence(*logits.detach().chunk(2), problem_type=problem_type)
+    if several:
+        divergence = accelerator.reduce(divergence, "mean")
+        if reduction == "pair":
+            distance = distance + (accelerator.reduce(distance.detach(), "mean") - distance.detach())
+    return distance, divergence
+
+
+@torch.no_grad()
+def evaluate_sides(
+    head: ClassifierHead,
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    reduction: Reduction,
+    norm: Norm,
+    problem_type: ProblemType,
+) -> dict[str, float]:
+    """Flip rate, divergence and distance of all pairs together, in inference mode.
+
+    Args:
+        head: the layer that makes the logits.
+        model: the model that holds it.
+        batches: inputs of the model's forward, the a sides in the first half of each.
+        reduction: see `guidance.rationale_distance`.
+        norm: see `guidance.rationale_distance`.
+        problem_type: see `guidance.invariance_divergence`.
+
+    Returns:
+        `flip_rate`, the share of pairs whose predicted classes differ; `divergence`; `distance`.
+    """
+    parts = []
+    with inference(model):
+        for batch in batches:
+            logits, z = head.run(model, batch)
+            parts.append((*logits.chunk(2), *z.chunk(2)))
+    a, b, z_a, z_b = (torch.cat(column) for column in zip(*parts, strict=True))
+    return {
+        "flip_rate": (a.argmax(-1) != b.argmax(-1)).sum().item() / len(a),
+        "divergence": invariance_divergence(a, b, problem_type=problem_type).item(),
+        "distance": rationale_distance(head.weight, z_a, z_b, reduction=reduction, norm=norm).item(),
+    }
+
+
+def corrective_update(
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    accelerator: Accelerator,
+    max_grad_norm: float = 0.0,
+    own_state: MutableMapping[nn.Parameter, Any] | None = None,
+) -> Tensor:
+    """One step of the optimizer on the corrective gradient, without weight decay; the gradients are gone afterwards.
+
+    Args:
+        model: the bare model, with each process's gradient; parameters without one are left alone.
+        optimizer: the prepared optimizer. It steps whether or not task gradients are being accumulated.
+        accelerator: the one that prepared it.
+        max_grad_norm: the gradient is clipped to this norm; not where 0.
+        own_state: a state (momentum, Adam moments) that is used and changed instead of the optimizer's.
+
+    Returns:
+        The norm of the gradient's mean over all processes before clipping, a scalar. Where it is not finite, nothing
+        is updated.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    norm = gradient_norm(model)
+    if torch.isfinite(norm):
+        if max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
+        with _without_weight_decay(optimizer.optimizer), _stepping(optimizer.optimizer, accelerator, own_state):
+            optimizer.step()
+    model.zero_grad()
+    return norm
+
+
+@contextmanager
+def _stepping(
+    optimizer: torch.optim.Optimizer, accelerator: Accelerator, own_state: MutableMapping[nn.Parameter, Any] | None
+) -> Iterator[None]:
+    # accelerate skips a step on the micro-batches before the last (accelerate issues 439, 641)
+    gradient_state = accelerator.gradient_state
+    synchronized, shared = gradient_state.sync_gradients, optimizer.state
+    gradient_state._set_sync_gradients(True)
+    optimizer.state = shared if own_state is None else own_state
+    try:
+        yield
+    finally:
+        gradient_state._set_sync_gradients(synchronized)
+        optimizer.state = shared
+
+
+@contextmanager
+def _without_weight_decay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    groups = [group for group in optimizer.param_groups if "weight_decay" in group]
+    decays = [group["weight_decay"] for group in groups]
+    for group in groups:
+        group["weight_decay"] = 0.0
+    try:
+        yield
+    finally:
+        for group, decay in zip(groups, decays, strict=True):
+            group["weight_decay"] = decay
+
+
+def find_problem_type(model: nn.Module, labels: Tensor | None) -> ProblemType:
+    """The model's problem type, inferred as transformers' loss infers it where the config names none.
+
+    Args:
+        model: a classifier with a transformers config.
+        labels: a batch of its labels, any shape; floating point ones make it multi-label.
+    """
+    config = getattr(model, "config", None)
+    named = getattr(config, "problem_type", None)
+    if named is not None:
+        return named
+    if getattr(config, "num_labels", None) == 1:
+        return "regression"
+    floating = labels is not None and labels.is_floating_point()
+    return "multi_label_classification" if floating else "single_label_classification"

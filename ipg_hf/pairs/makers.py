@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making pair sets: two versions of one source row, written straight into an Arrow table."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+CHUNK = 1000  # rows per Arrow chunk: a chunk of binary values holds at most 2 GiB
+READ_CHUNK = 32  # decoded rows held at once: they may be photographs
+SMALL = 64 * 64  # up to this many pixels PIL's fixed cost per image outweighs its better compression
+
+
+def pairs_from_render(
+    source: datasets.Dataset | Sequence[Mapping[str, Any]],
+    render: Callable[[Mapping[str, Any], Any], Image.Image | np.ndarray],
+    attributes: tuple[Any, Any],
+    *,
+    num_pairs: int | None = None,
+    oriented: bool = True,
+    seed: int = 0,
+    features: Mapping[str, Any] | None = None,
+) -> datasets.Dataset:
+    """Makes invariance pairs by drawing each source row with both values of the spurious attribute.
+
+    Example: `pairs_from_render(birds, lambda row, place: paste(row["bird"], scenes[place]), ("land", "water"))`.
+
+    Args:
+        source: the rows to draw; its length is the number of pairs to be had.
+        render: called as `render(row, attribute)`; returns a PIL image, or a uint8 array of shape (H, W, 3) with values
+            0 to 255. Both calls of a row must give one size and mode, and differ.
+        attributes: the two values (names or ints), for side a and for side b, as `render` gets them.
+        num_pairs: number of rows to use, drawn without replacement and kept in the order of the source; `None`: all.
+            With one seed, fewer pairs are a subset of more.
+        oriented: `False` swaps the sides of a random half of the pairs (an ablation).
+        seed: non-negative; seed of both draws.
+        features: features for `label` and `attribute`, which win over those of the source. Without any, `label` gets
+            the type of its values, and the attributes a ClassLabel of the two values (ints in ascending order). With a
+            ClassLabel of the attribute, a name in `attributes` is looked up and an int is an id.
+
+    Returns:
+        A set with the columns `image_a`, `image_b` (images, stored as PNG), `attribute_a`, `attribute_b` (ClassLabel),
+        `source_id` (int64, number of the row in the source) and, where the rows have it, `label`.
+
+    Raises:
+        ValueError: fewer rows than `num_pairs`; the two attributes are the same, or unknown to their ClassLabel; some
+            rows lack the label that others have; a row is drawn in two sizes or modes, or twice the same.
+    """
+    rows = draw_rows(len(source), num_pairs, seed=seed, of="source rows")
+    label_feature, attribute_feature = _features_of(source, features or {})
+    attribute_feature, ids = _attribute_ids(attributes, attribute_feature)
+    sides: list[list[bytes]] = []
+    labels: list[Any] = []
+    for number, row in zip(rows, _read(source, rows), strict=True):
+        sides.append(_render_pair(row, int(number), render, attributes))
+        if "label" in row:
+            labels.append(row["label"])
+        if len(labels) not in (0, len(sides)):
+            raise ValueError(
+                f"row {number} of the source has no label, or those before it have none: all or none must."
+            )
+    return pair_dataset(
+        *zip(*sides, strict=True),
+        source_id=rows,
+        attributes=ids,
+        attribute_feature=attribute_feature,
+        label=labels or None,
+        label_feature=label_feature,
+        swap=None if oriented else draw_swap(len(rows), seed),
+    )
+
+
+def pair_dataset(
+    images_a: Sequence[bytes],
+    images_b: Sequence[bytes],
+    *,
+    source_id: np.ndarray | Sequence[int],
+    attributes: tuple[int, int],
+    attribute_feature: datasets.ClassLabel,
+    label: Sequence[Any] | np.ndarray | None = None,
+    label_feature: Any = None,
+    swap: np.ndarray | None = None,
+) -> datasets.Dataset:
+    """Puts encoded images together as a pair set.
+
+    Args:
+        images_a: n encoded images (PNG, JPEG, ...) with the first attribute.
+        images_b: n encoded images with the second one.
+        source_id: n integers, what each pair was made from.
+        attributes: ids of the two attributes in `attribute_feature`.
+        attribute_feature: names of the attribute.
+        label: n labels, ids or names of `label_feature`.
+        label_feature: feature of the label, by default that of the values.
+        swap: n booleans; where true, the sides change places.
+
+    Returns:
+        A set with the columns that [`pairs_from_render`] describes.
+    """
+    swap = np.zeros(len(images_a), dtype=bool) if swap is None else swap
+    sides = list(zip(images_a, images_b, strict=True))
+    columns: dict[str, tuple[pa.Array | pa.ChunkedArray, Any]] = {
+        "image_a": (image_column([sides[i][s] for i, s in enumerate(swap.astype(int))]), datasets.Image()),
+        "image_b": (image_column([sides[i][1 - s] for i, s in enumerate(swap.astype(int))]), datasets.Image()),
+    }
+    if label is not None:
+        if isinstance(label_feature, datasets.ClassLabel):
+            label = [label_feature.encode_example(value) for value in np.asarray(label).tolist()]
+        values = pa.array(np.asarray(label).tolist())
+        columns["label"] = (values, label_feature or datasets.features.features.generate_from_arrow_type(values.type))
+    for name, (first, second) in {"attribute_a": attributes, "attribute_b": attributes[::-1]}.items():
+        columns[name] = (pa.array(np.where(swap, second, first), pa.int64()), attribute_feature)
+    columns["source_id"] = (pa.array(np.asarray(source_id), pa.int64()), datasets.Value("int64"))
+    return dataset_of(columns)
+
+
+def dataset_of(columns: Mapping[str, tuple[pa.Array | pa.ChunkedArray, Any]]) -> datasets.Dataset:
+    """A data set of Arrow columns and their features, without going through Python rows."""
+    features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
+    table = pa.table({name: values for name, (values, _) in columns.items()}).cast(features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+def image_column(encoded: Sequence[bytes]) -> pa.ChunkedArray:
+    """Encoded images as the storage of a `datasets.Image` column."""
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    chunks = [encoded[start : start + CHUNK] for start in range(0, len(encoded), CHUNK)]
+    return pa.chunked_array(
+        [
+            pa.StructArray.from_arrays(
+                [pa.array(chunk, pa.binary()), pa.nulls(len(chunk), pa.string())], fields=[*kind]
+            )
+            for chunk in chunks
+        ],
+        kind,
+    )
+
+
+def encode_png(images: np.ndarray) -> list[bytes]:
+    """Encodes small images as PNG, some three times as fast as PIL, whose cost per image is fixed.
+
+    Rows are stored unfiltered and compressed by run lengths (RFC 2083), which suits synthetic images. PIL compresses
+    photographs better.
+
+    Args:
+        images: uint8, shape (N, H, W, 3), values 0 to 255.
+
+    Returns:
+        N files.
+    """
+    count, height, width, _ = images.shape
+    # one zero before each line of pixels: the filter type "none"
+    lines = np.zeros((count, height, 1 + 3 * width), dtype=np.uint8)
+    lines[:, :, 1:] = images.reshape(count, height, 3 * width)
+    start = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    end = _png_chunk(b"IEND", b"")
+    files = []
+    for image in lines:
+        compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
+        files.append(start + _png_chunk(b"IDAT", compressor.compress(image) + compressor.flush()) + end)
+    return files
+
+
+def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.ndarray:
+    """Row numbers of `wanted` rows drawn without replacement, ascending; all of them where `wanted` is `None`.
+
+    Raises:
+        ValueError: `wanted` is below 1 or more than `available`, or there are none; `of` names the rows.
+    """
+    wanted = available if wanted is None else wanted
+    if available == 0:
+        raise ValueError(f"there are no {of} to make pairs of: the source is empty.")
+    if not 1 <= wanted <= available:
+        raise ValueError(
+            f"num_pairs={wanted}, but {available} {of} give 1 to {available} pairs, one each. Ask for fewer or, with "
+            "num_pairs=None, for all."
+            if wanted > 0
+            else f"num_pairs={wanted} must be at least 1, or None for all of the {available} {of}."
+        )
+    return np.sort(np.random.default_rng((seed, 0)).permutation(available)[:wanted])
+
+
+def draw_swap(count: int, seed: int) -> np.ndarray:
+    """`count` booleans, a random half of them (rounded down) true: the pairs whose sides change places."""
+    return np.random.default_rng((seed, 1)).permutation(count) < count // 2
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
+
+
+def _features_of(source: Any, given: Mapping[str, Any]) -> tuple[Any, datasets.ClassLabel | None]:
+    """The features of the label and of the attribute, where they are known."""
+    unknown = set(given) - {"label", "attribute"}
+    if unknown:
+        raise ValueError(f"features={sorted(unknown)} are unknown: it takes a feature for 'label' and for 'attribute'.")
+    own = source.features if isinstance(source, datasets.Dataset) else {}
+    features = {**own, **given}
+    attribute = features.get("attribute")
+    return features.get("label"), attribute if isinstance(attribute, datasets.ClassLabel) else None
+
+
+def _attribute_ids(
+    attributes: Sequence[Any], feature: datasets.ClassLabel | None
+) -> tuple[datasets.ClassLabel, tuple[int, int]]:
+    if isinstance(attributes, str) or len(attributes) != 2 or attributes[0] == attributes[1]:
+        raise ValueError(f"attributes={attributes!r} must be two different values: one for side a, one for side b.")
+    are_ints = [isinstance(value, (int, np.integer)) for value in attributes]
+    if feature is None:
+        # in ascending order 0 and 1 keep their meaning whichever side they are on
+        names = [str(value) for value in (sorted(attributes) if all(are_ints) else attributes)]
+        return datasets.ClassLabel(names=names), (names.index(str(attributes[0])), names.index(str(attributes[1])))
+    for value, is_int in zip(attributes, are_ints, strict=True):
+        if not (0 <= value < feature.num_classes if is_int else value in feature.names):
+            raise ValueError(
+                f"the attribute {value!r} is none of {feature.names} (ids 0 to {feature.num_classes - 1})."
+            )
+    first, second = (
+        int(value) if is_int else feature.names.index(value) for value, is_int in zip(attributes, are_ints, strict=True)
+    )
+    if first == second:
+        raise ValueError(f"attributes={attributes!r} are one value twice: a pair needs two different ones.")
+    return feature, (first, second)
+
+
+def _read(source: Any, rows: np.ndarray) -> chain[Mapping[str, Any]]:
+    if not isinstance(source, datasets.Dataset):
+        return chain(source[int(row)] for row in rows)
+    starts = range(0, len(rows), READ_CHUNK)
+    return chain.from_iterable(source.__getitems__(rows[start : start + READ_CHUNK].tolist()) for start in starts)
+
+
+def _render_pair(row: Mapping[str, Any], number: int, render: Callable, attributes: Sequence[Any]) -> list[bytes]:
+    sides = [_checked(render(row, value), number, value) for value in attributes]
+    kinds = [
+        (image.mode, image.size) if isinstance(image, Image.Image) else ("RGB", image.shape[1::-1]) for image in sides
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"row {number} was rendered as {kinds[0][0]} of {kinds[0][1]} pixels with {attributes[0]!r} and "
+            f"as {kinds[1][0]} of {kinds[1][1]} with {attributes[1]!r}: both sides must have one size and mode."
+        )
+    try:
+        files = [_encode(image) for image in sides]
+    except (OSError, SystemError) as failure:
+        raise ValueError(
+            f"row {number} was rendered in mode {kinds[0][0]}, {kinds[0][1]} pixels, which PNG cannot hold "
+            f'({failure}). Return image.convert("RGB").'
+        ) from failure
+    if files[0] == files[1]:
+        raise ValueError(
+            f"row {number} was rendered the same with attribute {attributes[0]!r} and with {attributes[1]!r}: a pair "
+            "must differ in the attribute. Check that render uses its second argument."
+        )
+    return files
+
+
+def _checked(image: Any, number: int, attribute: Any) -> Image.Image | np.ndarray:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return image
+    what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise ValueError(
+        f"render gave {what} for row {number} and attribute {attribute!r}: it must return a PIL image or a uint8 array "
+        "of shape (height, width, 3)."
+    )
+
+
+def _encode(image: Image.Image | np.ndarray) -> bytes:
+    if isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height <= SMALL:
+        image = np.asarray(image)
+    if isinstance(image, np.ndarray):
+        if image.shape[0] * image.shape[1] <= SMALL:
+            return encode_png(image[None])[0]
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe: a YAML file of settings, overridden by flags, and the data, model and image processor that it names."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    HfArgumentParser,
+    PreTrainedModel,
+    ViTImageProcessor,
+)
+
+from .config import IPGConfig
+from .data import LOADERS, Benchmark
+from .models import load_image_classifier
+
+
+class RecipeError(ValueError):
+    """A recipe or a flag that cannot be used; the message names it and the fix."""
+
+
+@dataclass
+class Recipe:
+    """What to train on what; the settings of the training itself are [`IPGConfig`]'s.
+
+    Args:
+        dataset: a benchmark of `ipg_hf.data`: `"digits"` or `"colored_mnist"`.
+        data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
+        num_pairs: number of training pairs; `None` is the benchmark's own number.
+        oriented_pairs: `False` swaps the sides of a random half of the training pairs (an ablation).
+        method: `"ipg"`, or `"erm"` for plain training without the pairs.
+        compare: `"erm"` trains the twin without pairs too, in the folder `erm` of the output folder.
+        model_name_or_path: a Hub id or a local folder to fine-tune.
+        model_type: a transformers model type to train from scratch, instead of `model_name_or_path`.
+        model_config: settings of its config.
+        image_processor: settings of the `ViTImageProcessor` of a model from scratch.
+        preload: transform all images once and keep them in memory; only without random crops and flips.
+        overwrite_output_dir: remove the run that the output folder holds.
+    """
+
+    dataset: str = field(default="digits", metadata={"help": "A benchmark: digits or colored_mnist."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of the data files (else IPG_DATA, the Hub)."})
+    num_pairs: int | None = field(default=None, metadata={"help": "Number of training pairs."})
+    oriented_pairs: bool = field(default=True, metadata={"help": "Keep one attribute value on each side."})
+    method: Literal["ipg", "erm"] = field(default="ipg", metadata={"help": "ipg, or erm: without the pairs."})
+    compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train this twin too."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder to fine-tune."})
+    model_type: str | None = field(default=None, metadata={"help": "Model type to train from scratch."})
+    model_config: dict | str | None = field(default=None, metadata={"help": "Its config, as JSON."})
+    image_processor: dict | str | None = field(default=None, metadata={"help": "Its image processor, as JSON."})
+    preload: bool = field(default=False, metadata={"help": "Keep all transformed images in memory."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run in the output folder."})
+
+    def __post_init__(self):
+        if self.dataset not in LOADERS:
+            raise RecipeError(f"dataset={self.dataset!r} is unknown.{_nearest(self.dataset, LOADERS)}")
+        for name in ("model_config", "image_processor"):
+            value = getattr(self, name) or {}
+            try:
+                value = json.loads(value) if isinstance(value, str) else value
+            except json.JSONDecodeError as failure:
+                raise RecipeError(f"{name}={value!r} is not JSON: {failure}") from failure
+            setattr(self, name, value)
+
+    def load_data(self, seed: int) -> Benchmark:
+        """Loads the benchmark; `seed` drives what it draws."""
+        loader = LOADERS[self.dataset]
+        return loader(data_dir=self.data_dir, seed=seed, num_pairs=self.num_pairs, oriented_pairs=self.oriented_pairs)
+
+    def build_model(self, train: datasets.Dataset) -> PreTrainedModel:
+        """The model, with the class names of `train`; weights from scratch come from the global torch generator."""
+        names = train.features["label"].names
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        if (self.model_name_or_path is None) == (self.model_type is None):
+            raise RecipeError("give one of model_name_or_path (to fine-tune) and model_type (from scratch).")
+        if self.model_name_or_path is not None:
+            return load_image_classifier(self.model_name_or_path, num_labels=len(names), **labels)
+        try:
+            known = AutoConfig.for_model(self.model_type).to_dict()
+        except ValueError as failure:
+            known_types = [config.model_type for config in AutoModelForImageClassification._model_mapping]
+            raise RecipeError(
+                f"model_type={self.model_type!r} is unknown.{_nearest(self.model_type, known_types)}"
+            ) from failure
+        for key in self.model_config:
+            if key not in known:
+                raise RecipeError(f"model_config of {self.model_type} has no {key!r}.{_nearest(key, known)}")
+        config = AutoConfig.for_model(self.model_type, **self.model_config, num_labels=len(names), **labels)
+        return AutoModelForImageClassification.from_config(config)
+
+    def build_processor(self) -> Any:
+        """The image processor that belongs to the model."""
+        if self.model_name_or_path is not None:
+            return AutoImageProcessor.from_pretrained(self.model_name_or_path)
+        return ViTImageProcessor(**self.image_processor)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise RecipeError(message)
+
+
+def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe, IPGConfig, dict[str, Any]]:
+    """Reads a recipe.
+
+    Args:
+        config: path of a YAML file of `key: value`, the keys being the fields of [`Recipe`] and [`IPGConfig`].
+        flags: `--key value ...`, which win over the file.
+
+    Returns:
+        The recipe, the training settings, and all that was given, as plain values.
+
+    Raises:
+        RecipeError: the file is missing or not a mapping; a key is unknown (the nearest is named); a value is of the
+            wrong type or out of range.
+    """
+    parser = _Parser((Recipe, IPGConfig), allow_abbrev=False, add_help=False)
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    given = _read_yaml(config) if config else {}
+    for key in given:
+        if f"--{key}" not in actions:
+            raise RecipeError(f"{config}: unknown key {key!r}.{_nearest(key, [name[2:] for name in actions])}")
+    words = [word for key, value in given.items() for word in _as_flag(key, value)]
+    try:
+        parser.parse_args(words)
+    except RecipeError as failure:
+        raise RecipeError(f"{config}: {failure}") from failure
+    for word in flags:
+        name = word.split("=")[0]
+        if word.startswith("--") and name not in actions:
+            raise RecipeError(f"unknown flag {name}.{_nearest(name, actions)}")
+    values = vars(_only_given(words, flags))
+    try:
+        recipe, args = parser.parse_args_into_dataclasses([*words, *flags], look_for_args_file=False)
+    except RecipeError:
+        raise
+    except ValueError as failure:
+        raise RecipeError(str(failure)) from failure
+    return recipe, args, {key: getattr(recipe, key, value) for key, value in values.items()}
+
+
+def _only_given(*words: Sequence[str]) -> argparse.Namespace:
+    """What was said, without the defaults."""
+    parser = _Parser((Recipe, IPGConfig), allow_abbrev=False, add_help=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return parser.parse_args([word for part in words for word in part])
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise RecipeError(f"--config {path}: no such file.")
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file)
+        except yaml.YAMLError as failure:
+            raise RecipeError(f"{path} is not YAML: {failure}") from failure
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must be a mapping of keys to values, but is a {type(values).__name__}.")
+    return values
+
+
+def _as_flag(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    # one word, so that a negative number is not read as a flag
+    return [f"--{key}={value}"]
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, [*map(str, known)], n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(map(str, known))[:12])}."

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models and data for the trainer's tests."""
+
+import timm
+import torch
+from torch.utils.data import Dataset
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+
+from ipg_hf import IPGConfig, load_image_classifier
+
+SIZE = 16
+
+
+def vit(num_labels=2, dropout=0.0, **kwargs):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=SIZE,
+        patch_size=4,
+        num_labels=num_labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        **kwargs,
+    )
+    return ViTForImageClassification(config)
+
+
+def resnet(num_labels=2):
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=num_labels
+    )
+    return ResNetForImageClassification(config)
+
+
+def timm_resnet(num_labels=2):
+    torch.manual_seed(0)
+    return load_image_classifier(timm.create_model("test_resnet", num_classes=num_labels))
+
+
+def rows(n, num_labels=2, seed=0, dtype=torch.float32, attribute=False):
+    generator = torch.Generator().manual_seed(seed)
+    extra = [{"attribute": i // 2 % 2} if attribute else {} for i in range(n)]
+    return [
+        {
+            "pixel_values": torch.randn(3, SIZE, SIZE, generator=generator, dtype=torch.float64).to(dtype),
+            "labels": i % num_labels,
+            **extra[i],
+        }
+        for i in range(n)
+    ]
+
+
+def pairs(n, seed=1, dtype=torch.float32, same=False):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(2, 3, SIZE, SIZE, generator=generator, dtype=torch.float64).to(dtype) for _ in range(n)]
+    return [{"pixel_values_a": a, "pixel_values_b": a.clone() if same else b} for a, b in images]
+
+
+class Recorded(Dataset):
+    """Rows that remember which of them were drawn."""
+
+    def __init__(self, items):
+        self.items = items
+        self.drawn = []
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, row):
+        self.drawn.append(row)
+        return self.items[row]
+
+
+def config(output_dir, **kwargs):
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "per_device_pair_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+    }
+    return IPGConfig(str(output_dir), **{**settings, **kwargs})
+
+
+def differences(ours, theirs):
+    """Largest absolute difference of two dicts of tensors with the same keys."""
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"different entries: {sorted(ours.keys() ^ theirs.keys())}")
+    return max(((ours[name] - theirs[name]).abs().max().item() for name in ours), default=0.0)
+
+
+def optimizer_state(model, optimizer):
+    """The optimizer's state by parameter name and entry."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return {
+        f"{name}/{entry}": torch.as_tensor(value).detach().clone().double()
+        for name, parameter in model.named_parameters()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user gives them, on the real digits with a tiny network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from ipg_hf.cli import main
+from ipg_hf.data import LOADERS
+from ipg_hf.recipe import RecipeError, parse_recipe
+
+TINY = {
+    "dataset": "digits",
+    "num_pairs": 40,
+    "model_type": "vit",
+    "model_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "image_processor": {"size": {"height": 16, "width": 16}},
+    "preload": True,
+    "max_steps": 6,
+    "learning_rate": "1e-3",
+    "per_device_train_batch_size": 16,
+    "per_device_pair_batch_size": 8,
+    "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "save_steps": 3,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "worst_group_accuracy",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def write(path, **changes):
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    config = write(folder / "recipe.yaml", output_dir=str(folder / "out"))
+    assert main(["train", "--config", config, "--compare", "erm"]) == 0
+    return folder
+
+
+def test_train_leaves_a_model_a_record_and_a_figure(trained):
+    record = json.loads((trained / "out" / "run.json").read_text())
+    assert {"config", "seed", "metrics", "seconds", "versions", "commit", "hardware"} <= set(record)
+    assert set(record["metrics"]) == {"validation", "test"}
+    test = record["metrics"]["test"]
+    assert {"accuracy", "worst_group_accuracy", "flip_rate", "divergence", "distance"} <= set(test)
+    assert sum(value for key, value in test.items() if key.startswith("group_n/")) == len(LOADERS["digits"]().test)
+    assert record["config"]["compare"] == "erm" and record["config"]["model_config"]["patch_size"] == 8
+    assert (trained / "out" / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
+    erm = json.loads((trained / "out" / "erm" / "run.json").read_text())
+    assert erm["method"] == "erm" and record["method"] == "ipg"
+
+
+def test_saved_model_is_an_ordinary_checkpoint(trained):
+    model = AutoModelForImageClassification.from_pretrained(trained / "out")
+    assert model.config.id2label == {0: "small", 1: "large"}
+    image = LOADERS["digits"]().test[0]["image"]
+    inputs = AutoImageProcessor.from_pretrained(trained / "out")(image, return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits.softmax(-1)[0]
+    answers = pipeline("image-classification", model=str(trained / "out"))(image)
+    assert {answer["label"]: pytest.approx(answer["score"], abs=1e-6) for answer in answers} == {
+        name: probabilities[index].item() for index, name in model.config.id2label.items()
+    }
+
+
+def test_evaluate_gives_the_test_metrics_of_the_record_again(trained, capsys):
+    output = trained / "metrics.json"
+    config = str(trained / "recipe.yaml")
+    assert main(["evaluate", str(trained / "out"), "--config", config, "--output", str(output)]) == 0
+    again = json.loads(output.read_text())["metrics"]
+    recorded = json.loads((trained / "out" / "run.json").read_text())["metrics"]["test"]
+    assert again == pytest.approx(recorded, abs=1e-6)
+    assert "worst group" in capsys.readouterr().out
+
+
+def test_the_twin_differs_by_the_pairs_alone(trained):
+    weights = [AutoModelForImageClassification.from_pretrained(trained / name).state_dict() for name in ("out", "out/erm")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    records = [json.loads((trained / name / "run.json").read_text()) for name in ("out", "out/erm")]
+    assert records[0]["config"] | {"method": "erm"} == records[1]["config"]
+
+
+def test_another_run_is_not_overwritten(trained, capsys):
+    before = (trained / "out" / "run.json").read_bytes()
+    assert main(["train", "--config", str(trained / "recipe.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert "--overwrite_output_dir true" in message and str(trained / "out") in message
+    assert (trained / "out" / "run.json").read_bytes() == before
+
+
+def test_overwriting_on_demand_and_resuming(tmp_path):
+    config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))
+    assert main(["train", "--config", config, "--seed", "1"]) == 0
+    first = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert main(["train", "--config", config, "--seed", "2", "--overwrite_output_dir", "true", "--max_steps", "3"]) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 2
+    assert not (tmp_path / "out" / "checkpoint-6").exists()
+    # a folder without the trainer's state is a checkpoint whose saving was cut off
+    (tmp_path / "out" / "checkpoint-9").mkdir()
+    arguments = ["--seed", "1", "--overwrite_output_dir", "true"]
+    assert main(["train", "--config", config, *arguments, "--max_steps", "3", "--lr_scheduler_type", "constant"]) == 0
+    (tmp_path / "out" / "checkpoint-9").mkdir()
+    last = ["--resume_from_checkpoint", "last", "--seed", "1", "--lr_scheduler_type", "constant"]
+    assert main(["train", "--config", config, *last]) == 0
+    resumed = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert resumed["steps"] == first["steps"] == 6
+
+
+def test_resume_without_a_checkpoint(tmp_path, capsys):
+    config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))
+    assert main(["train", "--config", config, "--resume_from_checkpoint", "last"]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "expected"),
+    [
+        ({"alhpa": 1}, [], ["alhpa", "'alpha'"]),
+        ({}, ["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
+        ({"alpha": "big"}, [], ["alpha", "big"]),
+        ({"max_steps": 1.5}, [], ["max_steps", "1.5"]),
+        ({"max_steps": [1, 2]}, [], ["2"]),
+        ({"alpha": float("nan")}, [], ["alpha", "nan"]),
+        ({"alpha": -1}, [], ["alpha=-1.0"]),
+        ({"invariance_threshold": -1}, [], ["invariance_threshold=-1.0"]),
+        ({"rationale_norm": "spektral"}, [], ["spektral", "spectral"]),
+        ({"dataset": "digit"}, [], ["digit", "'digits'"]),
+        ({"model_type": "vitt"}, [], ["vitt", "'vit'"]),
+        ({"model_config": {"hiden_size": 3}}, [], ["hiden_size", "hidden_size"]),
+        ({"model_name_or_path": "x"}, [], ["model_name_or_path", "model_type"]),
+        ({"num_pairs": 10**6}, [], ["1000000"]),
+        ({}, ["--model_config", "{no json"], ["model_config", "no json"]),
+        ({}, ["--dataset", "colored_mnist", "--data_dir", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(tmp_path, capsys, changes, flags, expected):
+    config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"), **changes)
+    assert main(["train", "--config", config, *flags]) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in expected), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, "no such file"), ("- a\n- b\n", "mapping"), ("a: [", "not YAML")])
+def test_files_that_are_no_recipe(tmp_path, text, expected):
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=expected):
+        parse_recipe(str(path))
+
+
+def test_flags_win_over_the_file_and_what_is_given_is_recorded(tmp_path):
+    config = write(tmp_path / "recipe.yaml", alpha=3, output_dir="x")
+    recipe, args, given = parse_recipe(config, ["--alpha", "0.25", "--oriented_pairs", "false"])
+    assert args.alpha == 0.25 and recipe.oriented_pairs is False and args.learning_rate == 1e-3
+    assert given["alpha"] == 0.25 and given["oriented_pairs"] is False and given["max_steps"] == 6
+    assert "weight_decay" not in given
+
+
+def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
+    model = AutoModelForImageClassification.from_pretrained(
+        trained / "out", num_labels=3, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "three")
+    assert main(["evaluate", str(tmp_path / "three"), "--config", str(trained / "recipe.yaml")]) == 2
+    assert "3 labels" in capsys.readouterr().err
+
+
+def test_interrupt_leaves_checkpoints_to_go_on_from(tmp_path):
+    out = tmp_path / "out"
+    config = write(tmp_path / "recipe.yaml", output_dir=str(out), max_steps=100000)
+    command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", config]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-3" / "trainer_state.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume_from_checkpoint last" in errors
+    assert list(out.glob("checkpoint-*/trainer_state.json"))

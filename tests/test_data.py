@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: splits, colour statistics, columns, seeds, and the perceptron of ColoredMNIST."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
+
+from ipg_hf.data import (
+    LOADERS,
+    ColoredMnistMLPConfig,
+    ColoredMnistMLPForImageClassification,
+    colored_mnist,
+    load_colored_mnist,
+    load_digits,
+)
+from ipg_hf.heads import find_head
+
+LABEL = datasets.ClassLabel(names=["small", "large"])
+COLOR = datasets.ClassLabel(names=["red", "green"])
+PARTS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+def synthetic_mnist(folder, num_train=2400, num_test=400, **changes):
+    """A file with the keys of MNIST; the first two pixels of each image hold its number."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for suffix, count in (("tr", num_train), ("te", num_test)):
+        images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        images[:, 0, 0], images[:, 0, 1] = np.divmod(np.arange(count), 256)
+        images[:, 0, 2] = 1 if suffix == "te" else 2
+        arrays[f"x{suffix}"] = images
+        arrays[f"y{suffix}"] = rng.integers(0, 10, count).astype(np.uint8)
+    arrays = {name: value for name, value in {**arrays, **changes}.items() if value is not None}
+    np.savez(folder / "mnist.npz", **arrays)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mnist")
+    return folder, synthetic_mnist(folder)
+
+
+@pytest.fixture(scope="module")
+def colored(mnist):
+    return load_colored_mnist(data_dir=str(mnist[0]), num_pairs=500)
+
+
+def gray(images):
+    """The digits without their colour, and the channel that holds them; all else must be black."""
+    pixels = np.stack([np.asarray(image) for image in images])
+    assert pixels.dtype == np.uint8 and pixels.shape[3] == 3
+    assert not pixels[..., 2].any()
+    channel = pixels[..., 1].any((1, 2)).astype(int)
+    assert not pixels[np.arange(len(pixels)), :, :, 1 - channel].any()
+    return pixels.max(3), channel
+
+
+def aligned_by_label(part):
+    labels, colors = np.array(part["label"][:]), np.array(part["attribute"][:])
+    return [(colors == labels)[labels == label] for label in range(2)]
+
+
+def number_of(images, size_of_train):
+    """Undoes what `synthetic_mnist` writes into the first pixels."""
+    return images[:, 0, 0] * 256 + images[:, 0, 1] + np.where(images[:, 0, 2] == 1, size_of_train, 0)
+
+
+@pytest.mark.parametrize("name", list(LOADERS))
+def test_contract_of_the_columns(name, digits, colored):
+    benchmark = {"digits": digits, "colored_mnist": colored}[name]
+    for part in PARTS:
+        rows = getattr(benchmark, part)
+        extra = ["environment"] if (name, part) == ("colored_mnist", "train") else []
+        assert rows.column_names == ["image", "label", "attribute", *extra]
+        assert isinstance(rows.features["image"], datasets.Image)
+        assert (rows.features["label"], rows.features["attribute"]) == (LABEL, COLOR)
+        assert rows[0]["image"].mode == "RGB"
+        assert rows[0]["image"].size == {"digits": (16, 16), "colored_mnist": (28, 28)}[name]
+        np.testing.assert_array_equal(gray(rows["image"][:])[1], rows["attribute"][:])
+    for part in ("pairs", "validation_pairs", "test_pairs"):
+        rows = getattr(benchmark, part)
+        assert set(rows.column_names) == {"image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"}
+        assert rows.features["label"] == LABEL
+        assert rows.features["attribute_a"] == rows.features["attribute_b"] == COLOR
+        assert rows.features["source_id"] == datasets.Value("int64")
+        (a, color_a), (b, color_b) = (gray(rows[f"image_{side}"][:]) for side in "ab")
+        np.testing.assert_array_equal(a, b)
+        assert set(color_a) == set(rows["attribute_a"]) == {0}
+        assert set(color_b) == set(rows["attribute_b"]) == {1}
+
+
+@pytest.mark.parametrize("name", list(LOADERS))
+def test_evaluation_pairs_are_the_images_in_both_colors(name, digits, colored):
+    benchmark = {"digits": digits, "colored_mnist": colored}[name]
+    for part in ("validation", "test"):
+        rows, pairs = getattr(benchmark, part), getattr(benchmark, f"{part}_pairs")
+        assert len(rows) == len(pairs)
+        assert rows["label"][:] == pairs["label"][:]
+        np.testing.assert_array_equal(gray(rows["image"][:])[0], gray(pairs["image_a"][:])[0])
+
+
+def test_digits_split(digits):
+    assert [len(getattr(digits, part)) for part in PARTS] == [997, 300, 500]
+    every = load_digits(num_pairs=997).pairs
+    index = [every["source_id"][:], digits.validation_pairs["source_id"][:], digits.test_pairs["source_id"][:]]
+    assert sorted(np.concatenate(index)) == list(range(1797))
+    source = sklearn.datasets.load_digits()
+    for part, rows in zip(PARTS, index, strict=True):
+        # stratified: each digit in its share, to within one or two
+        shares = np.bincount(source.target[rows], minlength=10) / np.bincount(source.target)
+        np.testing.assert_allclose(shares, len(rows) / 1797, atol=2 / 174)
+        if part != "train":
+            pixels, _ = gray(getattr(digits, part)["image"][:])
+            np.testing.assert_array_equal(pixels[:, ::2, ::2], np.rint(source.images[rows] * 255 / 16))
+            np.testing.assert_array_equal(pixels[:, 1::2, 1::2], pixels[:, ::2, ::2])
+            assert getattr(digits, part)["label"][:] == (source.target[rows] >= 5).astype(int).tolist()
+
+
+def test_digits_colors(digits):
+    assert all(aligned.all() for aligned in aligned_by_label(digits.train))
+    for aligned in aligned_by_label(digits.validation):
+        assert abs(2 * aligned.sum() - len(aligned)) <= 1
+    for aligned in aligned_by_label(digits.test):
+        assert (~aligned).sum() == round(0.9 * len(aligned))
+        assert aligned.sum() >= 20
+
+
+def test_digits_pairs(digits):
+    assert len(digits.pairs) == 300
+    ids = digits.pairs["source_id"][:]
+    assert len(set(ids)) == 300
+    assert not set(ids) & {*digits.validation_pairs["source_id"], *digits.test_pairs["source_id"]}
+    np.testing.assert_array_equal(digits.pairs["label"][:], sklearn.datasets.load_digits().target[ids] >= 5)
+
+
+@pytest.mark.parametrize("name", list(LOADERS))
+def test_seeds(name, mnist):
+    def load(**settings):
+        return LOADERS[name](data_dir=str(mnist[0]), num_pairs=100, **settings)
+
+    first, again, other = load(seed=1), load(seed=1), load(seed=2)
+    for part in dataclasses.fields(first):
+        rows = [getattr(benchmark, part.name).data.table for benchmark in (first, again, other)]
+        assert rows[0].equals(rows[1]), part.name
+        if name == "digits" and part.name in ("train", "validation_pairs", "test_pairs"):
+            assert rows[0].equals(rows[2])  # nothing is drawn there
+        else:
+            assert not rows[0].equals(rows[2]), part.name
+
+
+@pytest.mark.parametrize("name", list(LOADERS))
+def test_unoriented_pairs(name, mnist):
+    plain, mixed = (
+        LOADERS[name](data_dir=str(mnist[0]), num_pairs=100, oriented_pairs=oriented) for oriented in (True, False)
+    )
+    assert sum(mixed.pairs["attribute_a"]) == 50
+    assert mixed.pairs["source_id"][:] == plain.pairs["source_id"][:]
+    for side in "ab":
+        pixels, channel = gray(mixed.pairs[f"image_{side}"][:])
+        np.testing.assert_array_equal(channel, mixed.pairs[f"attribute_{side}"][:])
+        np.testing.assert_array_equal(pixels, gray(plain.pairs["image_a"][:])[0])
+    assert set(mixed.test_pairs["attribute_a"]) == {0}
+    assert mixed.train.data.table.equals(plain.train.data.table)
+
+
+@pytest.mark.parametrize(("name", "available"), [("digits", 997), ("colored_mnist", 2000)])
+def test_too_many_pairs(name, available, mnist):
+    with pytest.raises(ValueError, match=f"num_pairs={available + 1}, but {available} training"):
+        LOADERS[name](data_dir=str(mnist[0]), num_pairs=available + 1)
+    with pytest.raises(ValueError, match="num_pairs=0"):
+        LOADERS[name](data_dir=str(mnist[0]), num_pairs=0)
+    assert len(LOADERS[name](data_dir=str(mnist[0]), num_pairs=available).pairs) == available
+
+
+def test_colored_mnist_split(mnist, colored):
+    _, arrays = mnist
+    assert [len(getattr(colored, part)) for part in PARTS] == [2000, 200, 400]
+    numbers = {part: number_of(gray(getattr(colored, part)["image"][:])[0].astype(int), 2400) for part in PARTS}
+    assert sorted(numbers["train"]) == list(range(2000))
+    assert list(numbers["train"]) != list(range(2000))
+    assert list(numbers["test"]) == colored.test_pairs["source_id"][:] == list(range(2000, 2400))
+    assert list(numbers["validation"]) == colored.validation_pairs["source_id"][:] == list(range(2400, 2800, 2))
+    pixels, _ = gray(colored.train["image"][:])
+    np.testing.assert_array_equal(pixels, arrays["xtr"][numbers["train"]])
+    assert np.bincount(colored.train["environment"][:]).tolist() == [1000, 1000]
+
+
+def test_colored_mnist_statistics(mnist, colored):
+    digit = np.concatenate([mnist[1]["ytr"], mnist[1]["yte"]])
+    for part, pairs in (("test", colored.test_pairs), ("validation", colored.validation_pairs)):
+        clean = digit[pairs["source_id"][:]] >= 5
+        noise = np.mean(clean != np.array(getattr(colored, part)["label"][:]))
+        assert noise == pytest.approx(0.25, abs=0.1), part  # over 3 standard errors
+    train = colored.train.with_format("numpy").select_columns(["label", "attribute", "environment"])[:]
+    number = number_of(gray(colored.train["image"][:])[0].astype(int), 2400)
+    assert np.mean((digit[number] >= 5) != train["label"]) == pytest.approx(0.25, abs=0.04)
+    flipped = train["label"] != train["attribute"]
+    assert flipped[train["environment"] == 0].mean() == pytest.approx(0.2, abs=0.045)
+    assert flipped[train["environment"] == 1].mean() == pytest.approx(0.1, abs=0.035)
+    # colour follows the noisy label, so that it says nothing about whether the label is noise
+    noisy = (digit[number] >= 5) != train["label"]
+    assert flipped[noisy].mean() == pytest.approx(flipped[~noisy].mean(), abs=0.07)
+    assert np.mean(np.array(colored.test["label"][:]) != colored.test["attribute"][:]) == pytest.approx(0.9, abs=0.05)
+    mixed = np.mean(np.array(colored.validation["label"][:]) != colored.validation["attribute"][:])
+    assert mixed == pytest.approx(0.5, abs=0.12)
+
+
+def test_colored_mnist_pairs_are_training_images_with_their_noisy_labels(colored):
+    pixels, _ = gray(colored.train["image"][:])
+    label_of = dict(zip(number_of(pixels.astype(int), 2400), colored.train["label"][:], strict=True))
+    ids = colored.pairs["source_id"][:]
+    assert len(set(ids)) == len(ids) == 500
+    assert [label_of[i] for i in ids] == colored.pairs["label"][:]
+    np.testing.assert_array_equal(number_of(gray(colored.pairs["image_b"][:])[0].astype(int), 2400), ids)
+
+
+def test_default_number_of_pairs_of_a_small_file(mnist, monkeypatch):
+    monkeypatch.setattr(colored_mnist, "NUM_PAIRS", 150)
+    assert len(load_colored_mnist(data_dir=str(mnist[0])).pairs) == 150
+    monkeypatch.setattr(colored_mnist, "NUM_PAIRS", 20_000)
+    assert len(load_colored_mnist(data_dir=str(mnist[0])).pairs) == 2000
+
+
+def test_environment_variable(mnist, monkeypatch):
+    monkeypatch.setenv("IPG_DATA", str(mnist[0]))
+    assert len(load_colored_mnist(num_pairs=5).train) == 2000
+
+
+def test_a_small_file_is_warned_of(mnist, monkeypatch):
+    said = []
+    monkeypatch.setattr(colored_mnist.logger, "warning", said.append)
+    load_colored_mnist(data_dir=str(mnist[0]), num_pairs=5)
+    assert len(said) == 1 and "2400 and 400" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"yte": None}, r"lacks the arrays \['yte'\]"),
+        ({"xtr": np.zeros((2400, 784), np.uint8)}, r"xtr of .*mnist.npz is uint8 \(2400, 784\)"),
+        ({"xte": np.zeros((400, 28, 28), np.float32)}, "xte of .* is float32"),
+        ({"ytr": np.zeros(2399, np.uint8)}, r"ytr of .* is uint8 \(2399,\), but must be uint8 \(2400,\)"),
+        ({"yte": np.full(400, 10, np.uint8)}, "yte of .* has the label 10"),
+        ({"xte": np.zeros((0, 28, 28), np.uint8), "yte": np.zeros(0, np.uint8)}, "xte of .* has 0 rows"),
+    ],
+)
+def test_wrong_arrays(tmp_path, changes, message):
+    synthetic_mnist(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_colored_mnist(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
+def test_cut_off_file(tmp_path, mnist, kept):
+    whole = (mnist[0] / "mnist.npz").read_bytes()
+    (tmp_path / "mnist.npz").write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=r"mnist\.npz cannot be read, it is damaged"):
+        load_colored_mnist(data_dir=str(tmp_path))
+
+
+def test_flipped_byte(tmp_path, mnist):
+    damaged = bytearray((mnist[0] / "mnist.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "mnist.npz").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"mnist\.npz cannot be read"):
+        load_colored_mnist(data_dir=str(tmp_path))
+
+
+def test_nothing_found(tmp_path, monkeypatch):
+    # conftest.py keeps the Hub out of reach
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"data_dir=.* has no file mnist\.npz"):
+        load_colored_mnist(data_dir=str(tmp_path))
+    for folder in (None, str(tmp_path)):
+        monkeypatch.delenv("IPG_DATA", raising=False)
+        if folder:
+            monkeypatch.setenv("IPG_DATA", folder)
+        with pytest.raises(FileNotFoundError) as caught:
+            load_colored_mnist()
+        for part in ("mnist.npz", "IPG_DATA", "ylecun/mnist", "recipes/digits/ipg_vit_tiny.yaml", folder or "not set"):
+            assert part in str(caught.value)
+
+
+def test_hub_set_gives_the_same_arrays(mnist, monkeypatch):
+    _, arrays = mnist
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+    )
+    splits = {
+        split: datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(x) for x in arrays[f"x{suffix}"]], "label": arrays[f"y{suffix}"]}, features
+        )
+        for split, suffix in (("train", "tr"), ("test", "te"))
+    }
+    monkeypatch.delenv("IPG_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"ylecun/mnist": datasets.DatasetDict(splits)}[name])
+    hub, file = load_colored_mnist(num_pairs=50), load_colored_mnist(data_dir=str(mnist[0]), num_pairs=50)
+    for part in dataclasses.fields(file):
+        assert getattr(hub, part.name).data.table.equals(getattr(file, part.name).data.table)
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("IPG_DATA") or "/nonexistent") / "mnist.npz").is_file(),
+    reason="IPG_DATA names no folder with mnist.npz",
+)
+def test_whole_mnist():
+    benchmark = load_colored_mnist()
+    sizes = [len(getattr(benchmark, field.name)) for field in dataclasses.fields(benchmark)]
+    assert sizes == [50_000, 5_000, 10_000, 20_000, 5_000, 10_000]
+    columns = benchmark.train.with_format("numpy").select_columns(["label", "attribute", "environment"])[:]
+    flipped = columns["label"] != columns["attribute"]
+    for environment, flip in enumerate((0.2, 0.1)):
+        assert flipped[columns["environment"] == environment].mean() == pytest.approx(flip, abs=0.01)
+    for part, flip in (("validation", 0.5), ("test", 0.9)):
+        columns = getattr(benchmark, part).with_format("numpy").select_columns(["label", "attribute"])[:]
+        assert np.mean(columns["label"] != columns["attribute"]) == pytest.approx(flip, abs=0.03)
+        # the spurious attribute agrees with the clean digit only as far as the noisy label lets it
+        assert np.bincount(columns["label"] * 2 + columns["attribute"]).min() > 400
+
+
+def test_perceptron_is_irms():
+    torch.manual_seed(0)
+    model = ColoredMnistMLPForImageClassification(ColoredMnistMLPConfig())
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    assert shapes == [(390, 392), (390,), (390, 390), (390,), (2, 390), (2,)]
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.95 * bound < parameter.abs().max() <= bound
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert find_head(model).path == "classifier"
+    # by hand: two layers with ReLU on every second pixel of the first two channels
+    images = torch.rand(3, 3, 28, 28)
+    first, _, second, _ = model.hidden
+    x = images[:, :2, ::2, ::2].reshape(3, 392)
+    z = second(first(x).clamp(min=0)).clamp(min=0)
+    labels = torch.tensor([0, 1, 1])
+    outputs = model(images, labels=labels)
+    torch.testing.assert_close(outputs.logits, z @ model.classifier.weight.T)
+    torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+    torch.testing.assert_close(model(images, labels=labels, num_items_in_batch=6).loss, outputs.loss / 2)
+    unseen = images.clone()
+    unseen[:, 2] = 9
+    unseen[:, :, 1::2] = 9
+    torch.testing.assert_close(model(unseen).logits, outputs.logits)
+
+
+def test_perceptron_saved_and_loaded(tmp_path):
+    config = AutoConfig.for_model("colored_mnist_mlp", hidden_size=16, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    model = AutoModelForImageClassification.from_config(config)
+    assert isinstance(model, ColoredMnistMLPForImageClassification)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 28, "width": 28}, do_normalize=False).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.hidden_size == 16
+    for (name, saved), read in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(saved, read), name
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 3)).astype(np.uint8)
+    scores = pipeline("image-classification", model=str(tmp_path), device="cpu")(Image.fromarray(image), top_k=3)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)[None]).logits.softmax(1)[0]
+    assert {score["label"]: score["score"] for score in scores} == {
+        name: pytest.approx(value.item(), abs=1e-5) for name, value in zip("abc", expected, strict=True)
+    }
+    # a new head for other classes is made anew, with IRM's start
+    other = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert other.classifier.weight.abs().max() > 0
+    assert not other.classifier.bias.any()
+    assert torch.equal(other.hidden[0].weight, model.hidden[0].weight)
+
+
+def test_perceptron_of_other_sizes():
+    config = ColoredMnistMLPConfig(hidden_size=4, num_hidden_layers=1, image_size=7, num_channels=2, subsample=3)
+    model = ColoredMnistMLPForImageClassification(config)
+    assert model.hidden[0].in_features == 2 * 3 * 3
+    assert model(torch.zeros(2, 2, 7, 7)).logits.shape == (2, 2)
+    with pytest.raises(ValueError, match=r"\(1, 3, 28, 28\), but this model takes \(batch, 2, 7, 7\)"):
+        model(torch.zeros(1, 3, 28, 28))
+
+
+@pytest.mark.parametrize("wrong", [{"subsample": 0}, {"num_channels": 1}, {"hidden_size": "390"}, {"image_size": 0}])
+def test_wrong_config(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ColoredMnistMLPConfig(**wrong)

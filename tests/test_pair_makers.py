@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pair sets made by rendering: every column, the draws, and what is refused."""
+
+import io
+import time
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ipg_hf.pairs.makers import encode_png, pairs_from_render
+
+COLUMNS = {"image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"}
+CHANNEL = {"red": 0, "green": 1}
+
+
+def rows(count=12, size=6):
+    pixels = np.random.default_rng(0).integers(1, 256, (count, size, size)).astype(np.uint8)
+    return [{"pixels": image, "label": number % 3} for number, image in enumerate(pixels)]
+
+
+def colored(row, attribute):
+    image = np.zeros((*np.shape(row["pixels"]), 3), dtype=np.uint8)
+    image[:, :, CHANNEL[attribute]] = row["pixels"]
+    return image
+
+
+def make(source=None, render=colored, attributes=("red", "green"), **settings):
+    return pairs_from_render(rows() if source is None else source, render, attributes, **settings)
+
+
+@pytest.mark.parametrize("as_image", [False, True])
+def test_every_column(as_image):
+    source = rows()
+    render = (lambda row, color: Image.fromarray(colored(row, color))) if as_image else colored
+    pairs = make(source, render)
+    assert set(pairs.column_names) == COLUMNS
+    assert isinstance(pairs.features["image_a"], datasets.Image)
+    assert pairs.features["attribute_a"] == pairs.features["attribute_b"] == datasets.ClassLabel(names=["red", "green"])
+    assert pairs.features["source_id"] == datasets.Value("int64")
+    assert pairs["source_id"][:] == list(range(12))
+    assert pairs["label"][:] == [row["label"] for row in source]
+    assert set(pairs["attribute_a"]) == {0}
+    assert set(pairs["attribute_b"]) == {1}
+    for pair, row in zip(pairs, source, strict=True):
+        assert pair["image_a"].mode == pair["image_b"].mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(pair["image_a"]), colored(row, "red"))
+        np.testing.assert_array_equal(np.asarray(pair["image_b"]), colored(row, "green"))
+
+
+def test_a_data_set_as_source_keeps_its_features():
+    label = datasets.ClassLabel(names=["x", "y", "z"])
+    place = datasets.ClassLabel(names=["sea", "land"])
+    features = datasets.Features({"picture": datasets.Image(), "label": label, "attribute": place})
+    pictures = [Image.fromarray(colored(row, "red")) for row in rows()]
+    source = datasets.Dataset.from_dict(
+        {"picture": pictures, "label": [0, 1, 2] * 4, "attribute": [0] * 12}, features=features
+    )
+
+    def render(row, attribute):
+        return row["picture"] if attribute == "land" else row["picture"].transpose(Image.Transpose.ROTATE_90)
+
+    pairs = make(source, render, ("land", "sea"), num_pairs=5)
+    assert pairs.features["label"] == label
+    assert pairs.features["attribute_a"] == place
+    assert set(pairs["attribute_a"]) == {1}
+    assert set(pairs["attribute_b"]) == {0}
+    for pair in pairs:
+        assert pair["label"] == source[pair["source_id"]]["label"]
+        np.testing.assert_array_equal(np.asarray(pair["image_a"]), np.asarray(pictures[pair["source_id"]]))
+    # ids of the same ClassLabel
+    by_id = make(source, lambda row, attribute: render(row, place.names[attribute]), (1, 0), num_pairs=5)
+    assert by_id[:]["attribute_a"] == pairs[:]["attribute_a"]
+
+
+def test_ints_keep_their_meaning_as_ids():
+    pairs = make(render=lambda row, value: colored(row, ["red", "green"][value]), attributes=(1, 0))
+    assert pairs.features["attribute_a"].names == ["0", "1"]
+    assert set(pairs["attribute_a"]) == {1}
+
+
+def test_label_is_optional_and_its_feature_can_be_given():
+    without = make([{"pixels": row["pixels"]} for row in rows()])
+    assert set(without.column_names) == COLUMNS - {"label"}
+    label = datasets.ClassLabel(names=["x", "y", "z"])
+    named = make([{**row, "label": "xyz"[row["label"]]} for row in rows()], features={"label": label})
+    assert named.features["label"] == label
+    assert named["label"][:] == [0, 1, 2] * 4
+    assert make().features["label"] == datasets.Value("int64")
+
+
+def test_draws_are_a_function_of_the_seed():
+    source = rows(40)
+    first, again, other = (make(source, num_pairs=15, oriented=False, seed=seed) for seed in (3, 3, 4))
+    assert first["source_id"][:] == again["source_id"][:]
+    assert first["attribute_a"][:] == again["attribute_a"][:]
+    assert first["source_id"][:] != other["source_id"][:]
+    assert len(set(first["source_id"])) == 15
+    assert set(make(source, num_pairs=8, seed=3)["source_id"]) < set(first["source_id"])
+
+
+def test_unoriented_pairs_swap_half_with_their_attributes():
+    source = rows(40)
+    pairs = make(source, oriented=False)
+    assert sum(pairs["attribute_a"]) == 20
+    for pair, row in zip(pairs, source, strict=True):
+        assert pair["attribute_b"] == 1 - pair["attribute_a"]
+        for side in "ab":
+            color = ["red", "green"][pair[f"attribute_{side}"]]
+            np.testing.assert_array_equal(np.asarray(pair[f"image_{side}"]), colored(row, color))
+    assert make(source, oriented=False, seed=1)["attribute_a"][:] != pairs["attribute_a"][:]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "RGB", "1"])
+@pytest.mark.parametrize("size", [8, 80])
+def test_modes_and_sizes_survive(mode, size):
+    rng = np.random.default_rng(0)
+    images = {
+        name: Image.fromarray(rng.integers(0, 256, (size, size + 1, 3)).astype(np.uint8)).convert(mode)
+        for name in CHANNEL
+    }
+    pair = make(rows(1), lambda row, name: images[name])[0]
+    assert pair["image_a"].mode == mode
+    np.testing.assert_array_equal(np.asarray(pair["image_a"]), np.asarray(images["red"]))
+    np.testing.assert_array_equal(np.asarray(pair["image_b"]), np.asarray(images["green"]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 28, 28), (1, 64, 64)])
+def test_png_is_what_pil_reads(shape):
+    images = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    for file, image in zip(encode_png(images), images, strict=True):
+        with Image.open(io.BytesIO(file)) as opened:
+            opened.verify()  # checksums
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), image)
+
+
+def test_many_small_images_take_seconds_at_most():
+    source = rows(2000, size=28)
+    start = time.perf_counter()
+    pairs = make(source)
+    assert time.perf_counter() - start < 5  # about 0.3 s; datasets' own encoding of rows takes many times as long
+    assert len(pairs) == 2000
+    # more rows than one Arrow chunk holds
+    np.testing.assert_array_equal(np.asarray(pairs[1999]["image_a"]), colored(source[1999], "red"))
+
+
+def grow(row, color):
+    return np.zeros((6, 6 + CHANNEL[color], 3), dtype=np.uint8)
+
+
+def change_mode(row, color):
+    return Image.new("RGB" if color == "red" else "L", (6, 6))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_pairs": 13}, r"num_pairs=13, but 12 source rows"),
+        ({"num_pairs": 0}, "num_pairs=0 must be at least 1"),
+        ({"source": []}, "no source rows"),
+        ({"render": grow}, r"row 0 .* RGB of \(6, 6\) .* RGB of \(7, 6\)"),
+        ({"render": change_mode}, r"row 0 .* RGB of .* L of"),
+        ({"render": lambda row, color: colored(row, "red")}, "row 0 was rendered the same .*'red' and with 'green'"),
+        ({"render": lambda row, color: row["pixels"]}, r"render gave uint8 \(6, 6\) for row 0"),
+        ({"render": lambda row, color: colored(row, color) / 255}, r"render gave float64 \(6, 6, 3\)"),
+        ({"render": lambda row, color: None}, "render gave NoneType"),
+        ({"render": lambda row, color: Image.new("CMYK", (6, 6), CHANNEL[color])}, "mode CMYK"),
+        ({"attributes": ("red", "red")}, "two different values"),
+        ({"attributes": ("red", "green", "blue")}, "two different values"),
+        ({"attributes": "ab"}, "two different values"),
+        ({"features": {"attribute": datasets.ClassLabel(names=["red", "blue"])}}, "'green' is none of"),
+        ({"features": {"attribute": datasets.ClassLabel(names=["red", "green"])}, "attributes": ("red", 0)}, "twice"),
+        ({"features": {"image": datasets.Image()}}, "image"),
+        ({"source": [*rows(3), {"pixels": rows(4)[3]["pixels"]}]}, "row 3 of the source has no label"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_the_row_at_fault_is_named_by_its_place_in_the_source():
+    source = rows(30)
+    same = lambda row, color: colored(row, "red" if row is source[17] else color)  # noqa: E731
+    with pytest.raises(ValueError, match="row 17 "):
+        make(source, same)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that was killed, or whose disk was full, ends as the run that was not: to the last bit, logs included.
+
+Run as a script, this file is the run: `python test_resume.py FOLDER KIND WORKERS [fast | slow | full BYTES]`.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+from transformers import Trainer, TrainerCallback, TrainerState, ViTImageProcessor
+
+from ipg_hf import IPGTrainer
+from ipg_hf.checkpoints import newest_checkpoint, whole_or_removed
+
+STEPS, LOG, SAVE = 11, 3, 2
+RUNTIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+
+# ---- The run ----
+
+
+def images(n, seed):
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+def raw_pairs(n, seed):
+    return datasets.Dataset.from_dict({"image_a": images(n, seed), "image_b": images(n, seed + 1)})
+
+
+def noisy(batch):
+    """A user's own transform, which draws from all global generators."""
+    noise = [random.random() + np.random.rand() + torch.rand(()).item() for _ in batch["pixel_values_a"]]
+    return {
+        name: [torch.as_tensor(value) + n for value, n in zip(values, noise, strict=True)]
+        for name, values in batch.items()
+    }
+
+
+def pair_sets(kind):
+    """Both kinds hold a map-style set whose size no batch divides."""
+    if kind == "raw":
+        stream = raw_pairs(9, 20).to_iterable_dataset(num_shards=3).shuffle(seed=1, buffer_size=4)
+        return {"colour": raw_pairs(10, 10), "a stream of backgrounds": stream}
+    rows = small.pairs(10)
+    own = datasets.Dataset.from_dict({name: [row[name].tolist() for row in rows] for name in rows[0]})
+    return {"own transform": own.with_transform(noisy), "plain": small.pairs(7, seed=5)}
+
+
+class Slow(TrainerCallback):
+    """Leaves the parent time to kill the run in the middle."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(0.1)
+
+
+class FullDisk(TrainerCallback):
+    """From the third checkpoint on no file can grow beyond a size."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 * SAVE:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+def run(folder, kind, workers, *callbacks, resume=None):
+    torch.set_num_threads(1)
+    args = small.config(
+        folder,
+        max_steps=STEPS,
+        logging_steps=LOG,
+        save_strategy="steps",
+        save_steps=SAVE,
+        per_device_train_batch_size=3,  # 8 batches and 4 steps an epoch
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        random_flip=True,
+        random_crop_scale=0.5,
+        invariance_threshold=1e-3,
+        pair_num_workers=workers,
+    )
+    trainer = IPGTrainer(
+        small.vit(dropout=0.2),
+        args,
+        train_dataset=datasets.Dataset.from_dict({"image": images(22, 0), "label": [i % 2 for i in range(22)]}),
+        pair_dataset=pair_sets(kind),
+        processing_class=ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE}),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        "optimizer": small.optimizer_state(trainer.model, trainer.optimizer),
+        "positions": dict(trainer.progress.positions),
+        "history": trainer.state.log_history,
+    }
+
+
+def main(folder, kind, workers, how, size=0):
+    callbacks = {"fast": [], "slow": [Slow()], "full": [FullDisk(int(size))]}
+    run(folder, kind, int(workers), *callbacks[how])
+
+
+# ---- Its comparison ----
+
+
+def history(end, resumed_at=None):
+    """Log entries without runtimes, and without what transformers itself starts anew at a resume.
+
+    Its `loss` is a mean since the last log line or the resume, whichever is later, and `train_loss` one since the
+    resume. So `loss` can be compared in all windows but the one with the resume in it.
+    """
+    kept = []
+    for entry in end["history"]:
+        drop = RUNTIME | {"train_loss"}
+        if resumed_at is not None and entry["step"] - LOG < resumed_at < entry["step"]:
+            drop = drop | {"loss"}
+        kept.append({name: value for name, value in entry.items() if name not in drop})
+    return kept
+
+
+def check_equal(whole, resumed, resumed_at):
+    for name in ("weights", "optimizer"):
+        assert whole[name].keys() == resumed[name].keys() and whole[name]
+        assert [key for key in whole[name] if not torch.equal(whole[name][key], resumed[name][key])] == []
+    assert whole["positions"] == resumed["positions"] == dict.fromkeys(whole["positions"], STEPS * 4)
+    ours, theirs = history(resumed, resumed_at), history(whole, resumed_at)
+    assert ours == theirs
+    assert sum("ipg/distance" in entry for entry in ours) == STEPS // LOG
+    assert sum("loss" in entry for entry in ours) >= STEPS // LOG - 1
+
+
+def start(folder, kind, workers, *how):
+    command = [sys.executable, __file__, str(folder), kind, str(workers), *map(str, how)]
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # a session of its own: its loader workers go with it
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
+def killed(folder, kind, workers, seed):
+    """Kills a run at a random moment after its second checkpoint; returns the step of the last whole one."""
+    process = start(folder, kind, workers, "slow")
+    deadline = time.monotonic() + 120
+    while not (folder / f"checkpoint-{2 * SAVE}" / "trainer_state.json").exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(process.communicate()[1])
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 0.5))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    return int(newest_checkpoint(folder).rpartition("-")[2])
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("raw", 0), ("raw", 2), ("own", 2)])
+def test_a_killed_run_resumes_to_the_bit(tmp_path, kind, workers):
+    folder = tmp_path / "killed"
+    at = killed(folder, kind, workers, seed=time.time_ns())
+    assert 2 * SAVE <= at < STEPS
+    check_equal(run(tmp_path / "whole", kind, workers), run(folder, kind, workers, resume=True), at)
+
+
+def test_an_inexact_resume_is_seen(tmp_path, monkeypatch):
+    """The control: pairs drawn from the start again."""
+    whole = run(tmp_path, "raw", 0)
+    checkpoint = tmp_path / f"checkpoint-{2 * SAVE}"
+    path = checkpoint / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["PairProgress"]["attributes"]["positions"] = {}
+    path.write_text(json.dumps(state))
+    resumed = run(tmp_path, "raw", 0, resume=str(checkpoint))
+    assert small.differences(whole["weights"], resumed["weights"]) > 1e-5
+
+
+def test_every_checkpoint_of_a_run_resumes_to_the_bit(tmp_path):
+    """At the start, in the middle and at the end of an epoch (4 steps) and of a log window (3 steps)."""
+    whole = run(tmp_path / "whole", "own", 0)
+    for step in range(SAVE, STEPS, SAVE):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        check_equal(whole, run(tmp_path / "resumed", "own", 0, resume=checkpoint), step)
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    check_equal(run(tmp_path / "0", "own", 0), run(tmp_path / "2", "own", 2), None)
+
+
+@pytest.mark.parametrize("fails", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_leaves_whole_checkpoints(tmp_path, fails):
+    whole = run(tmp_path / "whole", "own", 0)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole" / f"checkpoint-{SAVE}").iterdir()}
+    assert sizes["optimizer.pt"] > 1.5 * sizes["model.safetensors"]
+    folder = tmp_path / "full"
+    process = start(
+        folder, "own", 0, "full", sizes[fails] // 2 if fails == "model.safetensors" else sizes[fails] - 1000
+    )
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("OSError: could not save checkpoint-6, which was removed; those before it are whole.")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert {path.name for path in (folder / "checkpoint-4").iterdir()} == sizes.keys()
+    check_equal(whole, run(folder, "own", 0, resume=True), 2 * SAVE)
+
+
+# ---- Checkpoints ----
+
+
+def checkpoint(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"x")
+    if whole:
+        TrainerState().save_to_json(str(path / "trainer_state.json"))
+    return path
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
+    with pytest.raises(ValueError, match="No whole checkpoint"):
+        newest_checkpoint(tmp_path)
+    checkpoint(tmp_path, 2)
+    wanted = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 12, whole=False)
+    (checkpoint(tmp_path, 14) / "trainer_state.json").write_text('{"epoch": 0.')
+    (tmp_path / "checkpoint-mine").mkdir()
+    assert newest_checkpoint(tmp_path) == str(wanted)
+    passed_over = [record.getMessage() for record in caplog.records]
+    assert ["checkpoint-14" in passed_over[0], "checkpoint-12" in passed_over[1], len(passed_over)] == [True, True, 2]
+
+
+def test_a_failed_save_is_removed_and_named(tmp_path):
+    kept = checkpoint(tmp_path, 2)
+    path = checkpoint(tmp_path, 4)
+    with pytest.raises(OSError, match=r"could not save checkpoint-4.*No space left") as error, whole_or_removed(path):
+        assert not (path / "trainer_state.json").exists()  # an older checkpoint no longer counts as whole
+        raise RuntimeError("No space left")
+    assert isinstance(error.value.__cause__, RuntimeError)
+    assert kept.exists() and not path.exists()
+
+
+def test_a_failure_after_the_save_keeps_the_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint-4"
+    with pytest.raises(ConnectionError, match="the Hub"), whole_or_removed(path):
+        checkpoint(tmp_path, 4)
+        raise ConnectionError("the Hub")
+    assert path.exists()
+
+
+def test_other_processes_remove_nothing(tmp_path):
+    path = checkpoint(tmp_path, 4, whole=False)
+    with pytest.raises(OSError, match="could not save"), whole_or_removed(path, writes=False):
+        raise RuntimeError("a fault of this process")
+    assert path.exists()
+
+
+def test_a_checkpoint_of_transformers_own_trainer_goes_on_with_a_warning(tmp_path, caplog):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    rows = small.rows(24)
+    Trainer(small.vit(), small.config(tmp_path, **settings), train_dataset=rows).train()
+    trainer = IPGTrainer(
+        small.vit(), small.config(tmp_path, **settings), train_dataset=rows, pair_dataset=small.pairs(10)
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert any("no position in the pairs" in record.getMessage() for record in caplog.records)
+    assert trainer.progress.positions == {"": 8}
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["PairProgress"]["attributes"]["positions"] == {"": 8}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
