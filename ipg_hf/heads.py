@@ -72,9 +72,8 @@ class ClassifierHead:
         Raises:
             ValueError: the layer's output is not the logits, or `W z + b` is not its output.
         """
-        with inference(model), _captured({self.path: self.module}) as calls:
-            logits = _logits_of(model(**inputs))
-        problem = _why_not_head(self, calls, logits)
+        with inference(model):
+            problem = _problems(model, [self], inputs)[self.path]
         if problem:
             names = ", ".join(repr(name) for name, _ in _candidates(model)) or "none"
             raise ValueError(
@@ -121,7 +120,8 @@ def _head_at(model: nn.Module, path: str) -> ClassifierHead:
         near = difflib.get_close_matches(path, [name for name in modules if name], n=3, cutoff=0.3)
         raise ValueError(f"head={path!r} is no layer of {type(model).__name__}. Nearest names: {near}.")
     if not _is_linear(modules[path]):
-        inside = [f"{path}.{name}" for name, module in modules[path].named_modules() if name and _is_linear(module)]
+        start = f"{path}." if path else ""
+        inside = [name for name, module in modules.items() if name.startswith(start) and _is_linear(module)]
         hint = f" Did you mean {inside[-1]!r}?" if inside else ""
         raise ValueError(f"head={path!r} is a {type(modules[path]).__name__}, not a linear layer.{hint}")
     return ClassifierHead(module=modules[path], path=path)
@@ -129,17 +129,17 @@ def _head_at(model: nn.Module, path: str) -> ClassifierHead:
 
 def _head_among(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> ClassifierHead:
     names = ", ".join(repr(name) for name, _ in candidates)
-    error = f"{type(model).__name__} has several linear layers with {_num_labels(model)} outputs: {names}."
+    num_labels = _num_labels(model)
+    width = "" if num_labels is None else f" with {num_labels} outputs"
+    error = f"{type(model).__name__} has several linear layers{width}: {names}."
+    heads = [ClassifierHead(module=module, path=name) for name, module in candidates]
     try:
-        inputs = _noise_for(model)
-        with torch.no_grad(), inference(model), _captured(dict(candidates)) as calls:
-            logits = _logits_of(model(**inputs))
+        with torch.no_grad(), inference(model):
+            problems = _problems(model, heads, _noise_for(model))
     except Exception as failure:
         raise ValueError(
             f"{error} Trying them out on noise failed ({failure}). Pass the right one as head=."
         ) from failure
-    heads = [ClassifierHead(module=module, path=name) for name, module in candidates]
-    problems = {head.path: _why_not_head(head, [c for c in calls if c[0] == head.path], logits) for head in heads}
     right = [head for head in heads if problems[head.path] is None]
     if len(right) != 1:
         reasons = "; ".join(f"{path!r}: {problem or 'fits'}" for path, problem in problems.items())
@@ -169,6 +169,8 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _logits_of(outputs: Any) -> Tensor:
     if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            raise ValueError(f"the model's output has no logits, only {list(outputs)}: use an image classifier.")
         return outputs["logits"]
     return outputs if isinstance(outputs, Tensor) else outputs[0]
 
@@ -179,6 +181,33 @@ def _one_vector_per_image(z: Tensor, path: str) -> Tensor:
     return z.flatten(1)
 
 
+def _problems(model: nn.Module, heads: list[ClassifierHead], inputs: Mapping[str, Any]) -> dict[str, str | None]:
+    """For each layer the reason why one forward shows that it is not the head; None where it is."""
+    with _captured({head.path: head.module for head in heads}) as calls:
+        logits = _logits_of(model(**inputs))
+    problems = {head.path: _why_not_head(head, [c for c in calls if c[0] == head.path], logits) for head in heads}
+    for head in heads:
+        if problems[head.path] is None and not logits.any() and not _reaches_logits(head, model, inputs):
+            problems[head.path] = "its output is not the logits"
+    return problems
+
+
+def _reaches_logits(head: ClassifierHead, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether noise in place of the layer's output comes out as the logits: zeros agree with any other zeros."""
+    noise = []
+
+    def replaced(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        noise.append(torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output))
+        return noise[0]
+
+    handle = head.module.register_forward_hook(replaced)
+    try:
+        logits = _logits_of(model(**inputs))
+    finally:
+        handle.remove()
+    return torch.equal(noise[0].flatten(1), logits)
+
+
 def _why_not_head(head: ClassifierHead, calls: list[tuple[str, Tensor, Tensor]], logits: Tensor) -> str | None:
     """The reason why the calls of this layer show that it is not the head; None where it is."""
     if len(calls) != 1:
@@ -186,18 +215,17 @@ def _why_not_head(head: ClassifierHead, calls: list[tuple[str, Tensor, Tensor]],
     _, z, output = calls[0]
     if z.dim() < 2 or z.numel() != z.shape[0] * max(z.shape[1:]):
         return f"it is applied before pooling, to an input of shape {tuple(z.shape)}"
-    same_memory = output.data_ptr() == logits.data_ptr()
-    if not same_memory:
-        output = output.flatten(1)
-        if output.shape != logits.shape:
-            return f"its output has the shape {tuple(output.shape)}, the logits {tuple(logits.shape)}"
-        if not torch.equal(output, logits) or not output.any():
-            return f"its output is not the logits (largest difference {(output - logits).abs().max().item():.3g})"
+    output = output.flatten(1)
+    if output.shape != logits.shape:
+        return f"its output has the shape {tuple(output.shape)}, the logits {tuple(logits.shape)}"
+    # a layer whose output is changed in place afterwards shares its memory and fails the last check
+    if output.data_ptr() != logits.data_ptr() and not torch.equal(output, logits):
+        return f"its output is not the logits (largest difference {(output - logits).abs().max().item():.3g})"
     # autocast and half precision round the layer's own output; the check allows that rounding and nothing else
     tolerance = max(RELATIVE_TOLERANCE, 4 * torch.finfo(output.dtype).eps, 4 * torch.finfo(z.dtype).eps)
     rationale = head.weight.double() * z.flatten(1).double().unsqueeze(1)
     recomputed = rationale.sum(-1) + (0 if head.bias is None else head.bias.double())
-    error = (recomputed - output.flatten(1).double()).abs()
+    error = (recomputed - output.double()).abs()
     if not (error <= tolerance * rationale.abs().sum(-1) + tolerance).all():
         return f"W z + b differs from its output by up to {error.max().item():.3g}"
     return None
@@ -211,7 +239,10 @@ def _captured(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tens
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: calls.append((name, args[0], output)))
+        module.register_forward_hook(
+            lambda _, args, kwargs, output, name=name: calls.append((name, *args, *kwargs.values(), output)),
+            with_kwargs=True,
+        )
         for name, module in modules.items()
     ]
     try:
@@ -235,12 +266,16 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 def _noise_for(model: nn.Module) -> dict[str, Tensor]:
     """Two images of noise in the size that the model's config names, 224 pixels where it names none."""
-    config = model.config
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError("it has no config that names the size of its images")
     size = getattr(config, "image_size", None)
     channels = getattr(config, "num_channels", 3)
     timm_config = getattr(config, "pretrained_cfg", None)
     if size is None and timm_config:
         channels, *size = timm_config["input_size"]
+        made_with = getattr(config, "model_args", None) or {}
+        size, channels = made_with.get("img_size", size), made_with.get("in_chans", channels)
     if size is None:
         size = 224
     height, width = (size, size) if isinstance(size, int) else size

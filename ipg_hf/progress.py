@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .pairs.transforms import ImageRows
+
 logger = logging.get_logger(__name__)
 
 # Probabilities that differ by less than this over all images of a window's pair batches are one constant output.
@@ -79,6 +81,17 @@ class PairProgress(TrainerCallback, ExportableState):
             logs["ipg/skipped"] = float(self.skipped)
         self.sums, self.steps, self.skipped = {}, 0, 0
         return logs
+
+
+class RowEpochs(TrainerCallback):
+    """Tells raw training images their epoch, for new random draws: accelerate does so only where nothing is resumed or
+    shared between processes (its loader's `set_epoch` stops at a sampler that has one)."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """As `TrainerCallback.on_epoch_begin`."""
+        dataset = getattr(train_dataloader, "dataset", None)
+        if isinstance(dataset, ImageRows):
+            dataset.set_epoch(int(state.epoch or 0))
 
 
 def output_spread(logits: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from .heads import find_head, inference
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set
 from .pairs.loader import PairCollator, PairLoader
 from .pairs.transforms import as_model_inputs
-from .progress import PairProgress, output_spread
+from .progress import PairProgress, RowEpochs, output_spread
 
 logger = logging.get_logger(__name__)
 
@@ -103,8 +103,7 @@ class IPGTrainer(Trainer):
         head: str | None = None,
         **trainer_kwargs: Any,
     ):
-        # ---- 1. Arguments
-        args = IPGConfig(output_dir="tmp_trainer") if args is None else args
+        args = args or IPGConfig(output_dir="tmp_trainer")
         if not isinstance(args, IPGConfig):
             raise ValueError(f"args is a {type(args).__name__}: make it an IPGConfig, which takes the same arguments.")
         if model is not None and not isinstance(model, PreTrainedModel) and hasattr(model, "pretrained_cfg"):
@@ -114,22 +113,14 @@ class IPGTrainer(Trainer):
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
         self._pair_loaders: dict[str, PairLoader] = {}
 
-        # ---- 2. Trainer
+        # ---- Trainer
+        trainer_kwargs |= {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            **trainer_kwargs,
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
         )
+        self.add_callback(RowEpochs())
 
-        # ---- 3. Data and guidance
+        # ---- Data and guidance
         num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         check_labels(train_dataset, "train_dataset", num_labels)
         for name, dataset in _named(eval_dataset).items():
@@ -195,8 +186,7 @@ class IPGTrainer(Trainer):
             self._signature_columns.append(ATTRIBUTE)
 
     def _pair_seed(self, name: str) -> int:
-        seeds = (self.args.pair_seed, self.args.data_seed, self.args.seed)
-        seed = next(seed for seed in seeds if seed is not None)
+        seed = next(s for s in (self.args.pair_seed, self.args.data_seed, self.args.seed) if s is not None)
         # each set its own order, whatever the other sets are
         return seed if not name else seed + 1 + zlib.crc32(name.encode())
 
@@ -218,8 +208,8 @@ class IPGTrainer(Trainer):
         return loader
 
     def _settings(self, problem_type: ProblemType) -> dict[str, Any]:
-        args = self.args
-        return {"reduction": args.rationale_reduction, "norm": args.rationale_norm, "problem_type": problem_type}
+        names = {"reduction": self.args.rationale_reduction, "norm": self.args.rationale_norm}
+        return names | {"problem_type": problem_type}
 
     # ---- The step ----
 
@@ -386,6 +376,15 @@ class IPGTrainer(Trainer):
         if self.pair_datasets and "loss" in logs:
             logs = {**logs, **self.progress.pop(self.args.alpha, self.args.learning_rate)}
         super().log(logs, start_time)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(load_result)
+        lost = set(load_result.missing_keys) - set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        if lost:
+            raise ValueError(
+                f"the checkpoint lacks {len(lost)} of the model's weights, such as {min(lost)}. One saved by Trainer "
+                "may have other names (transformers issue 43701): load it by from_pretrained and train from there."
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models and data for the trainer's tests."""
 
+import inspect
+
 import timm
 import torch
 from torch.utils.data import Dataset
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from ipg_hf import IPGConfig, load_image_classifier
+from ipg_hf import IPGConfig, IPGTrainer, load_image_classifier
 
 SIZE = 16
 
@@ -105,3 +113,45 @@ def optimizer_state(model, optimizer):
         for entry, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
+
+
+def trainer(tmp_path, model=None, train=None, pair_dataset=None, kind=IPGTrainer, **kwargs):
+    names = set(inspect.signature(kind.__init__).parameters)
+    given = {name: kwargs.pop(name) for name in list(kwargs) if name in names - {"args"}}
+    if kind is IPGTrainer:
+        given["pair_dataset"] = pairs(10) if pair_dataset is None else pair_dataset
+    model = vit() if model is None else model
+    train = rows(24) if train is None else train
+    return kind(model=model, args=config(tmp_path, **kwargs), train_dataset=train, **given)
+
+
+def logged(run, key="loss"):
+    return [entry for entry in run.state.log_history if key in entry]
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def bit_equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Around(TrainerCallback):
+    """Parameters and optimizer state as the corrective update leaves them, and before and after each step."""
+
+    def __init__(self):
+        self.before, self.middle, self.after = [], [], []
+
+    @staticmethod
+    def look(model, optimizer):
+        return weights(model), optimizer_state(model, optimizer)
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.before.append(self.look(model, optimizer))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.middle.append(self.look(model, optimizer))
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.after.append(self.look(model, optimizer))

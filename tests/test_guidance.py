@@ -198,6 +198,19 @@ def test_spectral_value_of_hard_spectra(spectrum, shape):
     assert relative_error(weight, torch.ones(shape[1])) < 1e-6
 
 
+def test_rows_that_converge_early_keep_their_value_while_others_go_on():
+    # With orthonormal rows and columns in W, the singular values of W·diag(δ) are δ, and the largest of each row is 1.
+    weight = orthonormal(300, 300, 1).float()
+    spectra = [spectrum(300) for spectrum in SPECTRA.values()]
+    delta = torch.stack([torch.nn.functional.pad(values, (0, 300 - len(values))) for values in spectra]).float()
+    leaf = delta.clone().requires_grad_()
+    distance = rationale_distance(weight, leaf, torch.zeros_like(delta), reduction="pair")
+    assert distance.item() == pytest.approx(1, rel=1e-6)
+    # By homogeneity the gradient of each row gives back its value.
+    values = (torch.autograd.grad(distance, leaf)[0] * delta).sum(-1) * len(delta)
+    torch.testing.assert_close(values, torch.ones(len(delta)), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(2, 2048), (7, 3), (1000, 64), (150, 2048), (1000, 150)])
 def test_spectral_value_of_equal_entries(shape):
     # Rank 1, and the worst case for float32 sums: every rounding error has the same sign.

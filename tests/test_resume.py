@@ -20,7 +20,14 @@ import pytest
 import small
 import torch
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainerState, ViTImageProcessor
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    ViTImageProcessor,
+)
 
 from ipg_hf import IPGTrainer
 from ipg_hf.checkpoints import newest_checkpoint, whole_or_removed
@@ -268,18 +275,75 @@ def test_other_processes_remove_nothing(tmp_path):
     assert path.exists()
 
 
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
 def test_a_checkpoint_of_transformers_own_trainer_goes_on_with_a_warning(tmp_path, caplog):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     rows = small.rows(24)
-    Trainer(small.vit(), small.config(tmp_path, **settings), train_dataset=rows).train()
+    Trainer(small.resnet(), small.config(tmp_path, **SETTINGS), train_dataset=rows).train()
     trainer = IPGTrainer(
-        small.vit(), small.config(tmp_path, **settings), train_dataset=rows, pair_dataset=small.pairs(10)
+        small.resnet(), small.config(tmp_path, **SETTINGS), train_dataset=rows, pair_dataset=small.pairs(10)
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert any("no position in the pairs" in record.getMessage() for record in caplog.records)
     assert trainer.progress.positions == {"": 8}
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["PairProgress"]["attributes"]["positions"] == {"": 8}
+
+
+def test_weights_that_a_checkpoint_lacks_are_an_error(tmp_path):
+    """Transformers issue 43701: for ViT its own trainer writes names that it does not read back."""
+    Trainer(small.vit(), small.config(tmp_path, **SETTINGS), train_dataset=small.rows(24)).train()
+    trainer = IPGTrainer(
+        small.vit(), small.config(tmp_path, **SETTINGS), train_dataset=small.rows(24), pair_dataset=small.pairs(10)
+    )
+    with pytest.raises(ValueError, match=r"lacks 3\d of the model's weights.*from_pretrained"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_checkpoints_and_models_load_by_their_names(tmp_path):
+    """Checkpoints hold the model's own names, the final model those of the first release; both load whole."""
+    trainer = IPGTrainer(
+        small.vit(), small.config(tmp_path, **SETTINGS), train_dataset=small.rows(24), pair_dataset=small.pairs(10)
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    weights = trainer.model.state_dict()
+    for folder in ("checkpoint-4", "final"):
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / folder).state_dict()
+        assert small.differences(weights, loaded) == 0
+    saved = {name: set(load_file(tmp_path / name / "model.safetensors")) for name in ("checkpoint-4", "final")}
+    assert saved["checkpoint-4"] == set(weights) != saved["final"]
+
+
+def test_the_best_model_is_loaded_whole(tmp_path):
+    """It is that of its step, not a mixture with the last."""
+    seen = {}
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
+
+    trainer = IPGTrainer(
+        small.vit(),
+        small.config(
+            tmp_path,
+            **SETTINGS,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="step",
+            greater_is_better=False,
+        ),
+        train_dataset=small.rows(24),
+        eval_dataset=small.rows(8),
+        pair_dataset=small.pairs(10),
+        compute_metrics=lambda _: {"step": trainer.state.global_step},
+        callbacks=[Steps()],
+    )
+    trainer.train()
+    assert small.differences(seen[2], trainer.model.state_dict()) == 0
+    assert small.differences(seen[4], seen[2]) > 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import GradientState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -19,6 +19,11 @@ def parameters(function):
 
 
 def test_overridden_methods_have_the_arguments_that_the_overrides_have():
+    assert parameters(Trainer.__init__)[:8] == [
+        "self", "model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class", "model_init",
+    ]  # fmt: skip
+    assert parameters(Trainer._issue_warnings_after_load) == ["self", "load_result"]
+    assert "save_original_format" in parameters(PreTrainedModel.save_pretrained)
     assert parameters(Trainer._get_dataloader)[:6] == [
         "self", "dataset", "description", "batch_size", "sampler_fn", "is_training",
     ]  # fmt: skip
@@ -183,3 +188,34 @@ def test_upstream_takes_a_partial_checkpoint_for_the_newest(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
     assert get_last_checkpoint(tmp_path).endswith("checkpoint-4")
+
+
+def test_upstream_loses_vits_weights_at_a_resume(tmp_path):
+    """Transformers issue 43701: why `IPGTrainer` saves checkpoints under the model's own names."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.01}
+    first = build(tmp_path, **settings)
+    first.train()
+    again = build(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    weights, other = first.model.state_dict(), again.model.state_dict()
+    lost = {name for name in weights if not torch.equal(weights[name], other[name])}
+    assert any("vit.layers" in name for name in lost) and "classifier.weight" not in lost
+
+
+def test_a_resume_in_an_epoch_does_not_tell_the_rows_their_epoch(tmp_path):
+    """Why `IPGTrainer` has a callback for it. When this fails the callback can go."""
+
+    class Rows(small.Recorded):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    def run(resume=None):
+        args = small.config(tmp_path, max_steps=6, save_strategy="steps", save_steps=4)  # 3 steps an epoch
+        Trainer(small.resnet(), args, train_dataset=Rows(small.rows(24))).train(resume_from_checkpoint=resume)
+
+    epochs = []
+    run()
+    assert set(epochs) == {0, 1}
+    epochs = []
+    run(resume=str(tmp_path / "checkpoint-4"))
+    assert 1 not in epochs

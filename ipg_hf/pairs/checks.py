@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
+from torch import Tensor
 
-from .loader import PairCollator, check_sides, is_stream
+from .loader import PairCollator, check_rows_agree, check_sides, is_stream, seeded, source_of
 from .transforms import ImageRows
 
 CHUNK = 256
@@ -35,17 +38,19 @@ def check_pair_set(dataset: Any, name: str, collator: PairCollator, *, every_row
         return  # its rows are checked as they are drawn
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give it at least one pair.")
-    if isinstance(dataset, ImageRows):
-        raw = dataset.dataset.cast_column("image_a", datasets.Image(decode=False))
-        raw = raw.cast_column("image_b", datasets.Image(decode=False))
-        stop = len(raw) if every_row else 1
-        for row in range(stop):
-            _check_raw_row(raw[row], f"row {row} of {name}")
-        return
-    collator.names(dataset[0])
     stop = len(dataset) if every_row else 1
-    for number, row in enumerate(_rows(dataset, stop)):
-        _check_row(row, f"row {number} of {name}{_source(row)}", collator.names(row))
+    if isinstance(dataset, ImageRows):
+        _check_raw_rows(dataset, name, stop, collator)
+        return
+    with seeded(0):  # a random transform of the user's own draws from the global generators
+        first = dataset[0]
+        sides = {name: torch.as_tensor(first[f"{name}_a"]) for name in collator.names(first)}
+        for start in range(0, stop, CHUNK):
+            numbers = range(start, min(start + CHUNK, stop))
+            if isinstance(dataset, datasets.Dataset) and _are_clean(dataset, numbers, sides):
+                continue
+            for number, row in zip(numbers, _rows(dataset, numbers), strict=True):
+                _check_row(row, f"row {number} of {name}{source_of(row)}", collator.names(row), sides)
 
 
 def check_pair_labels(dataset: Any, name: str) -> None:
@@ -64,11 +69,11 @@ def check_pair_labels(dataset: Any, name: str) -> None:
 
 def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
     """Raises ValueError where an integer label of a `datasets.Dataset` is not in 0..num_labels-1 (-100 is ignored)."""
-    if not isinstance(dataset, datasets.Dataset) or num_labels is None:
-        return
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or num_labels is None:
+        return  # a transform of the user's own may make other labels of the stored ones
     for column in {"label", "labels", "label_ids"} & set(dataset.column_names):
         feature = dataset.features[column]
-        if not str(getattr(feature, "dtype", "")).startswith("int"):
+        if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
             continue
         labels = np.asarray(dataset.with_format("numpy").select_columns([column])[column][:])
         wrong = np.flatnonzero(((labels < 0) | (labels >= num_labels)) & (labels != -100))
@@ -79,24 +84,69 @@ def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
             )
 
 
-def _rows(dataset: Any, stop: int) -> Iterator[Mapping[str, Any]]:
-    for start in range(0, stop, CHUNK):
-        numbers = range(start, min(start + CHUNK, stop))
-        if hasattr(dataset, "__getitems__"):
-            yield from dataset.__getitems__(list(numbers))
-        else:
-            yield from (dataset[number] for number in numbers)
+def _rows(dataset: Any, numbers: Sequence[int]) -> Iterable[Mapping[str, Any]]:
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(numbers))
+    return (dataset[number] for number in numbers)
 
 
-def _check_row(row: Mapping[str, Any], where: str, names: Collection[str]) -> None:
+def _are_clean(dataset: datasets.Dataset, numbers: range, sides: Mapping[str, Tensor]) -> bool:
+    """Whether rows of stored numbers are without fault; where they may not be, a look at each row says what it is.
+
+    Rows of nested lists take milliseconds each to become tensors, their Arrow memory microseconds to look through.
+    """
+    columns = [f"{name}_{side}" for name in sides for side in "ab"]
+    if dataset.format["type"] == "custom" or not {*columns} <= {*dataset.column_names}:
+        return False
+    table = dataset.with_format("arrow").select_columns(columns)[numbers.start : numbers.stop]
+    for name, first in sides.items():
+        a, b = (_shape_if_finite(table[f"{name}_{side}"].combine_chunks()) for side in "ab")
+        if a is None or a != b or a[:-1] != list(first.shape):
+            return False
+    return True
+
+
+def _shape_if_finite(array: pa.Array) -> list | None:
+    """Lengths of the nested lists and the type in them; None where lengths or nulls differ or a value is not finite."""
+    shape: list[Any] = []
+    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        lengths = pc.min_max(pc.list_value_length(array)).as_py()
+        if array.null_count or lengths["min"] != lengths["max"]:
+            return None
+        shape.append(lengths["max"])
+        array = array.flatten()
+    is_number = pa.types.is_floating(array.type) or pa.types.is_integer(array.type)
+    if not is_number or array.null_count or not pc.all(pc.is_finite(array)).as_py():
+        return None
+    return [*shape, array.type]
+
+
+def _check_row(row: Mapping[str, Any], where: str, names: Collection[str], sides: Mapping[str, Tensor]) -> None:
     if "label_a" in row and "label_b" in row and not np.array_equal(row["label_a"], row["label_b"]):
         raise ValueError(f"the labels of {where} differ: label_a={row['label_a']}, label_b={row['label_b']}.")
     for name in names:
         a, b = torch.as_tensor(row[f"{name}_a"]), torch.as_tensor(row[f"{name}_b"])
         check_sides(name, a, b, where)
+        check_rows_agree(name, sides[name], a, where)
         for side, values in (("a", a), ("b", b)):
             if not torch.isfinite(values).all():
                 raise ValueError(f"{name}_{side} of {where} has NaN or infinite values. Remove or mend that row.")
+
+
+def _check_raw_rows(dataset: ImageRows, name: str, stop: int, collator: PairCollator) -> None:
+    if set(dataset.columns) != {"image_a", "image_b"}:
+        collator.names(dataset[0])
+    raw = dataset.dataset
+    for column in dataset.columns:
+        if not isinstance(raw.features[column], datasets.Image):
+            raise ValueError(
+                f"the column {column} of {name} is a {type(raw.features[column]).__name__}, not an Image: cast it, "
+                f"dataset.cast_column({column!r}, datasets.Image()), or make model inputs of it yourself."
+            )
+        raw = raw.cast_column(column, datasets.Image(decode=False))
+    for row in range(stop):
+        _check_raw_row(raw[row], f"row {row} of {name}")
 
 
 def _check_raw_row(row: Mapping[str, Any], where: str) -> None:
@@ -114,7 +164,3 @@ def _check_raw_row(row: Mapping[str, Any], where: str) -> None:
             f"the sides of a pair must have one size and mode, but image_a is {sides[0][1]} of {sides[0][0]} pixels and "
             f"image_b {sides[1][1]} of {sides[1][0]} in {where}."
         )
-
-
-def _source(row: Mapping[str, Any]) -> str:
-    return f" (source_id {row['source_id']})" if "source_id" in row else ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,16 +36,23 @@ class PairCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = {}
         for name in self.names(rows[0]):
+            missing = [number for number, row in enumerate(rows) if not {f"{name}_a", f"{name}_b"} <= row.keys()]
+            if missing:
+                raise ValueError(
+                    f"the pair set has no {name}_a or no {name}_b in row {missing[0]} of the batch"
+                    f"{source_of(rows[missing[0]])}, other than in row 0."
+                )
             sides = [[torch.as_tensor(row[f"{name}_{side}"]) for row in rows] for side in "ab"]
             for number, (a, b) in enumerate(zip(*sides, strict=True)):
-                check_sides(name, a, b, f"row {number} of the batch{_source(rows[number])}")
+                check_sides(name, a, b, f"row {number} of the batch{source_of(rows[number])}")
+                check_rows_agree(name, sides[0][0], a, f"row {number} of the batch{source_of(rows[number])}")
             batch[name] = torch.stack(sides[0] + sides[1])
             finite = torch.isfinite(batch[name]).flatten(1).all(1)
             if not finite.all():
                 number = int(finite.int().argmin()) % len(rows)
                 raise ValueError(
                     f"the pair set has NaN or infinite values in {name!r}, row {number} of the batch"
-                    f"{_source(rows[number])}. Remove or mend that row."
+                    f"{source_of(rows[number])}. Remove or mend that row."
                 )
         return batch
 
@@ -69,7 +77,17 @@ def check_sides(name: str, a: Tensor, b: Tensor, where: str) -> None:
         )
 
 
-def _source(row: Mapping[str, Any]) -> str:
+def check_rows_agree(name: str, first: Tensor, a: Tensor, where: str) -> None:
+    """Raises ValueError where a row differs from row 0 in shape or dtype: they could not be one batch."""
+    if first.shape != a.shape or first.dtype != a.dtype:
+        raise ValueError(
+            f"all rows of pairs must have one shape and dtype, but {name}_a is {first.dtype} {tuple(first.shape)} in "
+            f"row 0 and {a.dtype} {tuple(a.shape)} in {where}. Resize and crop all images to one size."
+        )
+
+
+def source_of(row: Mapping[str, Any]) -> str:
+    """The row's `source_id`, where it has one, for messages."""
     return f" (source_id {row['source_id']})" if "source_id" in row else ""
 
 
@@ -117,7 +135,7 @@ class _MapPairs(Dataset):
         if isinstance(self.dataset, ImageRows):
             return self.dataset.__getitems__(keys)
         rows = [row for _, row in keys]
-        with _seeded(self.seed, keys[0][0]):
+        with seeded(self.seed, keys[0][0]):
             if hasattr(self.dataset, "__getitems__"):
                 return self.dataset.__getitems__(rows)
             return [self.dataset[row] for row in rows]
@@ -132,26 +150,34 @@ class _StreamPairs(IterableDataset):
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         worker = torch.utils.data.get_worker_info()
+        # a data set's epoch lies in memory that worker processes share, and they reach its end at different times
+        dataset = copy.deepcopy(self.dataset) if isinstance(self.dataset, datasets.IterableDataset) else self.dataset
         drawn = epoch = 0
         while True:
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(epoch)
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
             before = drawn
-            rows = iter(self.dataset)
+            rows = iter(dataset)
             while True:
-                with _seeded(self.seed, worker.id if worker else 0, drawn):
+                with seeded(self.seed, worker.id if worker else 0, drawn):
                     row = next(rows, None)
                 if row is None:
                     break
                 yield row
                 drawn += 1
             if drawn == before:
+                if drawn:
+                    raise ValueError(
+                        f"the stream of pairs ended after {drawn} rows and gave none when it was read again: each iter() "
+                        "of it must start anew."
+                    )
                 raise ValueError("the pair set is empty: its stream ended without a single row.")
             epoch += 1
 
 
 @contextmanager
-def _seeded(*key: int) -> Iterator[None]:
+def seeded(*key: int) -> Iterator[None]:
+    """The global generators set from the key for the block, and put back after it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(words[0]))

@@ -94,7 +94,14 @@ class ImageRows(torch.utils.data.Dataset):
         return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
     def transform_batch(self, batch: dict[str, list], numbers: list[int]) -> dict[str, Any]:
-        """The inputs of a batch of raw rows, for `datasets.IterableDataset.map`; `numbers` are the rows' places."""
+        """The inputs of a batch of raw rows, for `datasets.IterableDataset.map`; `numbers` are the rows' places.
+
+        ValueError: the images of a row differ in size (a stream has no check before training).
+        """
+        for number, images in zip(numbers, zip(*(batch[name] for name in self.columns), strict=True), strict=True):
+            sizes = [image.size for image in images]
+            if len({*sizes}) > 1:
+                raise ValueError(f"the sides of a pair must have one size, but they have {sizes} in row {number}.")
         return self._transformed(batch, [self._draw(number) for number in numbers])
 
     def _draw(self, place: int | tuple[int, int]) -> np.ndarray | None:
@@ -140,7 +147,7 @@ def as_model_inputs(
     """A `datasets` set with raw images (`image`, or `image_a` and `image_b`) as model inputs; any other set as it is.
 
     A set with columns of inputs, or with a format or transform of the user's own, is left alone. A stream is mapped
-    lazily, its draws being a function of the row alone.
+    lazily, its format dropped, its draws being a function of the row alone.
     """
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return dataset
@@ -155,7 +162,7 @@ def as_model_inputs(
         return ImageRows(dataset, processor, found, keep=keep, **settings)
     empty = datasets.Dataset.from_dict({name: [] for name in (*found, *keep) if name in names})
     rows = ImageRows(empty, processor, found, keep=keep, **settings)
-    return dataset.map(rows.transform_batch, batched=True, with_indices=True, remove_columns=names)
+    return dataset.with_format(None).map(rows.transform_batch, batched=True, with_indices=True, remove_columns=names)
 
 
 def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
@@ -165,8 +172,14 @@ def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
         float tensor, shape (N, channels, height, width).
 
     Raises:
-        ValueError: the processor gives images of different sizes.
+        ValueError: something is no image, or the processor gives images of different sizes.
     """
+    other = next((image for image in images if not isinstance(image, Image.Image)), None)
+    if other is not None or not images:
+        raise ValueError(
+            f"an image column holds a {type(other).__name__}, not an image: cast it, "
+            "dataset.cast_column(name, datasets.Image()), or make model inputs of it yourself."
+        )
     images = [image if image.mode in ("RGB", "F") else image.convert("RGB") for image in images]
     inputs = processor(list(images), return_tensors="pt")["pixel_values"]
     if not isinstance(inputs, Tensor):
@@ -177,7 +190,8 @@ def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
 
 
 def crop_box(size: tuple[int, int], scale: float, draw: Sequence[float]) -> tuple[int, int, int, int]:
-    """A random crop: an area share in [scale, 1] and an aspect ratio in [3/4, 4/3] of the image's own.
+    """A random crop: an area share in [scale, 1] and an aspect ratio in [3/4, 4/3] of the image's own, nearer to 1 for
+    large shares, since they would not fit; to whole pixels.
 
     Args:
         size: (width, height) in pixels.
@@ -188,9 +202,10 @@ def crop_box(size: tuple[int, int], scale: float, draw: Sequence[float]) -> tupl
         (left, top, right, bottom) in pixels, inside the image and not empty.
     """
     area = scale + (1 - scale) * draw[0]
-    stretch = math.exp((2 * draw[1] - 1) * math.log(4 / 3) / 2)
-    # at most 1: a crop never leaves the image, and a full-area draw is the whole image in any ratio
-    width = max(1, round(size[0] * min(1.0, math.sqrt(area) * stretch)))
-    height = max(1, round(size[1] * min(1.0, math.sqrt(area) / stretch)))
+    # a crop of the share `area` fits into the image only in ratios between area and 1 / area
+    limit = min(math.log(4 / 3), -math.log(area)) / 2
+    stretch = math.exp((2 * draw[1] - 1) * limit)
+    width = max(1, min(size[0], round(size[0] * math.sqrt(area) * stretch)))
+    height = max(1, min(size[1], round(size[1] * math.sqrt(area) / stretch)))
     left, top = int(draw[2] * (size[0] - width + 1)), int(draw[3] * (size[1] - height + 1))
     return left, top, left + width, top + height

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the measured tables of `recipes/README.md` from the run records.
+
+Launch: python recipes/table.py          prints them
+        python recipes/table.py --write  puts them between the markers of recipes/README.md
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+HEADER = "| recipe | seeds | test accuracy | worst group, mean ± sd | lowest | flip rate | seconds a run |\n|---|---|---|---|---|---|---|"
+
+
+def records(dataset: str) -> dict[str, list[dict]]:
+    """Recipe -> its run records, in the order of the names."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted((FOLDER / dataset / "results").glob("*-seed*.json")):
+        found.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(json.loads(path.read_text()))
+    return found
+
+
+def row(name: str, runs: list[dict]) -> str:
+    """One line of the table; sd is the sample standard deviation over seeds."""
+
+    def column(key: str) -> str:
+        values = [run["metrics"]["test"][key] for run in runs]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{spread}"
+
+    lowest = min(run["metrics"]["test"]["worst_group_accuracy"] for run in runs)
+    seconds = statistics.median(run["seconds"] for run in runs)
+    cells = [f"`{name}`", str(len(runs)), column("accuracy"), column("worst_group_accuracy"), f"{lowest:.3f}"]
+    return "| " + " | ".join([*cells, column("flip_rate"), f"{seconds:.0f}"]) + " |"
+
+
+def table(dataset: str) -> str:
+    """The table of a dataset, one row a recipe that has records."""
+    return "\n".join([HEADER, *(row(name, runs) for name, runs in records(dataset).items())])
+
+
+def rendered(page: str) -> str:
+    """The page with each table put anew between `<!-- table: NAME -->` and `<!-- end -->`."""
+    parts = page.split("<!-- table: ")
+    for number, part in enumerate(parts[1:], 1):
+        dataset = part.split(" -->", 1)[0]
+        rest = part.split("<!-- end -->", 1)[1]
+        parts[number] = f"{dataset} -->\n{table(dataset)}\n<!-- end -->{rest}"
+    return "<!-- table: ".join(parts)
+
+
+if __name__ == "__main__":
+    readme = FOLDER / "README.md"
+    if "--write" in sys.argv:
+        readme.write_text(rendered(readme.read_text()))
+    else:
+        for folder in sorted(FOLDER.glob("*/results")):
+            print(f"## {folder.parent.name}\n\n{table(folder.parent.name)}\n")
