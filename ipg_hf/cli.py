@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from . import report
+from .checkpoints import newest_checkpoint
 from .config import IPGConfig
 from .data import Benchmark
 from .metrics import GroupMetrics
@@ -151,15 +152,13 @@ def _prepare_output(recipe: Recipe, args: IPGConfig) -> str | None:
 
     Raises:
         RecipeError: it holds another run, and neither a resume nor overwriting is asked for.
+        ValueError: there is nothing to go on from.
     """
     folder = Path(args.output_dir)
     if args.resume_from_checkpoint:
         if args.resume_from_checkpoint.lower() not in ("last", "true"):
             return args.resume_from_checkpoint
-        whole = _whole_checkpoints(folder)
-        if not whole:
-            raise RecipeError(f"--resume_from_checkpoint: {folder} holds no whole checkpoint.")
-        return str(whole[-1])
+        return newest_checkpoint(folder)
     held = [path for path in _run_files(folder) if path.exists()]
     if held and not recipe.overwrite_output_dir:
         raise RecipeError(
@@ -175,12 +174,6 @@ def _prepare_output(recipe: Recipe, args: IPGConfig) -> str | None:
 def _run_files(folder: Path) -> list[Path]:
     names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", "erm"]
     return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
-
-
-def _whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in the order of their steps; the trainer's state is written last, so it tells a whole one."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
-    return sorted((path.parent for path in found), key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:

@@ -73,4 +73,3 @@ def _plain(known: Any) -> dict[str, Any]:
     values = known if isinstance(known, dict) else known.to_dict()
     drop = {"num_classes", "label_names", "label_descriptions", "state_dict", "custom_load", "notes"}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if name not in drop}
-

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-HEADER = "| recipe | seeds | test accuracy | worst group, mean ± sd | lowest | flip rate | seconds a run |\n|---|---|---|---|---|---|---|"
+TITLES = ("recipe", "seeds", "test accuracy", "worst group, mean ± sd", "lowest", "flip rate", "seconds a run")
+HEADER = f"| {' | '.join(TITLES)} |\n{'|---' * len(TITLES)}|"
 
 
 def records(dataset: str) -> dict[str, list[dict]]:

@@ -97,7 +97,9 @@ def test_evaluate_gives_the_test_metrics_of_the_record_again(trained, capsys):
 
 
 def test_the_twin_differs_by_the_pairs_alone(trained):
-    weights = [AutoModelForImageClassification.from_pretrained(trained / name).state_dict() for name in ("out", "out/erm")]
+    weights = [
+        AutoModelForImageClassification.from_pretrained(trained / name).state_dict() for name in ("out", "out/erm")
+    ]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     records = [json.loads((trained / name / "run.json").read_text()) for name in ("out", "out/erm")]
     assert records[0]["config"] | {"method": "erm"} == records[1]["config"]
@@ -132,7 +134,7 @@ def test_overwriting_on_demand_and_resuming(tmp_path):
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))
     assert main(["train", "--config", config, "--resume_from_checkpoint", "last"]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "No whole checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,9 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path, capsys, changes
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("text", "expected"), [(None, "no such file"), ("- a\n- b\n", "mapping"), ("a: [", "not YAML")])
+@pytest.mark.parametrize(
+    ("text", "expected"), [(None, "no such file"), ("- a\n- b\n", "mapping"), ("a: [", "not YAML")]
+)
 def test_files_that_are_no_recipe(tmp_path, text, expected):
     path = tmp_path / "recipe.yaml"
     if text is not None:
@@ -182,9 +186,7 @@ def test_flags_win_over_the_file_and_what_is_given_is_recorded(tmp_path):
 
 
 def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
-    model = AutoModelForImageClassification.from_pretrained(
-        trained / "out", num_labels=3, ignore_mismatched_sizes=True
-    )
+    model = AutoModelForImageClassification.from_pretrained(trained / "out", num_labels=3, ignore_mismatched_sizes=True)
     model.save_pretrained(tmp_path / "three")
     assert main(["evaluate", str(tmp_path / "three"), "--config", str(trained / "recipe.yaml")]) == 2
     assert "3 labels" in capsys.readouterr().err
@@ -194,7 +196,9 @@ def test_interrupt_leaves_checkpoints_to_go_on_from(tmp_path):
     out = tmp_path / "out"
     config = write(tmp_path / "recipe.yaml", output_dir=str(out), max_steps=100000)
     command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", config]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
     deadline = time.monotonic() + 120
     while not (out / "checkpoint-3" / "trainer_state.json").exists():
         assert time.monotonic() < deadline and process.poll() is None

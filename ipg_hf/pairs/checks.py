@@ -80,7 +80,7 @@ def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
         if len(wrong):
             raise ValueError(
                 f"{name} has the {column} {labels[wrong[0]]} in row {wrong[0]}, out of range for a model of "
-                f"{num_labels} labels (0 to {num_labels - 1}). Make the model with a larger num_labels or mend the data."
+                f"{num_labels} labels (0 to {num_labels - 1}). Give the model more num_labels or mend the data."
             )
 
 
@@ -161,6 +161,6 @@ def _check_raw_row(row: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{column} of {where} cannot be read as an image: {failure}") from failure
     if sides[0] != sides[1]:
         raise ValueError(
-            f"the sides of a pair must have one size and mode, but image_a is {sides[0][1]} of {sides[0][0]} pixels and "
-            f"image_b {sides[1][1]} of {sides[1][0]} in {where}."
+            f"the sides of a pair must have one size and mode, but image_a is {sides[0][1]} of {sides[0][0]} pixels "
+            f"and image_b {sides[1][1]} of {sides[1][0]} in {where}."
         )

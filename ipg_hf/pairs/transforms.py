@@ -110,7 +110,9 @@ class ImageRows(torch.utils.data.Dataset):
         return np.random.default_rng((self.seed, *np.atleast_1d(place))).random(5)
 
     def _transformed(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Any]:
-        images = {name: [self._augmented(*pair) for pair in zip(batch[name], draws, strict=True)] for name in self.columns}
+        images = {
+            name: [self._augmented(*pair) for pair in zip(batch[name], draws, strict=True)] for name in self.columns
+        }
         # one call for all columns: processors have a fixed cost per call
         inputs = process_images(self.processor, [image for name in self.columns for image in images[name]])
         inputs = inputs.view(len(self.columns), len(draws), *inputs.shape[1:])
@@ -172,21 +174,25 @@ def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
         float tensor, shape (N, channels, height, width).
 
     Raises:
-        ValueError: something is no image, or the processor gives images of different sizes.
+        ValueError: something is no image, or one of more than 8 bits a channel, or the processor gives images of
+            different sizes.
     """
-    other = next((image for image in images if not isinstance(image, Image.Image)), None)
-    if other is not None or not images:
-        raise ValueError(
-            f"an image column holds a {type(other).__name__}, not an image: cast it, "
-            "dataset.cast_column(name, datasets.Image()), or make model inputs of it yourself."
-        )
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"an image column holds a {type(image).__name__}, not an image: cast it, "
+                "dataset.cast_column(name, datasets.Image()), or make model inputs of it yourself."
+            )
+        if image.mode.startswith("I"):
+            raise ValueError(f"an image has the mode {image.mode!r}, all white in 8 bits: scale it to 0..255.")
     images = [image if image.mode in ("RGB", "F") else image.convert("RGB") for image in images]
-    inputs = processor(list(images), return_tensors="pt")["pixel_values"]
-    if not isinstance(inputs, Tensor):
+    try:
+        return processor(images, return_tensors="pt")["pixel_values"]
+    except ValueError as failure:
         raise ValueError(
-            f"{type(processor).__name__} made inputs of different sizes; set its size and crop so that all agree."
-        )
-    return inputs
+            f"{type(processor).__name__} made no batch of the images ({failure}). Where their sizes differ, set its "
+            "size and crop so that all agree."
+        ) from failure
 
 
 def crop_box(size: tuple[int, int], scale: float, draw: Sequence[float]) -> tuple[int, int, int, int]:

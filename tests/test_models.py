@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load_image_classifier`: timm modules and saved models as ordinary transformers checkpoints."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import resnet, vit
+from test_heads import LABELS, TIMM, images, timm_module
+from torch import nn
+from transformers import AutoModelForImageClassification, pipeline
+
+from ipg_hf import find_head, load_image_classifier
+
+
+@pytest.mark.parametrize(("name", "kwargs", "path"), TIMM, ids=[row[0] for row in TIMM])
+def test_a_wrapped_timm_module_is_an_ordinary_checkpoint(name, kwargs, path, tmp_path):
+    module = timm_module(name, **kwargs).eval()
+    with torch.no_grad():
+        for values in module.buffers():  # running statistics of a trained network
+            values.add_(0.1 if values.is_floating_point() else 1)
+    names = {0: "zero", 1: "one", **{i: f"n{i}" for i in range(2, LABELS)}}
+    model = load_image_classifier(module, model_args=kwargs, id2label=names).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    ours = load_image_classifier(tmp_path).eval()
+    inputs = images(model, None if name == "resnetv2_18" else 32)
+    with torch.no_grad():
+        expected = module(inputs["pixel_values"])
+        assert expected.std() > 0
+        # copied, since loaded weights lie in unaligned memory, for which kernels round in another order
+        assert all(torch.equal(copy.deepcopy(m)(**inputs).logits, expected) for m in (model, again, ours))
+    assert again.config.id2label[1] == "one" and again.config.num_labels == LABELS
+
+
+def test_pipeline_of_a_wrapped_timm_module(tmp_path):
+    model = load_image_classifier(timm_module("test_resnet", num_classes=3)).eval()
+    model.save_pretrained(tmp_path)
+    classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    scores = {row["label"]: row["score"] for row in classify(image, top_k=3)}
+    with torch.no_grad():
+        expected = model(**classify.image_processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    assert scores == {f"LABEL_{i}": pytest.approx(p, abs=1e-6) for i, p in enumerate(expected.tolist())}
+    assert expected.max() > 0.34
+
+
+def test_num_labels_replaces_a_timm_head():
+    module = timm_module("test_resnet", num_classes=5)
+    kept = module.conv1[0].weight.clone()
+    model = load_image_classifier(module, num_labels=3)
+    assert find_head(model).weight.shape[0] == model.config.num_labels == 3
+    assert torch.equal(model.timm_model.conv1[0].weight, kept)
+    head = module.fc
+    same = load_image_classifier(module, num_labels=3)
+    assert same.timm_model.fc is head  # the right width already: the trained head is kept
+
+
+@pytest.mark.parametrize("build", ["vit", "resnet", "timm"])
+def test_another_num_labels_gets_a_fresh_initialised_head(build, tmp_path):
+    torch.manual_seed(0)
+    models = {"vit": vit, "resnet": resnet, "timm": lambda n: load_image_classifier(timm_module("test_resnet", n))}
+    saved = models[build](5)
+    with torch.no_grad():
+        find_head(saved).module.weight.fill_(7.0)
+    saved.save_pretrained(tmp_path)
+    # memory that holds rubbish, which an uninitialised head would show
+    rubbish = [torch.full((40, size), float("nan")) for size in (16, 32, 64, 256) for _ in range(50)]
+    del rubbish
+    stds = []
+    for _ in range(3):
+        model = load_image_classifier(tmp_path, num_labels=40)
+        head = find_head(model)
+        assert head.weight.shape[0] == model.config.num_labels == 40
+        assert torch.isfinite(head.weight).all() and torch.isfinite(head.bias).all()
+        assert head.bias.abs().max() < 1 and head.weight.mean().abs() < 0.02
+        stds.append(head.weight.std().item())
+    assert min(stds) > 0.005 and max(stds) < 0.5 and max(stds) < 1.3 * min(stds)
+    body = [n for n, _ in saved.named_parameters() if not n.startswith(find_head(saved).path)]
+    assert all(torch.equal(model.get_parameter(name), saved.get_parameter(name)) for name in body)
+    assert find_head(load_image_classifier(tmp_path, num_labels=5)).weight.eq(7).all()
+    assert find_head(load_image_classifier(tmp_path)).weight.eq(7).all()
+
+
+def test_arguments_that_timm_does_not_remember():
+    module = timm_module("test_vit", img_size=32)
+    with pytest.raises(ValueError, match=r"'test_vit'.*pos_embed.*model_args=\{'img_size': 32\}"):
+        load_image_classifier(module)
+    model = load_image_classifier(module, model_args={"img_size": 32})
+    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, LABELS)
+
+
+def test_what_is_no_classifier(tmp_path):
+    with pytest.raises(ValueError, match=r"Linear is not a timm image classifier: pass one made by timm\.create_model"):
+        load_image_classifier(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="ViTForImageClassification is a transformers model already"):
+        load_image_classifier(vit())
+    with pytest.raises(OSError):
+        load_image_classifier(tmp_path / "nothing")

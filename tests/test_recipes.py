@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every shipped recipe is read, every published figure has its record."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ipg_hf.recipe import parse_recipe
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+RECORDS = sorted(RECIPES.glob("*/results/*.json"))
+
+
+def load_table():
+    spec = importlib.util.spec_from_file_location("table", RECIPES / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipes_are_all_found():
+    assert len(TRAINING) == 15
+    assert {path.parent.name for path in TRAINING} == {"digits", "colored_mnist"}
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_is_valid_and_says_how_it_is_launched(path):
+    recipe, args, given = parse_recipe(str(path))
+    assert recipe.dataset == path.parent.name
+    assert recipe.method == ("erm" if path.stem.startswith("erm") else "ipg")
+    assert args.metric_for_best_model == "worst_group_accuracy" and args.load_best_model_at_end
+    assert given["output_dir"] == f"outputs/{path.parent.name}-{path.stem}".replace("_", "-")
+    head = path.read_text().splitlines()
+    assert head[0].startswith(f"# ipg train --config recipes/{path.parent.name}/{path.name}")
+    assert any("xpected" in line for line in head[1:4])
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_builds_its_model(path):
+    recipe, _, _ = parse_recipe(str(path), ["--dataset", "digits"])
+    data = recipe.load_data(0)
+    assert recipe.build_model(data.train).config.id2label == {0: "small", 1: "large"}
+    assert recipe.build_processor().size == {"height": 16, "width": 16} or recipe.model_type != "resnet"
+
+
+@pytest.mark.parametrize(
+    ("ablation", "of", "change"),
+    [
+        ("colored_mnist/ablation_no_scaling_mlp", "ipg_mlp", {"invariance_threshold": float("inf")}),
+        ("colored_mnist/ablation_separate_states_mlp", "ipg_mlp", {"shared_optimizer_state": False}),
+        ("colored_mnist/ablation_unoriented_mean_mlp", "ipg_mean_mlp", {"oriented_pairs": False}),
+        ("digits/ablation_free_norm_resnet", "ipg_resnet", {"freeze_norm": False}),
+        ("digits/ablation_alpha_3_resnet", "ipg_resnet", {"alpha": 3.0}),
+        ("digits/ipg_mean_resnet", "ipg_resnet", {"rationale_reduction": "mean"}),
+    ],
+)
+def test_an_ablation_changes_one_thing(ablation, of, change):
+    path = RECIPES / f"{ablation}.yaml"
+    changed, whole = (yaml.safe_load(p.read_text()) for p in (path, path.with_name(f"{of}.yaml")))
+    del changed["output_dir"], whole["output_dir"]
+    assert changed == whole | change and changed != whole
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_belongs_to_its_recipe(path):
+    record = json.loads(path.read_text())
+    name, seed = path.stem.rsplit("-seed", 1)
+    assert record["seed"] == int(seed)
+    assert record["commit"] and not record["commit"].endswith("-dirty")
+    assert {"config", "metrics", "seconds", "versions", "hardware"} <= set(record)
+    _, _, given = parse_recipe(str(path.parent.parent / f"{name}.yaml"))
+    own = {"seed", "output_dir", "overwrite_output_dir"}
+    assert {k: v for k, v in record["config"].items() if k not in own} == {
+        k: v for k, v in given.items() if k not in own
+    }
+    assert not any(text.startswith("/") for text in record["config"].values() if isinstance(text, str))
+
+
+def test_the_tables_are_those_of_the_records():
+    page = (RECIPES / "README.md").read_text()
+    assert load_table().rendered(page) == page
+    for dataset in ("digits", "colored_mnist"):
+        assert f"<!-- table: {dataset} -->" in page
+
+
+def test_a_row_by_hand():
+    runs = [
+        {"metrics": {"test": {"accuracy": a, "worst_group_accuracy": a / 2, "flip_rate": 0.5}}, "seconds": 10}
+        for a in (0.8, 0.6)
+    ]
+    # mean .7, sd = sqrt((.1² + .1²) / 1) = .141; halves for the worst group
+    assert load_table().row("x", runs) == "| `x` | 2 | 0.700 ± 0.141 | 0.350 ± 0.071 | 0.300 | 0.500 ± 0.000 | 10 |"
