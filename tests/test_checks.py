@@ -306,3 +306,10 @@ def test_labels_that_are_not_class_numbers():
 
 def test_clean_pairs_of_the_other_tests_pass():
     check(pairs(5))
+
+
+def test_whole_numbers_to_regress_on_are_no_classes():
+    dataset = datasets.Dataset.from_dict({"label": [0, 7, -3]})
+    check_labels(dataset, "train_dataset", 1)
+    with pytest.raises(ValueError, match="out of range"):
+        check_labels(dataset, "train_dataset", 2)

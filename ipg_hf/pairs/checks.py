@@ -69,8 +69,8 @@ def check_pair_labels(dataset: Any, name: str) -> None:
 
 def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
     """Raises ValueError where an integer label of a `datasets.Dataset` is not in 0..num_labels-1 (-100 is ignored)."""
-    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or num_labels is None:
-        return  # a transform of the user's own may make other labels of the stored ones
+    if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or num_labels in (None, 1):
+        return  # a transform of the user's own may make other labels of the stored ones; one output is a regression
     for column in {"label", "labels", "label_ids"} & set(dataset.column_names):
         feature = dataset.features[column]
         if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
