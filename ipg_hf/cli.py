@@ -24,7 +24,7 @@ from .data import Benchmark
 from .metrics import GroupMetrics
 from .models import load_image_classifier
 from .pairs import ImageRows
-from .recipe import Recipe, RecipeError, parse_recipe
+from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .trainer import IPGTrainer
 
 logger = logging.get_logger(__name__)
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("train", "train by a recipe"), ("evaluate", "measure a model on a recipe's data")):
-        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=text, allow_abbrev=False, epilog=settings_help(), formatter_class=argparse.RawTextHelpFormatter
+        )
         if name == "evaluate":
             command.add_argument("model", help="a folder made by ipg train, or any Hub id")
             command.add_argument("--split", choices=["validation", "test"], default="test")
@@ -60,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(
-            f"\nipg {options.command}: interrupted. Its checkpoints are whole; go on from the last with "
-            "--resume_from_checkpoint last",
+            f"\nipg {options.command}: interrupted. Where it had saved a checkpoint, go on from the last by the same "
+            "command and --resume_from_checkpoint last",
             file=sys.stderr,
         )
         return 130
@@ -77,7 +79,9 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, A
     if recipe.compare == "erm" and recipe.method != "erm":
         twin_args = replace(args, output_dir=str(Path(args.output_dir) / "erm"), resume_from_checkpoint=None)
         twin = replace(recipe, method="erm", compare="none")
-        columns["erm"] = _train_one(twin, twin_args, {**given, "method": "erm"}, data, None)["metrics"]["test"]
+        begun = resume and list(Path(twin_args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        twin_resume = newest_checkpoint(twin_args.output_dir) if begun else None
+        columns["erm"] = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume)["metrics"]["test"]
     if args.process_index == 0:
         print(f"\n{report.summary_table(columns)}\n\nmodel, {RECORD} and {FIGURE}: {args.output_dir}")
     return record
@@ -126,7 +130,8 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
     """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
-    data = recipe.load_data(args.data_seed if args.data_seed is not None else args.seed)
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    data = recipe.load_data(data_seed)
     model = load_image_classifier(name)
     names = data.train.features["label"].names
     if model.config.num_labels != len(names):
@@ -141,7 +146,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
     if args.process_index == 0:
         print(f"\n{report.summary_table({Path(name).name: metrics}).replace('test', f'{split:<4}', 1)}\n")
-        print(report.group_table(metrics))
+        print(f"{report.group_table(metrics)}\n\n{recipe.dataset}, drawn with seed {data_seed}")
         if output:
             report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics

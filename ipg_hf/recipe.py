@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import datasets
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForImageClassification,
     HfArgumentParser,
     PreTrainedModel,
+    TrainingArguments,
     ViTImageProcessor,
 )
 
@@ -149,6 +150,14 @@ def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe,
     except ValueError as failure:
         raise RecipeError(str(failure)) from failure
     return recipe, args, {key: getattr(recipe, key, value) for key, value in values.items()}
+
+
+def settings_help() -> str:
+    """A line for each setting of a recipe and of the method, with its default."""
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own = [*fields(Recipe), *(field for field in fields(IPGConfig) if field.name not in inherited)]
+    lines = [f"  --{field.name:<28}{field.metadata['help']} [{field.default}]" for field in own]
+    return "\n".join(["settings, in the file or as flags, beside all of transformers.TrainingArguments:", *lines])
 
 
 def _only_given(*words: Sequence[str]) -> argparse.Namespace:

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,26 @@ def test_overwriting_on_demand_and_resuming(tmp_path):
     assert main(["train", "--config", config, *last]) == 0
     resumed = json.loads((tmp_path / "out" / "run.json").read_text())
     assert resumed["steps"] == first["steps"] == 6
+
+
+def test_the_twin_is_resumed_too(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "erm" / "run.json").read_text())
+    shutil.rmtree(tmp_path / "out" / "erm" / "checkpoint-6")
+    (tmp_path / "out" / "erm" / "run.json").unlink()
+    begun = (tmp_path / "out" / "erm" / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns
+    arguments = ["--output_dir", str(tmp_path / "out"), "--compare", "erm", "--resume_from_checkpoint", "last"]
+    assert main(["train", "--config", str(trained / "recipe.yaml"), *arguments]) == 0
+    after = json.loads((tmp_path / "out" / "erm" / "run.json").read_text())
+    assert after["metrics"] == before["metrics"]
+    assert (tmp_path / "out" / "erm" / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns == begun
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in ("alpha", "freeze_norm", "dataset", "compare", "random_flip"))
 
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):
