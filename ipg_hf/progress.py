@@ -74,8 +74,8 @@ class PairProgress(TrainerCallback, ExportableState):
                     logger.warning(
                         "The model's outputs on the pairs have become one constant: the trivial solution, which has "
                         f"distance and divergence 0. Use a larger alpha (now {alpha}) or a smaller learning_rate (now "
-                        f"{learning_rate}), and choose the checkpoint by worst-group accuracy on validation. (Pairs of one "
-                        "label alone look like this in a sound run too.)"
+                        f"{learning_rate}), and choose the checkpoint by worst-group accuracy on validation. (Pairs of "
+                        "one label alone look like this in a sound run too.)"
                     )
                     self.warned = True
         if logs or self.skipped:

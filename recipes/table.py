@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the measured tables of `recipes/README.md` from the run records.
+"""Renders the measured tables of `README.md` and `recipes/README.md` from the run records.
 
 Launch: python recipes/table.py          prints them
-        python recipes/table.py --write  puts them between the markers of recipes/README.md
+        python recipes/table.py --write  puts them between the markers of the two pages
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+PAGES = (FOLDER / "README.md", FOLDER.parent / "README.md")
 TITLES = ("recipe", "seeds", "test accuracy", "worst group, mean ± sd", "lowest", "flip rate", "seconds a run")
 HEADER = f"| {' | '.join(TITLES)} |\n{'|---' * len(TITLES)}|"
 
@@ -37,25 +38,26 @@ def row(name: str, runs: list[dict]) -> str:
     return "| " + " | ".join([*cells, column("flip_rate"), f"{seconds:.0f}"]) + " |"
 
 
-def table(dataset: str) -> str:
-    """The table of a dataset, one row a recipe that has records."""
-    return "\n".join([HEADER, *(row(name, runs) for name, runs in records(dataset).items())])
+def table(dataset: str, *names: str) -> str:
+    """The table of a dataset: a row for each recipe named, or for each that has records."""
+    found = records(dataset)
+    return "\n".join([HEADER, *(row(name, found[name]) for name in names or found)])
 
 
 def rendered(page: str) -> str:
-    """The page with each table put anew between `<!-- table: NAME -->` and `<!-- end -->`."""
+    """The page with each table put anew between `<!-- table: DATASET [RECIPE ...] -->` and `<!-- end -->`."""
     parts = page.split("<!-- table: ")
     for number, part in enumerate(parts[1:], 1):
-        dataset = part.split(" -->", 1)[0]
+        names = part.split(" -->", 1)[0]
         rest = part.split("<!-- end -->", 1)[1]
-        parts[number] = f"{dataset} -->\n{table(dataset)}\n<!-- end -->{rest}"
+        parts[number] = f"{names} -->\n{table(*names.split())}\n<!-- end -->{rest}"
     return "<!-- table: ".join(parts)
 
 
 if __name__ == "__main__":
-    readme = FOLDER / "README.md"
     if "--write" in sys.argv:
-        readme.write_text(rendered(readme.read_text()))
+        for readme in PAGES:
+            readme.write_text(rendered(readme.read_text()))
     else:
         for folder in sorted(FOLDER.glob("*/results")):
             print(f"## {folder.parent.name}\n\n{table(folder.parent.name)}\n")
