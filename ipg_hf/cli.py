@@ -88,6 +88,7 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, A
 
 
 def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None) -> dict[str, Any]:
+    commit = report.commit()  # of the code that is loaded: the folder may move on during the run
     set_seed(args.seed)  # the weights of a model from scratch
     model = recipe.build_model(data.train)
     processor = recipe.build_processor()
@@ -115,7 +116,7 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
         "versions": report.versions(),
-        "commit": report.commit(),
+        "commit": commit,
         "hardware": report.hardware(),
     }
     trainer.save_model()
