@@ -63,14 +63,15 @@ def hardware() -> dict[str, Any]:
     return {"machine": platform.machine(), "cpus": cpus, "torch_threads": threads, "gpus": gpus}
 
 
-def summary_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+def summary_table(columns: Mapping[str, Mapping[str, float]], split: str = "test") -> str:
     """A table of accuracy, worst group and flip rate, one column a model.
 
     Args:
         columns: model name -> metrics with the keys of `run.json`.
+        split: the split that they were measured on, the table's title.
     """
     width = max(8, *(len(name) for name in columns)) + 2
-    lines = [f"{'test':<14}" + "".join(f"{name:>{width}}" for name in columns)]
+    lines = [f"{split:<14}" + "".join(f"{name:>{width}}" for name in columns)]
     for key, title in SUMMARY.items():
         cells = [f"{metrics[key]:.3f}" if key in metrics else "-" for metrics in columns.values()]
         lines.append(f"{title:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
