@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Trains by a recipe, and its twin where asked for; returns the run record."""
     resume = _prepare_output(recipe, args)
-    data = recipe.load_data(_data_seed(args))
+    data = recipe.load_data(args.data_order_seed)
     record = _train_one(recipe, args, given, data, resume)
     columns = {recipe.method: record["metrics"]["test"]}
     if recipe.compare == "erm" and recipe.method != "erm":
@@ -131,8 +131,7 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
     """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
-    data_seed = _data_seed(args)
-    data = recipe.load_data(data_seed)
+    data = recipe.load_data(args.data_order_seed)
     model = load_image_classifier(name)
     names = data.train.features["label"].names
     if model.config.num_labels != len(names):
@@ -147,7 +146,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
     if args.process_index == 0:
         print(f"\n{report.summary_table({Path(name).name: metrics}, split)}\n")
-        print(f"{report.group_table(metrics)}\n\n{recipe.dataset}, drawn with seed {data_seed}")
+        print(f"{report.group_table(metrics)}\n\n{recipe.dataset}, drawn with seed {args.data_order_seed}")
         if output:
             report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
@@ -199,10 +198,6 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:
         )
         for name in used
     }
-
-
-def _data_seed(args: IPGConfig) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _silence(trainer: IPGTrainer) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -96,6 +97,16 @@ class IPGConfig(TrainingArguments):
             ("pair_combination", PairCombination),
         ):
             self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
+
+    @property
+    def data_order_seed(self) -> int:
+        """Seed of the order and the augmentation of the training set: `data_seed`, else `seed`."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def pair_order_seed(self, name: str) -> int:
+        """Seed of the order and the augmentation of a pair set: its own, whatever the other sets are."""
+        seed = self.data_order_seed if self.pair_seed is None else self.pair_seed
+        return seed if not name else seed + 1 + zlib.crc32(name.encode())
 
     def _require(self, name: str, valid: bool, rule: str) -> None:
         if not valid:

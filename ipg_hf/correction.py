@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .guidance import Norm, ProblemType, Reduction, invariance_divergence, rationale_distance
-from .heads import ClassifierHead, inference
+from .heads import ClassifierHead
+from .trial import inference, logits_of
+
+logger = logging.get_logger(__name__)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -30,6 +35,16 @@ def norm_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a model that normalise by running statistics (batch norm of any kind) at inference."""
     kind = nn.modules.batchnorm._NormBase
     return [layer for layer in model.modules() if isinstance(layer, kind) and layer.running_mean is not None]
+
+
+def warn_of_batch_statistics(model: nn.Module) -> None:
+    """Warns where a model normalises by its batch's statistics in training and by others at inference."""
+    if norm_layers(model):
+        logger.warning(
+            f"{type(model).__name__} has batch-norm layers that hold statistics, and freeze_norm is off: what the "
+            "pairs teach under the running statistics may not reach the task forward, which uses its batch's. Set "
+            "freeze_norm=True when fine-tuning a pretrained network."
+        )
 
 
 def pair_measures(
@@ -186,3 +201,33 @@ def find_problem_type(model: nn.Module, labels: Tensor | None) -> ProblemType:
         return "regression"
     floating = labels is not None and labels.is_floating_point()
     return "multi_label_classification" if floating else "single_label_classification"
+
+
+def classification_loss(
+    model: nn.Module,
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of a model whose forward takes no labels, as transformers' classifiers compute theirs.
+
+    Args:
+        model: the model, whose config may name a problem type.
+        outputs: what its forward returned.
+        labels: shape (N,), class indices (-100 is ignored); (N, C) for multi-label; (N,) or (N, C) for regression.
+        num_items_in_batch: number of labels that the loss is divided by; by default those of this batch.
+        smoothing: label smoothing, in [0, 1).
+
+    Returns:
+        A scalar: cross entropy, binary cross entropy or squared error by the problem type.
+    """
+    logits, kind = logits_of(outputs), find_problem_type(model, labels)
+    if kind == "single_label_classification":
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    elif kind == "multi_label_classification":
+        total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    else:
+        total = F.mse_loss(logits, labels.view_as(logits).to(logits.dtype), reduction="sum")
+    return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,49 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classifier head: the last linear layer, its weight W, and the features z that enter it.
+"""The classifier head: the last linear layer or layers, their weight W, and the features z that enter them.
 
 The method needs z and W such that `W z + b` is exactly what the model returns as logits. `find_head` finds the layer,
 `ClassifierHead.verify` proves it on a real forward, and `ClassifierHead.run` does a forward and hands out logits and z.
+
+Some models return the mean of n linear heads, each with features of its own (distilled DeiT and LeViT, CrossViT,
+RepViT, ...). The mean is linear as well: with z the concatenation of the z_i and W that of the W_i / n, W z + b still
+is the logits, and the rationale W ⊙ z the concatenation of the heads' rationales divided by n (our reading: the paper
+has one head).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# A recomputed W z + b may differ from the layer's own output by rounding alone, relative to sum |W z|.
-RELATIVE_TOLERANCE = 1e-4
+from .trial import hooked, is_pooled, logits_of, try_layers
+
+# Why classes of models are refused that others of their kind are not, and the way out.
+WAYS_OUT = {
+    "VOLO": "VOLO adds the maximum over its tokens of an auxiliary head: build it with use_aux_head=False.",
+    "EfficientVim": "EfficientViM mixes the logits of its stages by learned weights: choose another architecture.",
+    "AttentionPool2d": "Its classifier stands inside the attention pooling: use a *_clip_gap variant.",
+    "RotAttentionPool2d": "Its classifier stands inside the attention pooling: use a *_clip_gap variant.",
+    "ShieldGemma2ForImageClassification": "Its classes are words of a language model: fine-tune its vision tower.",
+}
 
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """A linear classifier head inside a model.
+    """The linear classifier head inside a model, or the several whose mean the model returns.
 
     Args:
-        module: the `nn.Linear`, or `nn.Conv2d` with a 1×1 kernel, that makes the logits.
-        path: its dotted name in the model, e.g. `"classifier"` or `"classifier.1"`.
+        modules: the `nn.Linear`, or `nn.Conv2d` with a 1×1 kernel, that makes the logits; or all that do.
+        paths: the dotted name of each in the model, e.g. `("classifier.1",)`.
     """
 
-    module: nn.Module
-    path: str
+    modules: tuple[nn.Module, ...]
+    paths: tuple[str, ...]
+
+    @property
+    def path(self) -> str | tuple[str, ...]:
+        """As `find_head` takes it: the dotted name of the one layer, or the names of all."""
+        return self.paths[0] if len(self.paths) == 1 else self.paths
+
+    @property
+    def kind(self) -> str:
+        """`"linear"` or `"convolution"`; `"mean of 2 linear"` where two heads are averaged."""
+        kind = "convolution" if isinstance(self.modules[0], nn.Conv2d) else "linear"
+        return kind if len(self.modules) == 1 else f"mean of {len(self.modules)} {kind}"
 
     @property
     def weight(self) -> Tensor:
-        """W, shape (C, D), a view of the parameter: gradients flow into it."""
-        return self.module.weight.flatten(1)
+        """W, shape (C, D): gradients flow into the parameters. Of n heads [W_1, ..., W_n] / n, with D = sum of D_i."""
+        weights = [module.weight.flatten(1) for module in self.modules]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, 1) / len(weights)
 
     @property
     def bias(self) -> Tensor | None:
-        """b, shape (C,), or None."""
-        return self.module.bias
+        """b, shape (C,), or None. Of n heads the mean of their biases."""
+        biases = [module.bias for module in self.modules if module.bias is not None]
+        if len(self.modules) == 1:
+            return biases[0] if biases else None
+        return torch.stack(biases).sum(0) / len(self.modules) if biases else None
+
+    @property
+    def _layers(self) -> dict[str, nn.Module]:
+        return dict(zip(self.paths, self.modules, strict=True))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """One forward of `model`.
+        """One forward of `model`; it may be compiled as a whole.
 
         Args:
             model: the model that holds this head.
@@ -55,66 +87,125 @@ class ClassifierHead:
         Raises:
             RuntimeError: the head did not run exactly once, or its input is not one vector an image.
         """
-        with _captured({self.path: self.module}) as calls:
-            logits = _logits_of(model(**inputs))
-        if len(calls) != 1:
-            raise RuntimeError(
-                f"the head {self.path!r} ran {len(calls)} times in one forward instead of once. A replaced layer "
-                "(reset_classifier), or a forward that was compiled before the hook was set, is the usual cause; "
-                "find the head anew or pass another one as head=."
-            )
-        return logits, _one_vector_per_image(calls[0][1], self.path)
+        calls: dict[str, list[Tensor]] = {path: [] for path in self.paths}
+        with hooked(self._layers, lambda path, args, kwargs, _: calls[path].extend((*args, *kwargs.values()))):
+            logits = logits_of(model(**inputs))
+        for path, features in calls.items():
+            if len(features) != 1:
+                raise RuntimeError(
+                    f"the head {path!r} ran {len(features)} times in one forward instead of once. A layer that was "
+                    "replaced since the head was found (reset_classifier), or a forward that was compiled before, is "
+                    "the usual cause: find the head anew, compile afterwards, or pass another one as head=."
+                )
+            if not is_pooled(features[0]):
+                raise RuntimeError(
+                    f"the head {path!r} is applied before pooling: its input has the shape {tuple(features[0].shape)}."
+                )
+        features = [calls[path][0].flatten(1) for path in self.paths]
+        return logits, features[0] if len(features) == 1 else torch.cat(features, 1)
 
-    @torch.no_grad()
     def verify(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Proves on one forward that this layer makes the logits; leaves the model as it was.
+        """Proves on one forward that this head alone makes the logits; leaves the model as it was.
+
+        Noise is put in the place of each layer's output: it must come out as the logits (as their mean, of several
+        heads), and no trainable parameter of the model may reach the logits by another way. So freshly initialised and
+        zero-initialised heads, and adapters that start at zero, prove no less than trained ones. `W z + b` must be the
+        layer's own output. On the meta device, which holds no numbers, the ways to the logits and the shapes are
+        proven.
+
+        Args:
+            model: the model, eager (not compiled) and whole (not sharded).
+            inputs: keyword arguments of its forward, without labels; two images are enough.
 
         Raises:
             ValueError: the layer's output is not the logits, or `W z + b` is not its output.
         """
-        with inference(model):
-            problem = _problems(model, [self], inputs)[self.path]
+        problem = try_layers(model, self._layers, inputs).problem(self.paths)
         if problem:
-            names = ", ".join(repr(name) for name, _ in _candidates(model)) or "none"
+            others = [repr(name) for name, _ in _candidates(model) if name not in self.paths]
             raise ValueError(
-                f"the layer {self.path!r} is not this model's classifier head: {problem}. Linear layers of the same "
-                f"width: {names}. Pass the right one as head=."
+                f"{_quoted(self.paths)} is not this model's classifier head: {problem}. Other linear layers of the "
+                f"same width: {', '.join(others) or 'none'}. {_way_out(model)}"
             )
 
 
-def find_head(model: nn.Module, head: str | None = None) -> ClassifierHead:
-    """Finds the last linear layer of an image classifier.
+def find_head(
+    model: nn.Module, head: str | Sequence[str] | None = None, inputs: Mapping[str, Any] | None = None
+) -> ClassifierHead:
+    """Finds the last linear layer of an image classifier, or the layers whose mean it returns.
 
     Candidates are the linear layers (and 1×1 convolutions) with as many outputs as the model has labels. Where there
-    are several (a hidden layer as wide as the number of labels, or two heads), one forward of noise decides: the head
-    is the layer whose output is the logits.
+    are several (a hidden layer as wide as the number of labels, the untrained copy that PEFT keeps, several heads), one
+    forward decides: the head is what reaches the logits.
 
     Args:
-        model: a transformers image classifier, or a module with a `config.num_labels`.
-        head: dotted path of the layer, where it cannot be found.
+        model: a transformers image classifier, a timm model, or any module; one that names its number of labels
+            (`config.num_labels`, `num_classes`) needs no `head`.
+        head: dotted path of the layer, where it cannot be found; a tuple of paths for a mean of several.
+        inputs: keyword arguments of a forward that decides between several candidates; by default noise in the size
+            that the config names.
 
     Returns:
-        The head. Nothing is registered on the model.
+        The head. Nothing is registered on the model. It is found, not yet proven: see `ClassifierHead.verify`.
 
     Raises:
-        ValueError: the path does not exist or is not linear; no candidate; several, none of which makes the logits.
+        ValueError: the path does not exist or is not linear; no candidate; several, which do not make the logits.
     """
     if head is not None:
-        return _head_at(model, head)
-    candidates = _candidates(model)
+        paths = (head,) if isinstance(head, str) else tuple(head)
+        return ClassifierHead(tuple(_layer_at(model, path) for path in paths), paths)
+    candidates = dict(_candidates(model))
     if len(candidates) == 1:
-        return ClassifierHead(module=candidates[0][1], path=candidates[0][0])
+        return ClassifierHead(tuple(candidates.values()), tuple(candidates))
     if not candidates:
         linear = [name for name, module in model.named_modules() if _is_linear(module)]
         raise ValueError(
             f"{type(model).__name__} has no linear layer with {_num_labels(model)} outputs (its config.num_labels). "
-            f"Its last linear layers: {', '.join(map(repr, linear[-5:])) or 'none'}. Pass the path of the last linear "
-            "layer as head=, or give the model a linear classifier (load_image_classifier wraps timm models)."
+            f"Its last linear layers: {', '.join(map(repr, linear[-5:])) or 'none'}. {_way_out(model)}"
         )
-    return _head_among(model, candidates)
+    return _head_among(model, candidates, inputs)
 
 
-def _head_at(model: nn.Module, path: str) -> ClassifierHead:
+def noise_inputs(model: nn.Module, size: int | tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Two images of noise for a model's forward, in the size that its config names, 224 pixels where it names none.
+
+    Args:
+        model: a transformers image classifier or a timm model.
+        size: height and width in pixels, instead of the config's.
+
+    Raises:
+        ValueError: the model has neither a config nor timm's.
+    """
+    described = _described(model)
+    config = getattr(described, "config", None)
+    timm_config = getattr(config or described, "pretrained_cfg", None)
+    if config is None and timm_config is None:
+        raise ValueError("it has no config that names the size of its images")
+    if config is None:
+        return {next(iter(inspect.signature(model.forward).parameters)): _noise(model, timm_config["input_size"], size)}
+    name = getattr(described, "main_input_name", "pixel_values")
+    if timm_config:
+        shape = list(timm_config["input_size"])
+        made_with = getattr(config, "model_args", None) or {}
+        shape[0] = made_with.get("in_chans", shape[0])
+        size = size or made_with.get("img_size")
+        return {name: _noise(model, shape, size)}
+    vision = getattr(config, "vision_config", config)
+    size = size or getattr(vision, "image_size", None) or 224
+    return {name: _noise(model, (getattr(vision, "num_channels", 3), 224, 224), size)}
+
+
+def _noise(model: nn.Module, shape: Sequence[int], size: int | tuple[int, int] | None) -> Tensor:
+    height, width = shape[1:] if size is None else (size, size) if isinstance(size, int) else size
+    parameter = next(model.parameters())
+    noise = torch.randn(2, shape[0], height, width, generator=torch.Generator().manual_seed(0))
+    return noise.to(parameter.device, parameter.dtype)
+
+
+# ---- Candidates ----
+
+
+def _layer_at(model: nn.Module, path: str) -> nn.Module:
     modules = dict(model.named_modules())
     if path not in modules:
         near = difflib.get_close_matches(path, [name for name in modules if name], n=3, cutoff=0.3)
@@ -124,27 +215,27 @@ def _head_at(model: nn.Module, path: str) -> ClassifierHead:
         inside = [name for name, module in modules.items() if name.startswith(start) and _is_linear(module)]
         hint = f" Did you mean {inside[-1]!r}?" if inside else ""
         raise ValueError(f"head={path!r} is a {type(modules[path]).__name__}, not a linear layer.{hint}")
-    return ClassifierHead(module=modules[path], path=path)
+    return modules[path]
 
 
-def _head_among(model: nn.Module, candidates: list[tuple[str, nn.Module]]) -> ClassifierHead:
-    names = ", ".join(repr(name) for name, _ in candidates)
+def _head_among(
+    model: nn.Module, candidates: Mapping[str, nn.Module], inputs: Mapping[str, Any] | None
+) -> ClassifierHead:
     num_labels = _num_labels(model)
     width = "" if num_labels is None else f" with {num_labels} outputs"
-    error = f"{type(model).__name__} has several linear layers{width}: {names}."
-    heads = [ClassifierHead(module=module, path=name) for name, module in candidates]
+    error = f"{type(model).__name__} has several linear layers{width}: {', '.join(map(repr, list(candidates)[-8:]))}."
     try:
-        with torch.no_grad(), inference(model):
-            problems = _problems(model, heads, _noise_for(model))
+        trial = try_layers(model, candidates, noise_inputs(model) if inputs is None else inputs)
     except Exception as failure:
+        tried = "noise" if inputs is None else "the inputs"
         raise ValueError(
-            f"{error} Trying them out on noise failed ({failure}). Pass the right one as head=."
+            f"{error} Trying them out on {tried} failed ({failure}). Pass the right one as head=."
         ) from failure
-    right = [head for head in heads if problems[head.path] is None]
-    if len(right) != 1:
-        reasons = "; ".join(f"{path!r}: {problem or 'fits'}" for path, problem in problems.items())
-        raise ValueError(f"{error} Not exactly one of them makes the logits ({reasons}). Pass the right one as head=.")
-    return right[0]
+    paths = trial.reaching()
+    problem = trial.problem(paths) if paths else "the output of none of them reaches the logits"
+    if problem:
+        raise ValueError(f"{error} They do not make the logits: {problem}. {_way_out(model)}")
+    return ClassifierHead(tuple(candidates[path] for path in paths), paths)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -153,9 +244,18 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def _described(model: nn.Module) -> nn.Module:
+    """The model inside wrappers (averaged copies, adapters): the outermost module that names its number of labels."""
+    named = (
+        m for m in model.modules() if hasattr(getattr(m, "config", None), "num_labels") or hasattr(m, "num_classes")
+    )
+    return next(named, model)
+
+
 def _num_labels(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    return getattr(config, "num_labels", None) or getattr(model, "num_classes", None)
+    described = _described(model)
+    named = getattr(getattr(described, "config", None), "num_labels", None)
+    return getattr(described, "num_classes", None) if named is None else named
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -167,118 +267,14 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _logits_of(outputs: Any) -> Tensor:
-    if isinstance(outputs, Mapping):
-        if "logits" not in outputs:
-            raise ValueError(f"the model's output has no logits, only {list(outputs)}: use an image classifier.")
-        return outputs["logits"]
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
+def _way_out(model: nn.Module) -> str:
+    kinds = {type(module).__name__ for module in model.modules()}
+    default = (
+        "Pass the path of the last linear layer as head=, or a tuple of paths where the model returns the mean of "
+        "several heads, or give the model a linear classifier."
+    )
+    return next((text for kind, text in WAYS_OUT.items() if kind in kinds), default)
 
 
-def _one_vector_per_image(z: Tensor, path: str) -> Tensor:
-    if z.dim() < 2 or z.numel() != z.shape[0] * max(z.shape[1:]):
-        raise RuntimeError(f"the head {path!r} is applied before pooling: its input has the shape {tuple(z.shape)}.")
-    return z.flatten(1)
-
-
-def _problems(model: nn.Module, heads: list[ClassifierHead], inputs: Mapping[str, Any]) -> dict[str, str | None]:
-    """For each layer the reason why one forward shows that it is not the head; None where it is."""
-    with _captured({head.path: head.module for head in heads}) as calls:
-        logits = _logits_of(model(**inputs))
-    problems = {head.path: _why_not_head(head, [c for c in calls if c[0] == head.path], logits) for head in heads}
-    for head in heads:
-        if problems[head.path] is None and not logits.any() and not _reaches_logits(head, model, inputs):
-            problems[head.path] = "its output is not the logits"
-    return problems
-
-
-def _reaches_logits(head: ClassifierHead, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether noise in place of the layer's output comes out as the logits: zeros agree with any other zeros."""
-    noise = []
-
-    def replaced(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        noise.append(torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output))
-        return noise[0]
-
-    handle = head.module.register_forward_hook(replaced)
-    try:
-        logits = _logits_of(model(**inputs))
-    finally:
-        handle.remove()
-    return torch.equal(noise[0].flatten(1), logits)
-
-
-def _why_not_head(head: ClassifierHead, calls: list[tuple[str, Tensor, Tensor]], logits: Tensor) -> str | None:
-    """The reason why the calls of this layer show that it is not the head; None where it is."""
-    if len(calls) != 1:
-        return f"it ran {len(calls)} times in one forward"
-    _, z, output = calls[0]
-    if z.dim() < 2 or z.numel() != z.shape[0] * max(z.shape[1:]):
-        return f"it is applied before pooling, to an input of shape {tuple(z.shape)}"
-    output = output.flatten(1)
-    if output.shape != logits.shape:
-        return f"its output has the shape {tuple(output.shape)}, the logits {tuple(logits.shape)}"
-    # a layer whose output is changed in place afterwards shares its memory and fails the last check
-    if output.data_ptr() != logits.data_ptr() and not torch.equal(output, logits):
-        return f"its output is not the logits (largest difference {(output - logits).abs().max().item():.3g})"
-    # autocast and half precision round the layer's own output; the check allows that rounding and nothing else
-    tolerance = max(RELATIVE_TOLERANCE, 4 * torch.finfo(output.dtype).eps, 4 * torch.finfo(z.dtype).eps)
-    rationale = head.weight.double() * z.flatten(1).double().unsqueeze(1)
-    recomputed = rationale.sum(-1) + (0 if head.bias is None else head.bias.double())
-    error = (recomputed - output.double()).abs()
-    if not (error <= tolerance * rationale.abs().sum(-1) + tolerance).all():
-        return f"W z + b differs from its output by up to {error.max().item():.3g}"
-    return None
-
-
-@contextmanager
-def _captured(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """Records (name, input, output) of every call of the modules; the hooks are gone afterwards.
-
-    Hooks that stay would be copied by deepcopy and refused by pickle (model copies for averaging, `mp_spawn`).
-    """
-    calls: list[tuple[str, Tensor, Tensor]] = []
-    handles = [
-        module.register_forward_hook(
-            lambda _, args, kwargs, output, name=name: calls.append((name, *args, *kwargs.values(), output)),
-            with_kwargs=True,
-        )
-        for name, module in modules.items()
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the block; afterwards every module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _noise_for(model: nn.Module) -> dict[str, Tensor]:
-    """Two images of noise in the size that the model's config names, 224 pixels where it names none."""
-    config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError("it has no config that names the size of its images")
-    size = getattr(config, "image_size", None)
-    channels = getattr(config, "num_channels", 3)
-    timm_config = getattr(config, "pretrained_cfg", None)
-    if size is None and timm_config:
-        channels, *size = timm_config["input_size"]
-        made_with = getattr(config, "model_args", None) or {}
-        size, channels = made_with.get("img_size", size), made_with.get("in_chans", channels)
-    if size is None:
-        size = 224
-    height, width = (size, size) if isinstance(size, int) else size
-    parameter = next(model.parameters())
-    noise = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    return {getattr(model, "main_input_name", "pixel_values"): noise.to(parameter.device, parameter.dtype)}
+def _quoted(paths: Sequence[str]) -> str:
+    return " and ".join(map(repr, paths))

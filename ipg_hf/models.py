@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -39,6 +40,36 @@ def load_image_classifier(
     if num_labels is not None:
         kwargs = {"num_labels": num_labels, "ignore_mismatched_sizes": True, **kwargs}
     return AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)
+
+
+def forward_inputs(model: nn.Module) -> list[str]:
+    """Names of the inputs of a model's forward, without labels; the main one, that of the images, first.
+
+    Adapters (PEFT) are looked through: their own forward names no inputs.
+    """
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = [p.name for p in _forward_parameters(model) if p.kind not in kinds and p.name != "labels"]
+    main = getattr(model, "main_input_name", None) or next(iter(names), "pixel_values")
+    return [main, *(name for name in names if name != main)]
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether a model's forward takes `labels`, and so computes the loss itself.
+
+    A transformers model that takes them names them; any other module with `**kwargs` is trusted to do so.
+    """
+    parameters = _forward_parameters(model)
+    has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    named = any(parameter.name == "labels" for parameter in parameters)
+    return named or (has_any and not isinstance(_base(model), PreTrainedModel))
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(_base(model).forward).parameters.values())
 
 
 def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -33,6 +33,19 @@ class PairProgress(TrainerCallback, ExportableState):
         self.skipped = 0
         self.peak_spread = 0.0
         self.warned = False
+
+    @classmethod
+    def resumed(cls, callbacks: list[TrainerCallback], state: TrainerState) -> PairProgress:
+        """The trainer's instance among its callbacks, as the checkpoint that `state` comes from left it, or anew."""
+        # Trainer may have replaced the callback by a restored copy, and a checkpoint of another trainer has no entry
+        progress = next(callback for callback in callbacks if isinstance(callback, cls))
+        saved = state.stateful_callbacks.get(cls.__name__) if state.global_step else None
+        if state.global_step and not (saved or {}).get("attributes"):
+            logger.warning("The checkpoint holds no position in the pairs: they are drawn from the start.")
+            saved = None
+        progress.restore(saved)
+        state.stateful_callbacks[cls.__name__] = progress.state()
+        return progress
 
     def state(self) -> dict[str, Any]:
         """The state as plain numbers (see `transformers.trainer_callback.ExportableState`)."""

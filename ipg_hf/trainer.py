@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
@@ -21,19 +21,23 @@ from transformers.utils import logging
 from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
 from .correction import (
+    classification_loss,
     corrective_update,
     evaluate_sides,
     find_problem_type,
     gradient_norm,
     norm_layers,
     pair_measures,
+    warn_of_batch_statistics,
 )
 from .guidance import ProblemType, loss_gradient_scale
-from .heads import find_head, inference
+from .heads import ClassifierHead, find_head
+from .models import forward_inputs, takes_labels
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set
 from .pairs.loader import PairCollator, PairLoader
 from .pairs.transforms import as_model_inputs
 from .progress import PairProgress, RowEpochs, output_spread
+from .trial import inference
 
 logger = logging.get_logger(__name__)
 
@@ -73,12 +77,10 @@ class IPGTrainer(Trainer):
         pair_dataset: pairs, as one map-style or iterable data set or as a dict of them, one for each invariance. Rows
             hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`.
             `None`: the trainer is `Trainer`.
-        processing_class: as in `Trainer`.
-        model_init: as in `Trainer`.
+        processing_class, model_init, callbacks, optimizers: as in `Trainer`.
         compute_metrics: as in `Trainer`, e.g. [`~metrics.GroupMetrics`].
-        callbacks: as in `Trainer`.
-        optimizers: as in `Trainer`.
-        head: dotted path of the last linear layer, where it is not found by itself.
+        head: dotted path of the last linear layer, where it is not found by itself; several paths where the model
+            returns the mean of several heads.
         **trainer_kwargs: every other argument of `Trainer`.
 
     Raises:
@@ -100,7 +102,7 @@ class IPGTrainer(Trainer):
         compute_metrics: Callable | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
-        head: str | None = None,
+        head: str | Sequence[str] | None = None,
         **trainer_kwargs: Any,
     ):
         args = args or IPGConfig(output_dir="tmp_trainer")
@@ -125,8 +127,12 @@ class IPGTrainer(Trainer):
         check_labels(train_dataset, "train_dataset", num_labels)
         for name, dataset in _named(eval_dataset).items():
             check_labels(dataset, _title("eval_dataset", name), num_labels)
-        inputs = set(inspect.signature(self.model.forward).parameters) - {"labels"}
-        self._pair_collator = PairCollator(inputs, getattr(self.model, "main_input_name", "pixel_values"))
+        self._inputs = forward_inputs(self.model)
+        self._pair_collator = PairCollator(self._inputs, self._inputs[0])
+        self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
+        if self._computes_loss:
+            self.compute_loss_func = partial(classification_loss, self.model, smoothing=args.label_smoothing_factor)
+            self.label_names = self.label_names or ["labels"]
         if self.pair_datasets:
             self._prepare_guidance()
 
@@ -135,23 +141,17 @@ class IPGTrainer(Trainer):
             raise ValueError("IPGTrainer with pairs does not run under DeepSpeed or FSDP: use plain data parallelism.")
         if self.args.fp16:
             raise ValueError("fp16=True is not supported with pairs: use bf16=True, which needs no loss scaling.")
-        self.head = find_head(self.model, self.head_path)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
             title = _title("pair_dataset", name)
             check_pair_labels(dataset, title)
-            self.pair_datasets[name] = dataset = self._as_inputs(dataset, is_training=True, seed=self._pair_seed(name))
-            check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs)
-            if hasattr(dataset, "__len__") and len(dataset) < wanted:
-                logger.warning(
-                    f"{title} has {len(dataset)} pairs, fewer than the {wanted} a step: every step uses all."
-                )
-        if not self.args.freeze_norm and norm_layers(self.model):
-            logger.warning(
-                f"{type(self.model).__name__} has batch-norm layers that hold statistics, and freeze_norm is off: what "
-                "the pairs teach under the running statistics may not reach the task forward, which uses its batch's. "
-                "Set freeze_norm=True when fine-tuning a pretrained network."
+            self.pair_datasets[name] = dataset = self._as_inputs(
+                dataset, is_training=True, seed=self.args.pair_order_seed(name)
             )
+            check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
+        if not self.args.freeze_norm:
+            warn_of_batch_statistics(self.model)
+        self.head = self._proven_head(next(iter(self.pair_datasets.values())))
         self.progress = PairProgress()
         self.add_callback(self.progress)
         # Several models (ResNet among them) ignore `num_items_in_batch` but are taken to have divided by it
@@ -176,8 +176,7 @@ class IPGTrainer(Trainer):
         )
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        dataset = self._as_inputs(dataset, is_training, seed)
+        dataset = self._as_inputs(dataset, is_training, self.args.data_order_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -185,18 +184,13 @@ class IPGTrainer(Trainer):
         if ATTRIBUTE not in self._signature_columns:
             self._signature_columns.append(ATTRIBUTE)
 
-    def _pair_seed(self, name: str) -> int:
-        seed = next(s for s in (self.args.pair_seed, self.args.data_seed, self.args.seed) if s is not None)
-        # each set its own order, whatever the other sets are
-        return seed if not name else seed + 1 + zlib.crc32(name.encode())
-
     def _pair_loader(self, name: str) -> PairLoader:
         args = self.args
         loader = PairLoader(
             self.pair_datasets[name],
             self._pair_collator,
             args.per_device_pair_batch_size,
-            seed=self._pair_seed(name),
+            seed=self.args.pair_order_seed(name),
             rank=args.process_index,
             world_size=args.world_size,
             num_workers=args.dataloader_num_workers if args.pair_num_workers is None else args.pair_num_workers,
@@ -211,7 +205,23 @@ class IPGTrainer(Trainer):
         names = {"reduction": self.args.rationale_reduction, "norm": self.args.rationale_norm}
         return names | {"problem_type": problem_type}
 
+    def _proven_head(self, dataset: Any) -> ClassifierHead:
+        # by a loader: random transforms must not draw from the global generators, whose state a resume restores
+        pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
+        head = find_head(self.model, self.head_path, pair)
+        head.verify(self.model, pair)
+        return head
+
     # ---- The step ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`; before it, the last time that the model is whole, the head is proven anew.
+
+        It may have been replaced since construction (`reset_classifier`, `model_init`).
+        """
+        if self.pair_datasets:
+            self.head = self._proven_head(next(iter(self.pair_datasets.values())))
+        return super().create_optimizer(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`.
@@ -231,11 +241,8 @@ class IPGTrainer(Trainer):
                 loader.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch: before the first of an optimizer step the corrective update, after the last the scaling.
-
-        Returns:
-            The detached loss of the micro-batch, a scalar.
-        """
+        """As `Trainer.training_step`; the corrective update comes before the first micro-batch of an optimizer step,
+        the scaling of the loss gradient after the last."""
         if not self.pair_datasets:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._guided_state is not self.state:
@@ -249,24 +256,14 @@ class IPGTrainer(Trainer):
 
     def _begin_guidance(self, inputs: Mapping[str, Any]) -> None:
         """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
-        name = PairProgress.__name__
-        # Trainer may have replaced the callback by a restored copy, and a checkpoint of another trainer has no entry
-        self.progress = next(cb for cb in self.callback_handler.callbacks if isinstance(cb, PairProgress))
-        saved = self.state.stateful_callbacks.get(name) if self.state.global_step else None
-        if self.state.global_step and not (saved or {}).get("attributes"):
-            logger.warning("The checkpoint holds no position in the pairs: they are drawn from the start.")
-            saved = None
-        self.progress.restore(saved)
-        self.state.stateful_callbacks[name] = self.progress.state()
-
-        self.head = find_head(self.model, self.head_path)
+        self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
         self._pair_loaders = {name: self._pair_loader(name) for name in self.pair_datasets}
         self._measures = self._settings(find_problem_type(self.model, inputs.get("labels")))
         self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._correction: dict[str, Tensor] | None = None
-        # by a loader: random transforms must not draw from the global generators, whose state a resume restores
-        first = PairLoader(next(iter(self.pair_datasets.values())), self._pair_collator, 1, seed=self.args.seed)
-        self.head.verify(self.model, self._prepare_inputs(next(first)))
+        compiler = self.accelerator.state.dynamo_plugin
+        is_compiled = compiler.backend != DynamoBackend.NO
+        self._pair_forward = torch.compile(self.head.run, **compiler.to_kwargs()) if is_compiled else self.head.run
         self._guided_state = self.state
 
     def _correct(self, model: nn.Module) -> dict[str, Tensor]:
@@ -280,7 +277,7 @@ class IPGTrainer(Trainer):
                 batch = self._prepare_inputs(next(loader))
                 self.progress.positions[name] = loader.position
                 with self.compute_loss_context_manager():
-                    logits, z = self.head.run(module, batch)
+                    logits, z = self._pair_forward(module, batch)
                 distance, divergence = pair_measures(self.head, logits, z, self.accelerator, **self._measures)
                 if not distance.requires_grad:
                     raise ValueError("the distance depends on no trainable parameter: unfreeze the head or network.")
@@ -320,7 +317,7 @@ class IPGTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`, without the `attribute` column; with pairs, exact under accumulation (R6)."""
-        if ATTRIBUTE not in inspect.signature(self.model.forward).parameters:
+        if ATTRIBUTE not in self._inputs:
             inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
         if self.args.freeze_norm and model.training:
             for module in norm_layers(self.model):
@@ -342,6 +339,8 @@ class IPGTrainer(Trainer):
         attributes = inputs.get(ATTRIBUTE)
         inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._computes_loss and isinstance(logits, tuple):
+            logits = logits[0]
         if attributes is not None and labels is not None:
             labels = (labels, self._prepare_input(attributes))
         return loss, logits, labels
@@ -364,7 +363,7 @@ class IPGTrainer(Trainer):
         batches = DataLoader(
             dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=torch.Generator()
         )
-        head, settings = find_head(self.model, self.head_path), self._settings(find_problem_type(self.model, None))
+        head, settings = self._proven_head(dataset), self._settings(find_problem_type(self.model, None))
         with self.compute_loss_context_manager():
             measured = evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
         return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}

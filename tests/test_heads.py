@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import find_head, load_image_classifier
-from ipg_hf.heads import inference
+from ipg_hf.trial import inference
 
 LABELS = 7
 TRANSFORMER = {
@@ -94,16 +94,16 @@ def check_head(model, path, inputs):
     inputs = {name: values.double() for name, values in inputs.items()}
     head = find_head(model)
     assert head.path == path
-    assert head.module is model.get_submodule(path)
+    assert head.modules == (model.get_submodule(path),)
     head.verify(model, inputs)
     logits, z = head.run(model, inputs)
     assert torch.equal(logits, model(**inputs).logits)
     assert logits.shape == (len(z), LABELS) and z.dim() == 2 and head.weight.shape == (LABELS, z.shape[1])
     torch.testing.assert_close(logits, z @ head.weight.T + head.bias, rtol=0, atol=1e-10)
 
-    (weight_gradient,) = torch.autograd.grad(logits[:, 0].sum(), head.module.weight, retain_graph=True)
+    (weight_gradient,) = torch.autograd.grad(logits[:, 0].sum(), head.modules[0].weight, retain_graph=True)
     torch.testing.assert_close(weight_gradient.flatten(1)[0], z.sum(0))
-    (from_view,) = torch.autograd.grad((head.weight * 3).sum(), head.module.weight)
+    (from_view,) = torch.autograd.grad((head.weight * 3).sum(), head.modules[0].weight)
     assert from_view.eq(3).all()  # `weight` is a view of the parameter
     z.sum().backward()
     assert next(model.parameters()).grad is not None  # z is attached to the network
@@ -123,7 +123,7 @@ def test_timm_architectures(name, kwargs, path):
     model = load_image_classifier(module, model_args=kwargs)
     check_head(model, path, images(model))
     assert isinstance(model, PreTrainedModel) and model.timm_model is module
-    is_convolution = isinstance(find_head(model).module, nn.Conv2d)
+    is_convolution = isinstance(find_head(model).modules[0], nn.Conv2d)
     assert is_convolution == (name == "resnetv2_18")
 
 
@@ -184,7 +184,7 @@ def test_the_last_registered_layer_is_not_always_the_head():
 
 def test_head_by_path():
     model = resnet(LABELS)
-    assert find_head(model, "classifier.1").module is model.classifier[1]
+    assert find_head(model, "classifier.1").modules[0] is model.classifier[1]
     with pytest.raises(ValueError, match=r"no layer of ResNetForImageClassification.*'classifier\.1'"):
         find_head(model, "clasifier.1")
     with pytest.raises(ValueError, match=r"is a Sequential, not a linear layer\. Did you mean 'classifier\.1'\?"):
@@ -313,8 +313,8 @@ def test_searching_draws_nothing_and_changes_nothing():
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     head = find_head(model)
     head.verify(model, images(model))
-    nn.init.zeros_(head.module.weight)
-    nn.init.zeros_(head.module.bias)
+    nn.init.zeros_(head.modules[0].weight)
+    nn.init.zeros_(head.modules[0].bias)
     head.verify(model, images(model))  # all-zero logits are tried out on noise
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
@@ -357,8 +357,8 @@ def test_low_precision_gives_no_false_alarm(build, zero, precision):
     model = build(4)
     head = find_head(model)
     if zero:  # zero-initialised heads are what several timm models start from
-        nn.init.zeros_(head.module.weight)
-        nn.init.zeros_(head.module.bias)
+        nn.init.zeros_(head.modules[0].weight)
+        nn.init.zeros_(head.modules[0].bias)
     model = precision(model)
     head.verify(model, images(model, None if build is vit else 160, n=16))
     assert head.run(model, images(model, None if build is vit else 160))[0].any() != zero

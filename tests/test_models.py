@@ -64,7 +64,7 @@ def test_another_num_labels_gets_a_fresh_initialised_head(build, tmp_path):
     models = {"vit": vit, "resnet": resnet, "timm": lambda n: load_image_classifier(timm_module("test_resnet", n))}
     saved = models[build](5)
     with torch.no_grad():
-        find_head(saved).module.weight.fill_(7.0)
+        find_head(saved).modules[0].weight.fill_(7.0)
     saved.save_pretrained(tmp_path)
     # memory that holds rubbish, which an uninitialised head would show
     rubbish = [torch.full((40, size), float("nan")) for size in (16, 32, 64, 256) for _ in range(50)]

@@ -334,7 +334,7 @@ def test_evaluate_pairs(tmp_path):
     assert run.model.training
     model = copy.deepcopy(run.model).eval()
     head, features = find_head(model), []
-    head.module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    head.modules[0].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     with torch.no_grad():
         a, b = (model(torch.stack([row[f"pixel_values_{side}"] for row in pairs])).logits for side in "ab")
     distance = rationale_distance(head.weight, *features, reduction="pair")

@@ -14,14 +14,19 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from .loader import PairCollator, check_rows_agree, check_sides, is_stream, seeded, source_of
 from .transforms import ImageRows
 
+logger = logging.get_logger(__name__)
+
 CHUNK = 256
 
 
-def check_pair_set(dataset: Any, name: str, collator: PairCollator, *, every_row: bool = True) -> None:
+def check_pair_set(
+    dataset: Any, name: str, collator: PairCollator, *, every_row: bool = True, per_step: int = 1
+) -> None:
     """Checks a pair set against the contract of its columns.
 
     Args:
@@ -29,6 +34,7 @@ def check_pair_set(dataset: Any, name: str, collator: PairCollator, *, every_row
         name: its name, for messages.
         collator: the collator that will make its batches.
         every_row: look at each row of a map-style set, not only at its first.
+        per_step: pairs that a training step takes; a smaller set gets a warning.
 
     Raises:
         ValueError: the set is empty, lacks a column, or a row has sides of different shape, mode or dtype, different
@@ -38,6 +44,8 @@ def check_pair_set(dataset: Any, name: str, collator: PairCollator, *, every_row
         return  # its rows are checked as they are drawn
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give it at least one pair.")
+    if len(dataset) < per_step:
+        logger.warning(f"{name} has {len(dataset)} pairs, fewer than the {per_step} a step: every step uses all.")
     stop = len(dataset) if every_row else 1
     if isinstance(dataset, ImageRows):
         _check_raw_rows(dataset, name, stop, collator)
