@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `ipg train` and `ipg evaluate`."""
+"""The command line: `ipg train`, `ipg evaluate` and `ipg heads`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from .metrics import GroupMetrics
 from .models import load_image_classifier
 from .pairs import ImageRows
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
+from .survey import survey
 from .trainer import IPGTrainer
 
 logger = logging.get_logger(__name__)
@@ -50,8 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("--split", choices=["validation", "test"], default="test")
             command.add_argument("--output", help="write the metrics to this JSON file")
         command.add_argument("--config", required=True, help="the recipe, a YAML file")
+    heads = commands.add_parser("heads", help="show which classifier head is found in which model", allow_abbrev=False)
+    heads.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="timm/NAME or a class of transformers, also with wildcards ('timm/vit_*', '*Swin*'), a folder or Hub id; "
+        "without any, every class of transformers and every model of timm (minutes). Weights are random; of a Hub id "
+        "only the config is fetched. A wildcard of timm proves which layers reach the logits, a name the numbers too.",
+    )
     options, flags = parser.parse_known_args(argv)
+    if options.command == "heads" and flags:
+        heads.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
+        if options.command == "heads":
+            show_heads(options.models)
+            return 0
         recipe, args, given = parse_recipe(options.config, flags)
         if options.command == "train":
             train(recipe, args, given)
@@ -150,6 +166,16 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
         if output:
             report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
+
+
+def show_heads(models: Sequence[str]) -> None:
+    """Prints a row for each model: accepted or refused, the head, or the reason; totals at the end."""
+    accepted: Counter[bool] = Counter()
+    for finding in survey(models):
+        accepted[not finding.problem] += 1
+        found = f"{finding.kind:<18} {finding.features:>6}  {finding.path}"
+        print(f"{finding.model:<48} {f'REFUSED: {finding.problem}' if finding.problem else found}", flush=True)
+    print(f"\n{accepted[True]} of {sum(accepted.values())} models accepted")
 
 
 def _prepare_output(recipe: Recipe, args: IPGConfig) -> str | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ from .trial import hooked, is_pooled, logits_of, try_layers
 
 # Why classes of models are refused that others of their kind are not, and the way out.
 WAYS_OUT = {
+    "PeftModel": "Where an adapter is in the head, train a copy of the head instead: modules_to_save=['classifier'].",
     "VOLO": "VOLO adds the maximum over its tokens of an auxiliary head: build it with use_aux_head=False.",
-    "EfficientVim": "EfficientViM mixes the logits of its stages by learned weights: choose another architecture.",
+    "EfficientViM": "EfficientViM mixes the logits of its stages by learned weights: choose another architecture.",
     "AttentionPool2d": "Its classifier stands inside the attention pooling: use a *_clip_gap variant.",
     "RotAttentionPool2d": "Its classifier stands inside the attention pooling: use a *_clip_gap variant.",
     "ShieldGemma2ForImageClassification": "Its classes are words of a language model: fine-tune its vision tower.",
@@ -159,6 +161,11 @@ def find_head(
         return ClassifierHead(tuple(candidates.values()), tuple(candidates))
     if not candidates:
         linear = [name for name, module in model.named_modules() if _is_linear(module)]
+        if _num_labels(model) == 0:
+            raise ValueError(
+                f"{type(model).__name__} has no classifier (num_classes is 0): choose a model that has one, or add one "
+                "to it, a module of your own whose forward returns the logits of a linear layer."
+            )
         raise ValueError(
             f"{type(model).__name__} has no linear layer with {_num_labels(model)} outputs (its config.num_labels). "
             f"Its last linear layers: {', '.join(map(repr, linear[-5:])) or 'none'}. {_way_out(model)}"
@@ -181,25 +188,26 @@ def noise_inputs(model: nn.Module, size: int | tuple[int, int] | None = None) ->
     timm_config = getattr(config or described, "pretrained_cfg", None)
     if config is None and timm_config is None:
         raise ValueError("it has no config that names the size of its images")
-    if config is None:
-        return {next(iter(inspect.signature(model.forward).parameters)): _noise(model, timm_config["input_size"], size)}
-    name = getattr(described, "main_input_name", "pixel_values")
-    if timm_config:
-        shape = list(timm_config["input_size"])
-        made_with = getattr(config, "model_args", None) or {}
-        shape[0] = made_with.get("in_chans", shape[0])
-        size = size or made_with.get("img_size")
-        return {name: _noise(model, shape, size)}
+    name = getattr(described, "main_input_name", None) or next(iter(inspect.signature(described.forward).parameters))
+    parameter, generator = next(model.parameters()), torch.Generator().manual_seed(0)
+    if name == "input_ids":  # ImageGPT reads an image as a sequence of colours
+        colours = torch.randint(config.vocab_size, (2, config.n_positions), generator=generator)
+        return {name: colours.to(parameter.device)}
     vision = getattr(config, "vision_config", config)
-    size = size or getattr(vision, "image_size", None) or 224
-    return {name: _noise(model, (getattr(vision, "num_channels", 3), 224, 224), size)}
-
-
-def _noise(model: nn.Module, shape: Sequence[int], size: int | tuple[int, int] | None) -> Tensor:
-    height, width = shape[1:] if size is None else (size, size) if isinstance(size, int) else size
-    parameter = next(model.parameters())
-    noise = torch.randn(2, shape[0], height, width, generator=torch.Generator().manual_seed(0))
-    return noise.to(parameter.device, parameter.dtype)
+    if hasattr(vision, "num_patches"):  # SigLIP 2 reads a list of patches and their places
+        side = math.isqrt(vision.num_patches)
+        noise = torch.randn(2, side**2, vision.num_channels * vision.patch_size**2, generator=generator)
+        places = {"pixel_attention_mask": torch.ones(2, side**2).long(), "spatial_shapes": torch.full((2, 2), side)}
+        places = {key: value.to(parameter.device) for key, value in places.items()}
+        return {name: noise.to(parameter.device, parameter.dtype), **places}
+    if name == "inputs" and not type(described).__name__.endswith("Learned"):
+        size = size or 224  # two of the three Perceivers are made for it, whatever their config says
+    made_with = getattr(config, "model_args", None) or {}
+    default = timm_config["input_size"] if timm_config else (getattr(vision, "num_channels", 3), 224, 224)
+    size = size or made_with.get("img_size") or getattr(vision, "image_size", None) or default[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    noise = torch.randn(2, made_with.get("in_chans", default[0]), height, width, generator=generator)
+    return {name: noise.to(parameter.device, parameter.dtype)}
 
 
 # ---- Candidates ----
@@ -273,7 +281,7 @@ def _way_out(model: nn.Module) -> str:
         "Pass the path of the last linear layer as head=, or a tuple of paths where the model returns the mean of "
         "several heads, or give the model a linear classifier."
     )
-    return next((text for kind, text in WAYS_OUT.items() if kind in kinds), default)
+    return next((text for kind, text in WAYS_OUT.items() if any(name.startswith(kind) for name in kinds)), default)
 
 
 def _quoted(paths: Sequence[str]) -> str:

@@ -5,16 +5,27 @@ import inspect
 
 import timm
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    LevitConfig,
+    LevitForImageClassificationWithTeacher,
+    PerceiverConfig,
+    PerceiverForImageClassificationConvProcessing,
+    PPLCNetConfig,
+    PPLCNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import IPGConfig, IPGTrainer, load_image_classifier
+from ipg_hf.trial import logits_of
 
 SIZE = 16
 
@@ -47,6 +58,69 @@ def resnet(num_labels=2):
 def timm_resnet(num_labels=2):
     torch.manual_seed(0)
     return load_image_classifier(timm.create_model("test_resnet", num_classes=num_labels))
+
+
+class Wrapped(nn.Module):
+    """A forward that takes images and returns logits, as users write it around any network."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=logits_of(self.inner(pixel_values)))
+
+
+def conv_head(num_labels=2):
+    torch.manual_seed(0)
+    settings = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "stem_chs": 8}
+    return Wrapped(timm.create_model("resnetv2_18", num_classes=num_labels, **settings))
+
+
+def no_bias(num_labels=2):
+    torch.manual_seed(0)
+    first = nn.Linear(3 * SIZE**2, 8)
+    return Wrapped(nn.Sequential(nn.Flatten(), nn.Sequential(first, nn.GELU()), nn.Linear(8, num_labels, bias=False)))
+
+
+def deit_with_teacher(num_labels=2):
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DeiTConfig(**settings, image_size=SIZE, patch_size=4, num_labels=num_labels)
+    return DeiTForImageClassificationWithTeacher(config)
+
+
+def levit_with_teacher(num_labels=2):
+    torch.manual_seed(0)
+    stages = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+    return LevitForImageClassificationWithTeacher(LevitConfig(image_size=SIZE, **stages, num_labels=num_labels))
+
+
+def crossvit(num_labels=2):
+    torch.manual_seed(0)
+    branches = {"patch_size": (4, 8), "embed_dim": (8, 16), "depth": ((1, 1, 0), (1, 1, 0)), "num_heads": (2, 2)}
+    settings = {"img_size": SIZE, "img_scale": (1.0, 1.0), "mlp_ratio": (1.0, 1.0, 1.0)}
+    return Wrapped(timm.models.crossvit.CrossVit(**branches, **settings, num_classes=num_labels))
+
+
+def perceiver(num_labels=2):
+    torch.manual_seed(0)
+    config = PerceiverConfig(
+        num_latents=4,
+        d_latents=16,
+        num_blocks=1,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=1,
+        attention_probs_dropout_prob=0.0,
+        num_labels=num_labels,
+    )
+    return Wrapped(PerceiverForImageClassificationConvProcessing(config))
+
+
+def lcnet(num_labels=2):
+    torch.manual_seed(0)
+    return PPLCNetForImageClassification(PPLCNetConfig(num_labels=num_labels, scale=0.25, hidden_dropout_prob=0.0))
 
 
 def rows(n, num_labels=2, seed=0, dtype=torch.float32, attribute=False):

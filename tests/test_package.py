@@ -31,6 +31,7 @@ ORDER = [
     "correction",
     "trainer",
     "data",
+    "survey",
     "report",
     "recipe",
     "cli",

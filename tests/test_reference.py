@@ -15,8 +15,19 @@ from transformers import TrainerCallback
 from ipg_hf import IPGTrainer
 
 STEPS, PAIRS, BATCH, LABELS = 3, 4, 6, 3
-HEADS = {"vit": "classifier", "resnet": "classifier.1", "timm": "timm_model.fc"}
-MODELS = {"vit": small.vit, "resnet": small.resnet, "timm": small.timm_resnet}
+# model, paths of its head or heads
+MODELS = {
+    "vit": (small.vit, ["classifier"]),
+    "resnet": (small.resnet, ["classifier.1"]),
+    "timm": (small.timm_resnet, ["timm_model.fc"]),
+    "convolution": (small.conv_head, ["inner.head.fc"]),
+    "no bias": (small.no_bias, ["inner.2"]),
+    "two heads": (small.deit_with_teacher, ["cls_classifier", "distillation_classifier"]),
+    "heads of two widths": (small.crossvit, ["inner.head.0", "inner.head.1"]),
+    "batch norm before the heads": (small.levit_with_teacher, ["classifier.linear", "classifier_distill.linear"]),
+    "one token": (small.perceiver, ["inner.perceiver.decoder.decoder.final_layer"]),
+    "no logits entry": (small.lcnet, ["head"]),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Reference:
         self.states = {"first": {}, "second": {}}
         if wrong != "separate states":
             self.states["second"] = self.states["first"]
-        self.head = model.get_submodule(HEADS[case.model])
+        self.heads = [model.get_submodule(path) for path in MODELS[case.model][1]]
 
     @property
     def rate(self):
@@ -84,12 +95,18 @@ class Reference:
 
     def pair_gradient(self, a, b):
         self.model.train(self.wrong == "pair forward in train mode")
-        seen = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        logits = self.model(pixel_values=torch.cat([a, b])).logits
-        hook.remove()
-        rationales = self.head.weight.unsqueeze(0) * seen[0].unsqueeze(1)
-        assert torch.allclose(rationales.sum(-1) + self.head.bias, logits)
+        seen = {}
+        hooks = [
+            head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0].flatten(1)}))
+            for head in self.heads
+        ]
+        logits = self.logits(torch.cat([a, b]))
+        for hook in hooks:
+            hook.remove()
+        n = len(self.heads)
+        rationales = torch.cat([head.weight.flatten(1) * seen[head].unsqueeze(1) / n for head in self.heads], -1)
+        bias = 0 if self.heads[0].bias is None else sum(head.bias for head in self.heads) / n
+        assert torch.allclose(rationales.sum(-1) + bias, logits)
         difference = rationales[: len(a)] - rationales[len(a) :]
         if self.case.reduction == "mean":
             difference = difference.mean(0, keepdim=True)
@@ -102,6 +119,10 @@ class Reference:
         gradients = torch.autograd.grad(distance, list(self.parameters.values()), allow_unused=True)
         return distance.detach(), divergence, self.named(gradients)
 
+    def logits(self, images):
+        outputs = self.model(pixel_values=images)
+        return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
     def named(self, gradients):
         return {name: g for name, g in zip(self.parameters, gradients, strict=True) if g is not None}
 
@@ -109,12 +130,11 @@ class Reference:
         self.model.train()
         if self.case.freeze_norm:
             for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         items = sum(len(labels) for _, labels in micro_batches)
         loss = sum(
-            F.cross_entropy(self.model(pixel_values=images).logits, labels, reduction="sum") / items
-            for images, labels in micro_batches
+            F.cross_entropy(self.logits(images), labels, reduction="sum") / items for images, labels in micro_batches
         )
         return loss.detach(), self.named(torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True))
 
@@ -190,7 +210,7 @@ class Snapshots(TrainerCallback):
 
 
 def build(case):
-    model = MODELS[case.model](LABELS).double()
+    model = MODELS[case.model][0](LABELS).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, buffer in model.named_buffers():  # statistics unlike those of any batch
@@ -258,7 +278,10 @@ def referred(case, drawn, wrong=None):
     return steps, logs
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+KINDS = [Case(model=name, freeze_norm=True) for name in MODELS if name not in ("vit", "resnet", "timm")]
+
+
+@pytest.mark.parametrize("case", cases() + KINDS, ids=str)
 def test_every_step_equals_the_reference(case, tmp_path):
     steps, logs, drawn = trained(case, tmp_path)
     wanted_steps, wanted_logs = referred(case, drawn)
