@@ -20,6 +20,8 @@ from .heads import find_head, noise_inputs
 NUM_LABELS = 7
 # Models of more parameters stay on the meta device.
 MANY = 500_000_000
+# Pixels: models of larger images that are not bound to their size are computed on MODEST_SIZE.
+LARGE_SIZE, MODEST_SIZE = 256, 224
 # Default configs that are larger than a look at the head needs, or do not build (Perceiver: 261 channels for 8 heads).
 SMALLER: dict[str, dict[str, Any]] = {
     "EfficientNetConfig": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224},
@@ -49,12 +51,13 @@ class Finding:
     parameters: int
 
 
-def examine(name: str, model: nn.Module) -> Finding:
-    """Finds and proves the head of one model on noise."""
+def examine(name: str, model: nn.Module, size: int | None = None) -> Finding:
+    """Finds and proves the head of one model on noise, in its own image size by default."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        head = find_head(model)
-        head.verify(model, noise_inputs(model))
+        inputs = noise_inputs(model, size) if size else None
+        head = find_head(model, inputs=inputs)
+        head.verify(model, inputs or noise_inputs(model))
     except ValueError as failure:
         return Finding(name, "", "", 0, str(failure), parameters)
     return Finding(name, " + ".join(head.paths), head.kind, head.weight.shape[1], "", parameters)
@@ -92,17 +95,25 @@ def _of_timm(pattern: str) -> Iterator[Finding]:
     if not names:
         raise ValueError(f"timm has no model {pattern!r}.")
     for name in names:
-        with torch.device("meta" if "*" in pattern else "cpu"):
-            model = timm.create_model(name, num_classes=NUM_LABELS)
-        yield examine(f"timm/{name}", model)
+        yield examine_timm(name, "meta" if "*" in pattern else "cpu")
+
+
+def examine_timm(name: str, device: str = "cpu") -> Finding:
+    """Examines a timm model with random weights, built on a device (`"meta"`: without numbers)."""
+    with torch.device(device):
+        model = timm.create_model(name, num_classes=NUM_LABELS)
+    known = model.pretrained_cfg
+    # a smaller image than its own tells the same in less time
+    size = MODEST_SIZE if max(known["input_size"]) > LARGE_SIZE and not known["fixed_input_size"] else None
+    return examine(f"timm/{name}", model, size if device == "cpu" else None)
 
 
 def transformers_classes() -> list[tuple[type, type]]:
-    """(config class, model class) of every image classifier that transformers knows."""
+    """(config class, model class) of every image classifier of transformers, without those registered by others."""
     pairs = []
     for config_class, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.items():
         pairs += [(config_class, kind) for kind in (classes if isinstance(classes, tuple) else (classes,))]
-    return pairs
+    return [pair for pair in pairs if pair[1].__module__.startswith("transformers.")]
 
 
 def build_shallow(config_class: type, model_class: type) -> nn.Module:

@@ -144,19 +144,68 @@ def test_timm_architectures(name, kwargs, path):
     ids=["transformers", "timm"],
 )
 @pytest.mark.parametrize("zero", [False, True])
-def test_two_averaged_heads_are_an_error(model, paths, zero):
-    model = model()
+def test_the_mean_of_two_heads(model, paths, zero):
+    model = model().double().eval()
     for path in paths if zero else []:  # the outputs of both are then equal to the logits
         nn.init.zeros_(model.get_submodule(path).weight)
         nn.init.zeros_(model.get_submodule(path).bias)
-    with pytest.raises(ValueError, match="head=") as error:
-        find_head(model)
-    assert all(repr(path) in str(error.value) for path in paths)
-    assert "its output is not the logits" in str(error.value)  # tried out on an image of the right size
-    head = find_head(model, paths[0])
-    with pytest.raises(ValueError, match="its output is not the logits"):
-        head.verify(model, images(model, SIZE))
+    inputs = images(model, SIZE)
+    head = find_head(model)
+    assert head.path == tuple(paths) and head.kind == "mean of 2 linear"
+    head.verify(model, inputs)
+    logits, z = head.run(model, inputs)
+    assert torch.equal(logits, model(**inputs).logits) and logits.any() != zero
+    parts = [model.get_submodule(path) for path in paths]
+    assert torch.equal(head.weight, torch.cat([part.weight / 2 for part in parts], 1))
+    torch.testing.assert_close(logits, z @ head.weight.T + head.bias, rtol=0, atol=1e-12)
+    gradients = torch.autograd.grad(head.weight.sum(), [part.weight for part in parts])
+    assert all(gradient.eq(0.5).all() for gradient in gradients)
+    again = find_head(model, head.path)
+    assert again.modules == head.modules
+    # one of the two alone, or beside a stranger, is refused
+    for wrong, problem in ((paths[0], "other layers too"), (paths[1], "other layers too")):
+        with pytest.raises(ValueError, match=f"{problem}.*a tuple of paths") as error:
+            find_head(model, wrong).verify(model, inputs)
+        assert f"same width: {paths[1 - paths.index(wrong)]!r}" in str(error.value)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("forward", "accepted"),
+    [
+        (lambda self, z: (self.first(z) + self.second(z)) / 2, True),
+        (lambda self, z: torch.stack([self.first(z), self.second(z)]).mean(0), True),
+        (lambda self, z: self.first(z) + self.second(z), False),
+        (lambda self, z: 0.4 * self.first(z) + 0.6 * self.second(z), False),
+        (lambda self, z: torch.maximum(self.first(z), self.second(z)), False),
+        (lambda self, z: (self.first(z) + self.second(z) + 0.01 * self.features.bias[:4]) / 2, False),
+    ],
+    ids=["mean", "stacked", "sum", "weighted", "maximum", "more"],
+)
+def test_only_the_mean_is_accepted(forward, accepted):
+    model = Classifier(forward, first=nn.Linear(8, 4), second=nn.Linear(8, 4))
+    if accepted:
+        head = find_head(model)
+        head.verify(model, images(model))
+        logits, z = head.run(model, images(model))
+        torch.testing.assert_close(logits, z @ head.weight.T + head.bias)
+    else:
+        with pytest.raises(ValueError, match=r"They do not make the logits: the logits (are not the mean|depend on)"):
+            find_head(model)
+        with pytest.raises(ValueError, match="'first' and 'second' is not this model's classifier head"):
+            find_head(model, ("first", "second")).verify(model, images(model))
+
+
+def test_heads_of_which_some_have_no_bias():
+    model = Classifier(
+        lambda self, z: (self.first(z) + self.second(z[:, :5])) / 2,
+        first=nn.Linear(8, 4),
+        second=nn.Linear(5, 4, bias=False),
+    )
+    head = find_head(model)
+    logits, z = head.run(model, images(model))
+    assert z.shape[1] == head.weight.shape[1] == 13 and torch.equal(head.bias, model.first.bias / 2)
+    torch.testing.assert_close(logits, z @ head.weight.T + head.bias)
 
 
 def test_hidden_layers_as_wide_as_the_labels():
@@ -177,8 +226,10 @@ def test_the_last_registered_layer_is_not_always_the_head():
     assert find_head(model).path == "first"
     # where the noise forward cannot decide, nothing is guessed
     model.compute = lambda self, z: self.first(z).add_(self.auxiliary(z))
-    reasons = r"'first': W z \+ b differs.*'auxiliary': its output is not the logits"
-    with pytest.raises(ValueError, match=f"Not exactly one of them makes the logits.*{reasons}"):
+    with pytest.raises(ValueError, match="They do not make the logits: the logits are not the mean of their outputs"):
+        find_head(model)
+    model.compute = lambda self, z: z[:, :4]
+    with pytest.raises(ValueError, match="the output of none of them reaches the logits"):
         find_head(model)
 
 
@@ -212,10 +263,12 @@ def test_no_candidate_names_the_last_linear_layers():
         (lambda self, z: nn.functional.linear(z, self.head.weight), "ran 0 times"),
         (lambda self, z: self.head(z) / 2, "output is not the logits"),
         (lambda self, z: self.head(z).softmax(-1), "output is not the logits"),
-        (lambda self, z: self.head(z).mul_(2), "W z \\+ b differs from its output"),
+        (lambda self, z: self.head(z).mul_(2), "output is not the logits"),
+        (lambda self, z: self.head(z) + 1e-3, "output is not the logits"),
+        (lambda self, z: self.head(z) + 0.1 * z[:, :4], "the logits depend on other layers too .*features"),
         (lambda self, z: self.head(z)[:, :2], "its output has the shape"),
     ],
-    ids=["before pooling", "twice", "not at all", "halved", "softmax", "in place", "cut"],
+    ids=["before pooling", "twice", "not at all", "halved", "softmax", "in place", "offset", "skip", "cut"],
 )
 def test_verify_rejects(forward, problem):
     model = Classifier(forward, head=nn.Linear(8, 4))
@@ -240,6 +293,19 @@ def test_run_rejects(forward, problem):
     with pytest.raises(RuntimeError, match=problem):
         find_head(model, "head").run(model, images(model))
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_second_way_to_the_logits_that_starts_at_zero(trained):
+    """No number shows it before training; where it is frozen at zero it never will be one."""
+    model = Classifier(lambda self, z: self.head(z) + self.adapter(z), head=nn.Linear(8, 4))
+    model.adapter = nn.Linear(8, 4, bias=False)
+    nn.init.zeros_(model.adapter.weight).requires_grad_(trained)
+    if trained:
+        with pytest.raises(ValueError, match=r"the logits depend on other layers too .*'adapter\.weight'"):
+            find_head(model, "head").verify(model, images(model))
+    else:
+        find_head(model, "head").verify(model, images(model))
 
 
 def test_a_layer_that_adds_to_w_z_is_rejected():

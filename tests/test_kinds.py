@@ -4,15 +4,26 @@
 import copy
 import math
 
+import numpy as np
 import peft
 import pytest
 import small
 import timm
 import torch
+from datasets import Dataset
+from PIL import Image
 from small import Around, bit_equal, differences, logged, pairs, rows, trainer, weights
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import TrainerCallback
+from transformers import (
+    ImageGPTConfig,
+    ImageGPTForImageClassification,
+    ImageGPTImageProcessor,
+    Siglip2Config,
+    Siglip2ForImageClassification,
+    Siglip2ImageProcessor,
+    TrainerCallback,
+)
 
 from ipg_hf import find_head, load_image_classifier
 
@@ -379,3 +390,47 @@ def test_a_second_compiled_run_finds_the_head_of_its_own_model(tmp_path):
             logs.append([entry["ipg/distance"] for entry in logged(run)])
         assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     torch._dynamo.reset()
+
+
+# ---- Inputs that are not an image tensor ----
+
+
+def siglip2():
+    settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**settings, "num_patches": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    model = Siglip2ForImageClassification(Siglip2Config(vision_config=vision, num_labels=2))
+    return model, Siglip2ImageProcessor(patch_size=4, max_num_patches=16)
+
+
+def imagegpt():
+    colours = np.stack(np.meshgrid(*[[-1.0, 0.0, 1.0]] * 3), -1).reshape(-1, 3)
+    torch.manual_seed(0)
+    model = ImageGPTForImageClassification(
+        ImageGPTConfig(
+            vocab_size=len(colours) + 1, n_positions=64, n_embd=16, n_layer=1, n_head=2, num_labels=2, resid_pdrop=0.0
+        )
+    )
+    return model, ImageGPTImageProcessor(clusters=colours, size={"height": 8, "width": 8})
+
+
+@pytest.mark.parametrize("build", [siglip2, imagegpt])
+def test_raw_images_become_whatever_the_model_reads(tmp_path, build):
+    model, processor = build()
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(24)]
+    train = Dataset.from_dict({"image": pictures, "label": [i % 2 for i in range(24)]})
+    twins = Dataset.from_dict({"image_a": pictures[:12], "image_b": pictures[12:]})
+    run = trainer(
+        tmp_path, model, train=train, pair_dataset=twins, processing_class=processor, learning_rate=0.05, max_steps=2
+    )
+    before = weights(model)
+    run.train()
+    assert f"{run.head.path}.weight" in moved(before, weights(model))
+    # the distance of all pairs together, from the processor's own output
+    sides = [processor(list(twins[f"image_{side}"]), return_tensors="pt") for side in "ab"]
+    with torch.no_grad():
+        features = [run.head.run(model.eval(), side)[1].mean(0) for side in sides]
+        expected = torch.linalg.svdvals(run.head.weight * (features[0] - features[1]))[0].item()
+    assert math.isclose(run.evaluate_pairs(twins)["eval_distance"], expected, rel_tol=1e-4)
+    assert run.predict(train).predictions.shape == (24, 2)

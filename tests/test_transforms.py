@@ -182,7 +182,7 @@ def test_columns_that_are_not_needed_are_not_decoded():
 def test_images_of_other_modes(mode, name):
     image = noise(0).convert(mode)
     assert image.mode == mode
-    inputs = process_images(processors[name], [image, noise(1)])
+    inputs = process_images(processors[name], [image, noise(1)])["pixel_values"]
     assert inputs.shape == (2, 3, SIDE, SIDE) and inputs.dtype == torch.float32
     expected = processors[name](image.convert("RGB"), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs[:1], expected)

@@ -35,7 +35,9 @@ class ImageRows(torch.utils.data.Dataset):
         seed: seed of the draws.
         preload: transform every row once, now, and keep the tensors in memory. Only without random draws.
 
-    Items are dicts: input name -> float tensor (channels, height, width); kept column -> its value. A key is a row
+    Items are dicts: input name -> tensor, of floats and shape (channels, height, width) for most models; kept column ->
+    its value. What a processor gives beside the main input (masks) comes under its own name, with the side of a pair
+    (`pixel_attention_mask_a`). A key is a row
     number, or a pair (position, row) as the pair sampler gives it.
     """
 
@@ -115,8 +117,13 @@ class ImageRows(torch.utils.data.Dataset):
         }
         # one call for all columns: processors have a fixed cost per call
         inputs = process_images(self.processor, [image for name in self.columns for image in images[name]])
-        inputs = inputs.view(len(self.columns), len(draws), *inputs.shape[1:])
-        return dict(zip(self.columns.values(), inputs, strict=True)) | {name: batch[name] for name in self.keep}
+        main = "pixel_values" if "pixel_values" in inputs else next(iter(inputs))  # ImageGPT's are `input_ids`
+        table = {}
+        for name, values in inputs.items():
+            for (column, target), part in zip(self.columns.items(), values.chunk(len(self.columns)), strict=True):
+                side = column[-2:] if column.endswith(("_a", "_b")) else ""
+                table[target if name == main else f"{name}{side}"] = part
+        return table | {name: batch[name] for name in self.keep}
 
     def _augmented(self, image: Image.Image, draw: np.ndarray | None) -> Image.Image:
         if draw is None:
@@ -167,11 +174,12 @@ def as_model_inputs(
     return dataset.with_format(None).map(rows.transform_batch, batched=True, with_indices=True, remove_columns=names)
 
 
-def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+def process_images(processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """Calls an image processor on images of any mode.
 
     Returns:
-        float tensor, shape (N, channels, height, width).
+        Its tensors by name, each of N rows: `pixel_values`, a float tensor of shape (N, channels, height, width), or
+        what else the model reads (patches with their mask and places, colours).
 
     Raises:
         ValueError: something is no image, or one of more than 8 bits a channel, or the processor gives images of
@@ -187,12 +195,15 @@ def process_images(processor: Any, images: Sequence[Image.Image]) -> Tensor:
             raise ValueError(f"an image has the mode {image.mode!r}, all white in 8 bits: scale it to 0..255.")
     images = [image if image.mode in ("RGB", "F") else image.convert("RGB") for image in images]
     try:
-        return processor(images, return_tensors="pt")["pixel_values"]
+        inputs = processor(images, return_tensors="pt")
     except ValueError as failure:
         raise ValueError(
             f"{type(processor).__name__} made no batch of the images ({failure}). Where their sizes differ, set its "
             "size and crop so that all agree."
         ) from failure
+    return {
+        name: values for name, values in inputs.items() if isinstance(values, Tensor) and len(values) == len(images)
+    }
 
 
 def crop_box(size: tuple[int, int], scale: float, draw: Sequence[float]) -> tuple[int, int, int, int]:
