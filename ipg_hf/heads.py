@@ -17,6 +17,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,11 +74,12 @@ class ClassifierHead:
         return torch.stack(biases).sum(0) / len(self.modules) if biases else None
 
     @property
-    def _layers(self) -> dict[str, nn.Module]:
+    def layers(self) -> dict[str, nn.Module]:
+        """The modules by path."""
         return dict(zip(self.paths, self.modules, strict=True))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """One forward of `model`; it may be compiled as a whole.
+        """One forward of `model`, eager (see [`CompiledRun`] for another).
 
         Args:
             model: the model that holds this head.
@@ -90,21 +92,9 @@ class ClassifierHead:
             RuntimeError: the head did not run exactly once, or its input is not one vector an image.
         """
         calls: dict[str, list[Tensor]] = {path: [] for path in self.paths}
-        with hooked(self._layers, lambda path, args, kwargs, _: calls[path].extend((*args, *kwargs.values()))):
+        with hooked(self.layers, lambda path, args, kwargs, _: calls[path].extend((*args, *kwargs.values()))):
             logits = logits_of(model(**inputs))
-        for path, features in calls.items():
-            if len(features) != 1:
-                raise RuntimeError(
-                    f"the head {path!r} ran {len(features)} times in one forward instead of once. A layer that was "
-                    "replaced since the head was found (reset_classifier), or a forward that was compiled before, is "
-                    "the usual cause: find the head anew, compile afterwards, or pass another one as head=."
-                )
-            if not is_pooled(features[0]):
-                raise RuntimeError(
-                    f"the head {path!r} is applied before pooling: its input has the shape {tuple(features[0].shape)}."
-                )
-        features = [calls[path][0].flatten(1) for path in self.paths]
-        return logits, features[0] if len(features) == 1 else torch.cat(features, 1)
+        return logits, _features(calls)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Proves on one forward that this head alone makes the logits; leaves the model as it was.
@@ -122,13 +112,75 @@ class ClassifierHead:
         Raises:
             ValueError: the layer's output is not the logits, or `W z + b` is not its output.
         """
-        problem = try_layers(model, self._layers, inputs).problem(self.paths)
+        problem = try_layers(model, self.layers, inputs).problem(self.paths)
         if problem:
             others = [repr(name) for name, _ in _candidates(model) if name not in self.paths]
             raise ValueError(
                 f"{_quoted(self.paths)} is not this model's classifier head: {problem}. Other linear layers of the "
                 f"same width: {', '.join(others) or 'none'}. {_way_out(model)}"
             )
+
+
+class CompiledRun:
+    """`ClassifierHead.run`, compiled as one graph.
+
+    Compiled code does not see hooks that are set after its first call, and the hook would silently never run. So they
+    are set here, once, and stay until `close`; z is an output of the graph.
+
+    Args:
+        head: the head.
+        **options: for `torch.compile`.
+    """
+
+    def __init__(self, head: ClassifierHead, **options: Any):
+        self._calls: dict[str, list[Tensor]] = {path: [] for path in head.paths}
+        self._is_open = False  # other forwards of the model go by
+        self._handles = [
+            layer.register_forward_pre_hook(partial(self._seen, path), with_kwargs=True)
+            for path, layer in head.layers.items()
+        ]
+        self._compiled = torch.compile(self._run, **options)
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """As `ClassifierHead.run`."""
+        return self._compiled(model, inputs)
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _seen(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._is_open:
+            self._calls[path].extend((*args, *kwargs.values()))
+
+    def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        self._is_open = True
+        for values in self._calls.values():
+            values.clear()
+        logits = logits_of(model(**inputs))
+        self._is_open = False
+        z = _features(self._calls)
+        for values in self._calls.values():
+            values.clear()
+        return logits, z
+
+
+def _features(calls: Mapping[str, list[Tensor]]) -> Tensor:
+    """z, shape (N, D), from the inputs of every call of each head in one forward."""
+    for path, inputs in calls.items():
+        if len(inputs) != 1:
+            raise RuntimeError(
+                f"the head {path!r} ran {len(inputs)} times in one forward instead of once. A layer that was replaced "
+                "since the head was found (reset_classifier), or a forward that was compiled before, is the usual "
+                "cause: find the head anew, compile afterwards, or pass another one as head=."
+            )
+        if not is_pooled(inputs[0]):
+            raise RuntimeError(
+                f"the head {path!r} is applied before pooling: its input has the shape {tuple(inputs[0].shape)}."
+            )
+    features = [inputs[0].flatten(1) for inputs in calls.values()]
+    return features[0] if len(features) == 1 else torch.cat(features, 1)
 
 
 def find_head(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -18,20 +19,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from . import correction
 from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
-from .correction import (
-    classification_loss,
-    corrective_update,
-    evaluate_sides,
-    find_problem_type,
-    gradient_norm,
-    norm_layers,
-    pair_measures,
-    warn_of_batch_statistics,
-)
 from .guidance import ProblemType, loss_gradient_scale
-from .heads import ClassifierHead, find_head
+from .heads import ClassifierHead, CompiledRun, find_head
 from .models import forward_inputs, takes_labels
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set
 from .pairs.loader import PairCollator, PairLoader
@@ -114,6 +106,7 @@ class IPGTrainer(Trainer):
         self.head_path = head
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
         self._pair_loaders: dict[str, PairLoader] = {}
+        self._at_end = ExitStack()
 
         # ---- Trainer
         trainer_kwargs |= {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
@@ -131,7 +124,9 @@ class IPGTrainer(Trainer):
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
         if self._computes_loss:
-            self.compute_loss_func = partial(classification_loss, self.model, smoothing=args.label_smoothing_factor)
+            self.compute_loss_func = partial(
+                correction.classification_loss, self.model, smoothing=args.label_smoothing_factor
+            )
             self.label_names = self.label_names or ["labels"]
         if self.pair_datasets:
             self._prepare_guidance()
@@ -150,7 +145,7 @@ class IPGTrainer(Trainer):
             )
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
         if not self.args.freeze_norm:
-            warn_of_batch_statistics(self.model)
+            correction.warn_of_batch_statistics(self.model)
         self.head = self._proven_head(next(iter(self.pair_datasets.values())))
         self.progress = PairProgress()
         self.add_callback(self.progress)
@@ -198,12 +193,13 @@ class IPGTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
+        self._at_end.callback(loader.close)
         loader.position = self.progress.positions.get(name, 0)
         return loader
 
     def _settings(self, problem_type: ProblemType) -> dict[str, Any]:
-        names = {"reduction": self.args.rationale_reduction, "norm": self.args.rationale_norm}
-        return names | {"problem_type": problem_type}
+        args = self.args
+        return {"reduction": args.rationale_reduction, "norm": args.rationale_norm, "problem_type": problem_type}
 
     def _proven_head(self, dataset: Any) -> ClassifierHead:
         # by a loader: random transforms must not draw from the global generators, whose state a resume restores
@@ -237,8 +233,7 @@ class IPGTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self._guided_state = None
-            for loader in self._pair_loaders.values():
-                loader.close()
+            self._at_end.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `Trainer.training_step`; the corrective update comes before the first micro-batch of an optimizer step,
@@ -258,12 +253,14 @@ class IPGTrainer(Trainer):
         """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
         self._pair_loaders = {name: self._pair_loader(name) for name in self.pair_datasets}
-        self._measures = self._settings(find_problem_type(self.model, inputs.get("labels")))
+        self._measures = self._settings(correction.find_problem_type(self.model, inputs.get("labels")))
         self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._correction: dict[str, Tensor] | None = None
         compiler = self.accelerator.state.dynamo_plugin
-        is_compiled = compiler.backend != DynamoBackend.NO
-        self._pair_forward = torch.compile(self.head.run, **compiler.to_kwargs()) if is_compiled else self.head.run
+        self._pair_forward: Callable[..., tuple[Tensor, Tensor]] = self.head.run
+        if compiler.backend != DynamoBackend.NO:
+            self._pair_forward = CompiledRun(self.head, **compiler.to_kwargs())
+            self._at_end.callback(self._pair_forward.close)
         self._guided_state = self.state
 
     def _correct(self, model: nn.Module) -> dict[str, Tensor]:
@@ -278,7 +275,9 @@ class IPGTrainer(Trainer):
                 self.progress.positions[name] = loader.position
                 with self.compute_loss_context_manager():
                     logits, z = self._pair_forward(module, batch)
-                distance, divergence = pair_measures(self.head, logits, z, self.accelerator, **self._measures)
+                distance, divergence = correction.pair_measures(
+                    self.head, logits, z, self.accelerator, **self._measures
+                )
                 if not distance.requires_grad:
                     raise ValueError("the distance depends on no trainable parameter: unfreeze the head or network.")
                 self.accelerator.backward(weight * distance)
@@ -291,7 +290,9 @@ class IPGTrainer(Trainer):
         metrics["divergence"] = torch.stack(divergences).max()
         if self._measures["problem_type"] == "single_label_classification":
             metrics["spread"] = torch.stack(spreads).max()
-        norm = corrective_update(module, self.optimizer, self.accelerator, self.args.max_grad_norm, self._own_state)
+        norm = correction.corrective_update(
+            module, self.optimizer, self.accelerator, self.args.max_grad_norm, self._own_state
+        )
         if torch.isfinite(norm):
             return metrics | {"corrective_grad_norm": norm}
         self.progress.skipped += 1
@@ -303,7 +304,7 @@ class IPGTrainer(Trainer):
         if not metrics:
             model.zero_grad()  # parameters without a gradient are left alone by the update: the step is skipped
             return
-        metrics["loss_grad_norm"] = gradient_norm(model)
+        metrics["loss_grad_norm"] = correction.gradient_norm(model)
         metrics["loss_scale"] = loss_gradient_scale(
             metrics["corrective_grad_norm"],
             metrics["loss_grad_norm"],
@@ -320,7 +321,7 @@ class IPGTrainer(Trainer):
         if ATTRIBUTE not in self._inputs:
             inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
         if self.args.freeze_norm and model.training:
-            for module in norm_layers(self.model):
+            for module in correction.norm_layers(self.model):
                 module.eval()
         if not self.pair_datasets or self.compute_loss_func is not None or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -339,8 +340,7 @@ class IPGTrainer(Trainer):
         attributes = inputs.get(ATTRIBUTE)
         inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self._computes_loss and isinstance(logits, tuple):
-            logits = logits[0]
+        logits = logits[0] if self._computes_loss and isinstance(logits, tuple) else logits
         if attributes is not None and labels is not None:
             labels = (labels, self._prepare_input(attributes))
         return loss, logits, labels
@@ -363,9 +363,9 @@ class IPGTrainer(Trainer):
         batches = DataLoader(
             dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=torch.Generator()
         )
-        head, settings = self._proven_head(dataset), self._settings(find_problem_type(self.model, None))
+        head, settings = self._proven_head(dataset), self._settings(correction.find_problem_type(self.model, None))
         with self.compute_loss_context_manager():
-            measured = evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
+            measured = correction.evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
         return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
 
     # ---- Logs and checkpoints ----

@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from ipg_hf import find_head, load_image_classifier
+from ipg_hf.heads import CompiledRun
+from ipg_hf.trial import inference
 
 
 def moved(before, after):
@@ -293,7 +295,8 @@ def test_a_wrong_head_is_an_error_before_training(tmp_path):
         trainer(tmp_path, small.vit(), head="clasifier")
 
 
-def test_averaged_copies_of_the_model(tmp_path):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_averaged_copies_of_the_model(tmp_path, compiled):
     class Average(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             self.copies = [AveragedModel(model), timm.utils.ModelEmaV3(model, decay=0.5), copy.deepcopy(model)]
@@ -301,19 +304,26 @@ def test_averaged_copies_of_the_model(tmp_path):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             self.copies[0].update_parameters(model)
             self.copies[1].update(model)
+            if state.global_step == 2:  # hooks of a compiled forward are on the model now
+                self.copies.append(copy.deepcopy(model))
 
     average, model = Average(), small.vit()
-    run = trainer(tmp_path, model, callbacks=[average], learning_rate=0.05)
+    backend = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+    run = trainer(tmp_path, model, callbacks=[average], learning_rate=0.05, **backend)
     run.train()
     images = {"pixel_values": torch.stack([row["pixel_values"] for row in rows(4)])}
-    for averaged, path in zip(average.copies, ("module.classifier", "module.classifier", "classifier"), strict=True):
+    paths = ("module.classifier", "module.classifier", "classifier", "classifier")
+    for averaged, path in zip(average.copies, paths, strict=True):
         head = find_head(averaged)
         assert head.path == path
         head.verify(averaged, images)
         logits, z = head.run(averaged.eval(), images)
         torch.testing.assert_close(logits, z @ head.weight.T + head.bias)
         assert not torch.equal(head.weight, model.classifier.weight)
+        hooks = [hook for module in averaged.modules() for hook in module._forward_pre_hooks]
         assert not any(module._forward_hooks for module in averaged.modules())
+        assert len(hooks) == (compiled and averaged is average.copies[-1])  # a copy of it, and not of its store
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 # ---- Compiled ----
@@ -345,7 +355,7 @@ def test_torch_compile_gives_the_same_numbers(tmp_path, build, backend):
             model,
             train=rows(64),
             eval_dataset=rows(8),
-            eval_on_start=True,  # compiles the inference forward before the head is looked at
+            eval_on_start=True,  # an inference forward before the first step
             max_steps=5,
             freeze_norm=True,
             torch_compile=compiled,
@@ -363,11 +373,42 @@ def test_torch_compile_gives_the_same_numbers(tmp_path, build, backend):
         assert all(
             math.isclose(eager[name], ours[name], rel_tol=1e-4, abs_tol=1e-5) for name in eager if "ipg/" in name
         )
-    # inference of the evaluation, the pair forward, the task forward; none again
-    assert graphs.counts == [3] * 5
+    # the pair forward and the task forward, at the first step; none again
+    assert graphs.counts == [2] * 5
     assert not torch._dynamo.utils.counters["graph_break"]
     assert not any(module._forward_hooks for module in model.modules())
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("build", [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, small.crossvit])
+def test_the_compiled_pair_forward_is_one_graph(build):
+    """Even after the inference forward was compiled without hooks, and for a second run over the same code."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build()
+    images = {"pixel_values": torch.stack([row["pixel_values"] for row in rows(4)])}
+    head = find_head(model, inputs=images)
+    with inference(model):
+        torch.compile(model, backend="aot_eager")(**images)
+        for _ in range(2):
+            compiled = CompiledRun(head, backend="aot_eager", fullgraph=True)
+            for scale in (1, 2):
+                inputs = {"pixel_values": scale * images["pixel_values"]}
+                ours, eager = compiled(model, inputs), head.run(model, inputs)
+                assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+            compiled.close()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_a_compiled_head_that_does_not_run_is_an_error():
+    model = small.vit()
+    images = {"pixel_values": torch.stack([row["pixel_values"] for row in rows(4)])}
+    compiled = CompiledRun(find_head(model), backend="aot_eager")
+    model.classifier = nn.Linear(32, 2)
+    with pytest.raises(RuntimeError, match="'classifier' ran 0 times in one forward"):
+        compiled(model, images)
+    compiled.close()
 
 
 def test_a_second_compiled_run_finds_the_head_of_its_own_model(tmp_path):
