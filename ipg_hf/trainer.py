@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -124,8 +123,9 @@ class IPGTrainer(Trainer):
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
         if self._computes_loss:
-            self.compute_loss_func = partial(
-                correction.classification_loss, self.model, smoothing=args.label_smoothing_factor
+            # of the model that is trained then: model_init makes others
+            self.compute_loss_func = lambda *outputs_and_labels, **kwargs: correction.classification_loss(
+                self.model, *outputs_and_labels, **kwargs, smoothing=args.label_smoothing_factor
             )
             self.label_names = self.label_names or ["labels"]
         if self.pair_datasets:
