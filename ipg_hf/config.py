@@ -33,6 +33,10 @@ class IPGConfig(TrainingArguments):
             Matrix norm of the rationale difference: `"spectral"` or `"frobenius"`.
         per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
             Pairs drawn per optimizer step and device. Larger than the pair set: all pairs at every step.
+        pair_chunk_size (`int`, *optional*):
+            Pairs whose graph is held in memory at a time. The result is the same; each step has a second forward of its
+            pairs. Defaults to all pairs of a step. Checkpointing of activations does not act in the pair forward, which
+            is an inference forward: this bounds its memory instead.
         pair_combination (`str`, *optional*, defaults to `"mean"`):
             With several pair sets, the corrective gradient is the `"mean"` or the `"sum"` of theirs.
         freeze_norm (`bool`, *optional*, defaults to `False`):
@@ -66,6 +70,9 @@ class IPGConfig(TrainingArguments):
     )
     rationale_norm: RationaleNorm = field(default="spectral", metadata={"help": "Norm of the rationale difference."})
     per_device_pair_batch_size: int = field(default=32, metadata={"help": "Pairs per optimizer step and device."})
+    pair_chunk_size: int | None = field(
+        default=None, metadata={"help": "Pairs whose graph is held in memory at a time; by default all of a step."}
+    )
     pair_combination: PairCombination = field(
         default="mean", metadata={"help": "How the corrective gradients of several pair sets combine."}
     )
@@ -89,6 +96,8 @@ class IPGConfig(TrainingArguments):
         self._require("invariance_threshold", self.invariance_threshold >= 0, "0 or more, and not NaN")
         self._require("per_device_pair_batch_size", self.per_device_pair_batch_size >= 1, "1 or more")
         self._require("random_crop_scale", 0 < self.random_crop_scale <= 1, "in (0, 1]")
+        chunk = self.pair_chunk_size
+        self._require("pair_chunk_size", chunk is None or chunk >= 1, "1 or more, or None")
         workers = self.pair_num_workers
         self._require("pair_num_workers", workers is None or workers >= 0, "0 or more, or None")
         for name, choices in (

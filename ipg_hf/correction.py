@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from .heads import ClassifierHead
 from .trial import inference, logits_of
 
 logger = logging.get_logger(__name__)
+
+PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
+NOTHING_TO_CORRECT = "the distance depends on no trainable parameter: unfreeze the head or network."
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -123,6 +126,71 @@ def evaluate_sides(
     }
 
 
+def pair_backward(
+    forward: PairForward,
+    head: ClassifierHead,
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    accelerator: Accelerator,
+    *,
+    weight: float = 1.0,
+    chunk_size: int | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the gradient of `weight` · distance of a pair batch to the parameters' gradients.
+
+    In chunks (gradient caching): the features of all pairs are computed without a graph, the distance is differentiated
+    with respect to them and to W, and each chunk runs once more to take the gradient of its features back through the
+    network. That costs a second forward and holds the graph of `chunk_size` pairs alone. It is exact, since the pair
+    forward is the inference forward: a pair's features depend on no other pair.
+
+    Args:
+        forward: `ClassifierHead.run` of the head, or one compiled.
+        head: the head.
+        model: the model that holds it, in inference mode.
+        batch: inputs of its forward, the a sides of P pairs in the first half of each.
+        accelerator: the processes.
+        weight: of this pair set among several.
+        chunk_size: pairs whose graph is held at a time; by default all.
+        **settings: see [`pair_measures`].
+
+    Returns:
+        distance and divergence, detached scalars, and the logits, detached, shape (2P, C).
+
+    Raises:
+        ValueError: the distance depends on no trainable parameter.
+    """
+    pairs = len(next(iter(batch.values()))) // 2
+    if chunk_size is None or chunk_size >= pairs:
+        logits, z = forward(model, batch)
+        distance, divergence = pair_measures(head, logits, z, accelerator, **settings)
+        if not distance.requires_grad:
+            raise ValueError(NOTHING_TO_CORRECT)
+        accelerator.backward(weight * distance)
+        return distance.detach(), divergence, logits.detach()
+    chunks = _chunks_of_pairs(batch, chunk_size)
+    with torch.no_grad():
+        parts = [[value.chunk(2) for value in forward(model, chunk)] for chunk in chunks]
+    logits, z = (torch.cat([part[i][side] for side in (0, 1) for part in parts]) for i in (0, 1))
+    distance, divergence = pair_measures(head, logits, z.requires_grad_(), accelerator, **settings)
+    accelerator.backward(weight * distance)
+    for chunk, gradient in zip(chunks, _chunks_of_pairs({"z": z.grad}, chunk_size), strict=True):
+        _, features = forward(model, chunk)
+        if not features.requires_grad:
+            if not head.weight.requires_grad:
+                raise ValueError(NOTHING_TO_CORRECT)
+            break
+        features.backward(gradient["z"])
+    return distance.detach(), divergence, logits
+
+
+def _chunks_of_pairs(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Batches of at most `size` pairs, each with its a sides in the first half."""
+    halves = {name: values.chunk(2) for name, values in batch.items()}
+    chunks = zip(*([*zip(a.split(size), b.split(size), strict=True)] for a, b in halves.values()), strict=True)
+    return [dict(zip(halves, map(torch.cat, chunk), strict=True)) for chunk in chunks]
+
+
 def corrective_update(
     model: nn.Module,
     optimizer: AcceleratedOptimizer,
@@ -131,6 +199,9 @@ def corrective_update(
     own_state: MutableMapping[nn.Parameter, Any] | None = None,
 ) -> Tensor:
     """One step of the optimizer on the corrective gradient, without weight decay; the gradients are gone afterwards.
+
+    Under fp16 the gradient comes scaled; the loss scale is undone first and updated afterwards, here as in the second
+    update of the step (R8: each has an overflow check of its own).
 
     Args:
         model: the bare model, with each process's gradient; parameters without one are left alone.
@@ -147,14 +218,32 @@ def corrective_update(
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    accelerator.unscale_gradients(optimizer)
     norm = gradient_norm(model)
     if torch.isfinite(norm):
         if max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
         with _without_weight_decay(optimizer.optimizer), _stepping(optimizer.optimizer, accelerator, own_state):
             optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()
     model.zero_grad()
     return norm
+
+
+def skip_update(model: nn.Module, accelerator: Accelerator) -> None:
+    """Makes the optimizer's next step one that changes no parameter and no state."""
+    if accelerator.scaler is None:
+        model.zero_grad()  # parameters without a gradient are left alone
+        return
+    for parameter in model.parameters():  # a scaler wants gradients to look at
+        if parameter.grad is not None:
+            parameter.grad.fill_(torch.nan)
+
+
+def loss_scale_of(accelerator: Accelerator) -> float:
+    """The factor on the gradients while they are being accumulated: 1 but under fp16."""
+    return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
 
 
 @contextmanager

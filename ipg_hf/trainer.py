@@ -134,8 +134,6 @@ class IPGTrainer(Trainer):
     def _prepare_guidance(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("IPGTrainer with pairs does not run under DeepSpeed or FSDP: use plain data parallelism.")
-        if self.args.fp16:
-            raise ValueError("fp16=True is not supported with pairs: use bf16=True, which needs no loss scaling.")
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
             title = _title("pair_dataset", name)
@@ -253,7 +251,8 @@ class IPGTrainer(Trainer):
         """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
         self._pair_loaders = {name: self._pair_loader(name) for name in self.pair_datasets}
-        self._measures = self._settings(correction.find_problem_type(self.model, inputs.get("labels")))
+        self._measures = {"chunk_size": self.args.pair_chunk_size}
+        self._measures |= self._settings(correction.find_problem_type(self.model, inputs.get("labels")))
         self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._correction: dict[str, Tensor] | None = None
         compiler = self.accelerator.state.dynamo_plugin
@@ -274,18 +273,14 @@ class IPGTrainer(Trainer):
                 batch = self._prepare_inputs(next(loader))
                 self.progress.positions[name] = loader.position
                 with self.compute_loss_context_manager():
-                    logits, z = self._pair_forward(module, batch)
-                distance, divergence = correction.pair_measures(
-                    self.head, logits, z, self.accelerator, **self._measures
-                )
-                if not distance.requires_grad:
-                    raise ValueError("the distance depends on no trainable parameter: unfreeze the head or network.")
-                self.accelerator.backward(weight * distance)
-                distances.append(weight * distance.detach())
+                    distance, divergence, logits = correction.pair_backward(
+                        self._pair_forward, self.head, module, batch, self.accelerator, weight=weight, **self._measures
+                    )
+                distances.append(weight * distance)
                 divergences.append(divergence)
-                spreads.append(output_spread(logits.detach()))
+                spreads.append(output_spread(logits))
                 if name:
-                    metrics |= {f"{name}/distance": distance.detach(), f"{name}/divergence": divergence}
+                    metrics |= {f"{name}/distance": distance, f"{name}/divergence": divergence}
         metrics["distance"] = torch.stack(distances).sum()
         metrics["divergence"] = torch.stack(divergences).max()
         if self._measures["problem_type"] == "single_label_classification":
@@ -302,9 +297,12 @@ class IPGTrainer(Trainer):
         """Step 4 of the method, once an optimizer step, on the accumulated gradient."""
         metrics, self._correction = self._correction, None
         if not metrics:
-            model.zero_grad()  # parameters without a gradient are left alone by the update: the step is skipped
+            correction.skip_update(model, self.accelerator)
             return
-        metrics["loss_grad_norm"] = correction.gradient_norm(model)
+        metrics["loss_grad_norm"] = correction.gradient_norm(model) / correction.loss_scale_of(self.accelerator)
+        if self.accelerator.scaler is not None and not torch.isfinite(metrics["loss_grad_norm"]):
+            self.progress.skipped += 1  # the scaler will see it too, and leave the second update out
+            return
         metrics["loss_scale"] = loss_gradient_scale(
             metrics["corrective_grad_norm"],
             metrics["loss_grad_norm"],

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs in chunks: the gradient of the whole pair batch, with the graph of a few pairs held at a time."""
+
+import pytest
+import small
+import torch
+from small import differences, logged, pairs, rows, trainer, weights
+
+from ipg_hf.heads import ClassifierHead
+
+
+def run(folder, build, chunk, **kwargs):
+    model = build().double()
+    training = trainer(
+        folder,
+        model,
+        train=rows(24, dtype=torch.float64),
+        pair_dataset=pairs(10, dtype=torch.float64),
+        per_device_pair_batch_size=7,
+        pair_chunk_size=chunk,
+        optim="sgd",  # Adam makes whole steps of gradients that are rounding alone
+        learning_rate=0.1,
+        freeze_norm=True,
+        **kwargs,
+    )
+    training.train()
+    return weights(model), logged(training)
+
+
+@pytest.mark.parametrize("build", [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, small.lcnet])
+@pytest.mark.parametrize("reduction", ["mean", "pair"])
+def test_chunks_give_the_gradient_of_the_whole(tmp_path, build, reduction):
+    whole, log = run(tmp_path, build, None, rationale_reduction=reduction)
+    for chunk in (1, 3, 6):
+        ours, our_log = run(tmp_path, build, chunk, rationale_reduction=reduction)
+        assert differences(whole, ours) < 1e-9
+        for entry, other in zip(log, our_log, strict=True):
+            assert entry == pytest.approx(other, abs=1e-9, rel=1e-6)
+
+
+def test_another_batch_size_is_not_the_same(tmp_path):
+    """The control: pairs a step in place of pairs at a time."""
+    whole, _ = run(tmp_path, small.vit, None)
+    model = small.vit().double()
+    settings = {"train": rows(24, dtype=torch.float64), "pair_dataset": pairs(10, dtype=torch.float64)}
+    trainer(tmp_path, model, **settings, per_device_pair_batch_size=3, optim="sgd", learning_rate=0.1).train()
+    assert differences(whole, weights(model)) > 1e-4
+
+
+def test_a_chunk_holds_the_graph_of_its_pairs_alone(tmp_path, monkeypatch):
+    sizes, plain = [], ClassifierHead.run
+
+    def watched(head, model, inputs):
+        logits, z = plain(head, model, inputs)
+        sizes.append((len(z) // 2, z.requires_grad))
+        return logits, z
+
+    monkeypatch.setattr(ClassifierHead, "run", watched)
+    run(tmp_path, small.vit, 3, max_steps=1)
+    without, attached = [(3, False), (3, False), (1, False)], [(3, True), (3, True), (1, True)]
+    assert sizes == without + attached
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "head", "both"])
+def test_frozen_parts_in_chunks(tmp_path, frozen):
+    def build():
+        model = small.vit()
+        for name, parameter in model.named_parameters():
+            part = "head" if name.startswith("classifier") else "backbone"
+            parameter.requires_grad_(frozen not in (part, "both") or name == "classifier.bias")
+        return model
+
+    if frozen == "both":
+        with pytest.raises(ValueError, match="depends on no trainable parameter"):
+            run(tmp_path, build, 2)
+        return
+    assert differences(run(tmp_path, build, None)[0], run(tmp_path, build, 2)[0]) < 1e-9
+
+
+def test_chunks_with_several_sets_accumulation_and_checkpointing(tmp_path):
+    sets = {"color": pairs(10, dtype=torch.float64), "frame": pairs(8, seed=5, dtype=torch.float64)}
+    results = []
+    for chunk in (None, 2):
+        model = small.vit().double()
+        trainer(
+            tmp_path,
+            model,
+            train=rows(24, dtype=torch.float64),
+            pair_dataset=sets,
+            pair_chunk_size=chunk,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=4,
+            activation_checkpointing=True,
+            learning_rate=0.01,
+        ).train()
+        results.append(weights(model))
+    assert differences(*results) < 1e-9
+
+
+def test_the_setting_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="pair_chunk_size=0 is not valid"):
+        small.config(tmp_path, pair_chunk_size=0)
