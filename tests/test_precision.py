@@ -77,8 +77,8 @@ def test_an_overflow_of_the_corrective_gradient_skips_the_step(tmp_path):
     first = corrected.index(True)
     assert first >= 2 and all(skipped[:first]) and not any(skipped[-3:])
     for number in range(first):
-        for ours, theirs in zip(around.before[number], around.after[number], strict=True):  # parameters, then the state
-            assert bit_equal(ours, theirs)
+        assert bit_equal(around.before[number][0], around.after[number][0])
+        assert not any(value.any() for value in around.after[number][1].values())  # no moment, no step was counted
     assert all(math.isfinite(entry["ipg/distance"]) for entry in logs[first:])
     assert training.accelerator.scaler.get_scale() < 2.0**24
 
