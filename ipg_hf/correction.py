@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from .guidance import Norm, ProblemType, Reduction, invariance_divergence, rationale_distance
@@ -24,6 +27,22 @@ PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 NOTHING_TO_CORRECT = "the distance depends on no trainable parameter: unfreeze the head or network."
 
 
+def check_launcher(accelerator: Accelerator) -> None:
+    """Raises ValueError, naming what to use instead, where a launcher does not leave the step's gradients to us."""
+    kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
+    instead = "Use plain data parallelism (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)."
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"IPGTrainer with pairs does not run under {kind.value}, whose engine takes each backward as one step of "
+            f"the optimizer, while a guided step has two of each. {instead}"
+        )
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ValueError(f"IPGTrainer with pairs does not run under FSDP1, whose parameters are flattened. {instead}")
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(f"IPGTrainer with pairs does not run under tensor or context parallelism. {instead}")
+
+
 def gradient_norm(model: nn.Module) -> Tensor:
     """The 2-norm of all gradients of a model together: a float32 scalar (float64 for float64 parameters).
 
@@ -31,7 +50,15 @@ def gradient_norm(model: nn.Module) -> Tensor:
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradients = [grad if grad.dtype in (torch.float32, torch.float64) else grad.float() for grad in gradients]
-    return nn.utils.get_total_norm(gradients)
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiplies all gradients of a model by a scalar tensor, in place."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    # a factor that every process has whole scales a shard as it scales the whole
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -139,6 +166,8 @@ def pair_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the gradient of `weight` · distance of a pair batch to the parameters' gradients.
 
+    The forward is the inference forward (R2): what is made invariant is what will be deployed.
+
     In chunks (gradient caching): the features of all pairs are computed without a graph, the distance is differentiated
     with respect to them and to W, and each chunk runs once more to take the gradient of its features back through the
     network. That costs a second forward and holds the graph of `chunk_size` pairs alone. It is exact, since the pair
@@ -147,7 +176,7 @@ def pair_backward(
     Args:
         forward: `ClassifierHead.run` of the head, or one compiled.
         head: the head.
-        model: the model that holds it, in inference mode.
+        model: the model that holds it.
         batch: inputs of its forward, the a sides of P pairs in the first half of each.
         accelerator: the processes.
         weight: of this pair set among several.
@@ -162,26 +191,41 @@ def pair_backward(
     """
     pairs = len(next(iter(batch.values()))) // 2
     if chunk_size is None or chunk_size >= pairs:
-        logits, z = forward(model, batch)
+        with inference(model):
+            logits, z = forward(model, batch)
         distance, divergence = pair_measures(head, logits, z, accelerator, **settings)
         if not distance.requires_grad:
             raise ValueError(NOTHING_TO_CORRECT)
         accelerator.backward(weight * distance)
         return distance.detach(), divergence, logits.detach()
     chunks = _chunks_of_pairs(batch, chunk_size)
-    with torch.no_grad():
+    with torch.no_grad(), inference(model):
         parts = [[value.chunk(2) for value in forward(model, chunk)] for chunk in chunks]
     logits, z = (torch.cat([part[i][side] for side in (0, 1) for part in parts]) for i in (0, 1))
     distance, divergence = pair_measures(head, logits, z.requires_grad_(), accelerator, **settings)
     accelerator.backward(weight * distance)
     for chunk, gradient in zip(chunks, _chunks_of_pairs({"z": z.grad}, chunk_size), strict=True):
-        _, features = forward(model, chunk)
+        with inference(model):
+            _, features = forward(model, chunk)
         if not features.requires_grad:
             if not head.weight.requires_grad:
                 raise ValueError(NOTHING_TO_CORRECT)
             break
         features.backward(gradient["z"])
     return distance.detach(), divergence, logits
+
+
+@contextmanager
+def synchronized(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Lets FSDP2 reduce the gradients of the block, also where those of a task micro-batch wait for the last one."""
+    waiting = isinstance(model, FSDPModule) and not accelerator.sync_gradients
+    if waiting:
+        model.set_requires_gradient_sync(True)
+    try:
+        yield
+    finally:
+        if waiting:
+            model.set_requires_gradient_sync(False)
 
 
 def _chunks_of_pairs(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
@@ -216,13 +260,13 @@ def corrective_update(
     """
     if accelerator.num_processes > 1:
         for parameter in model.parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):  # FSDP2 has reduced its own
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
     accelerator.unscale_gradients(optimizer)
     norm = gradient_norm(model)
     if torch.isfinite(norm):
         if max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, norm)
+            scale_gradients(model, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
         with _without_weight_decay(optimizer.optimizer), _stepping(optimizer.optimizer, accelerator, own_state):
             optimizer.step()
     elif accelerator.scaler is not None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
 from .trial import hooked, is_pooled, logits_of, try_layers
 
@@ -61,14 +62,17 @@ class ClassifierHead:
 
     @property
     def weight(self) -> Tensor:
-        """W, shape (C, D): gradients flow into the parameters. Of n heads [W_1, ..., W_n] / n, with D = sum of D_i."""
-        weights = [module.weight.flatten(1) for module in self.modules]
+        """W, shape (C, D): gradients flow into the parameters. Of n heads [W_1, ..., W_n] / n, with D = sum of D_i.
+
+        Of a sharded parameter (FSDP2) it is the whole: read it after the forward, on all processes.
+        """
+        weights = [_whole(module.weight).flatten(1) for module in self.modules]
         return weights[0] if len(weights) == 1 else torch.cat(weights, 1) / len(weights)
 
     @property
     def bias(self) -> Tensor | None:
         """b, shape (C,), or None. Of n heads the mean of their biases."""
-        biases = [module.bias for module in self.modules if module.bias is not None]
+        biases = [_whole(module.bias) for module in self.modules if module.bias is not None]
         if len(self.modules) == 1:
             return biases[0] if biases else None
         return torch.stack(biases).sum(0) / len(self.modules) if biases else None
@@ -334,6 +338,14 @@ def _way_out(model: nn.Module) -> str:
         "several heads, or give the model a linear classifier."
     )
     return next((text for kind, text in WAYS_OUT.items() if any(name.startswith(kind) for name in kinds)), default)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # each process's gradient is that of its own pairs, and FSDP takes the mean: a plain full_tensor() would take one
+    # process's gradient for everybody's
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _quoted(paths: Sequence[str]) -> str:

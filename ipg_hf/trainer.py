@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 from transformers.image_processing_base import ImageProcessingMixin
@@ -28,7 +29,6 @@ from .pairs.checks import check_labels, check_pair_labels, check_pair_set
 from .pairs.loader import PairCollator, PairLoader
 from .pairs.transforms import as_model_inputs
 from .progress import PairProgress, RowEpochs, output_spread
-from .trial import inference
 
 logger = logging.get_logger(__name__)
 
@@ -132,8 +132,7 @@ class IPGTrainer(Trainer):
             self._prepare_guidance()
 
     def _prepare_guidance(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError("IPGTrainer with pairs does not run under DeepSpeed or FSDP: use plain data parallelism.")
+        correction.check_launcher(self.accelerator)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
             title = _title("pair_dataset", name)
@@ -203,7 +202,8 @@ class IPGTrainer(Trainer):
         # by a loader: random transforms must not draw from the global generators, whose state a resume restores
         pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
         head = find_head(self.model, self.head_path, pair)
-        head.verify(self.model, pair)
+        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            head.verify(self.model, pair)  # it was, before it was sharded
         return head
 
     # ---- The step ----
@@ -268,7 +268,7 @@ class IPGTrainer(Trainer):
         weight = 1.0 if self.args.pair_combination == "sum" else 1 / len(self._pair_loaders)
         metrics: dict[str, Tensor] = {}
         distances, divergences, spreads = [], [], []
-        with inference(module):  # R2: what is made invariant is what will be deployed
+        with correction.synchronized(module, self.accelerator):
             for name, loader in self._pair_loaders.items():
                 batch = self._prepare_inputs(next(loader))
                 self.progress.positions[name] = loader.position
@@ -310,7 +310,7 @@ class IPGTrainer(Trainer):
             alpha=self.args.alpha,
             threshold=self.args.invariance_threshold,
         )
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], metrics["loss_scale"])
+        correction.scale_gradients(model, metrics["loss_scale"])
         metrics["violated"] = (metrics["divergence"] > self.args.invariance_threshold).float()
         self.progress.add(metrics)
 

@@ -36,8 +36,13 @@ def logits_of(outputs: Any) -> Tensor:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the block; afterwards every module has the mode it had."""
+    """`model.eval()` for the block; afterwards every module has the mode it had.
+
+    By way of `train()`: LeViT and others keep what they compute of their parameters at inference, graph and all, until
+    they are set to training again. A forward with gradients needs a block of its own.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    model.train()
     model.eval()
     try:
         yield

@@ -27,7 +27,10 @@ def run(folder, build, chunk, **kwargs):
     return weights(model), logged(training)
 
 
-@pytest.mark.parametrize("build", [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, small.lcnet])
+BUILDS = [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, small.levit_with_teacher, small.lcnet]
+
+
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("reduction", ["mean", "pair"])
 def test_chunks_give_the_gradient_of_the_whole(tmp_path, build, reduction):
     whole, log = run(tmp_path, build, None, rationale_reduction=reduction)
@@ -77,11 +80,12 @@ def test_frozen_parts_in_chunks(tmp_path, frozen):
     assert differences(run(tmp_path, build, None)[0], run(tmp_path, build, 2)[0]) < 1e-9
 
 
-def test_chunks_with_several_sets_accumulation_and_checkpointing(tmp_path):
+@pytest.mark.parametrize("build", [small.vit, small.levit_with_teacher])
+def test_chunks_with_several_sets_accumulation_and_checkpointing(tmp_path, build):
     sets = {"color": pairs(10, dtype=torch.float64), "frame": pairs(8, seed=5, dtype=torch.float64)}
     results = []
     for chunk in (None, 2):
-        model = small.vit().double()
+        model = build().double()
         trainer(
             tmp_path,
             model,
@@ -90,8 +94,10 @@ def test_chunks_with_several_sets_accumulation_and_checkpointing(tmp_path):
             pair_chunk_size=chunk,
             gradient_accumulation_steps=2,
             per_device_train_batch_size=4,
-            activation_checkpointing=True,
-            learning_rate=0.01,
+            activation_checkpointing=build is small.vit,
+            freeze_norm=True,
+            optim="sgd",
+            learning_rate=0.1,
         ).train()
         results.append(weights(model))
     assert differences(*results) < 1e-9

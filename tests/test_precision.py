@@ -79,7 +79,7 @@ def test_an_overflow_of_the_corrective_gradient_skips_the_step(tmp_path):
     for number in range(first):
         assert bit_equal(around.before[number][0], around.after[number][0])
         assert not any(value.any() for value in around.after[number][1].values())  # no moment, no step was counted
-    assert all(math.isfinite(entry["ipg/distance"]) for entry in logs[first:])
+    assert all(math.isfinite(entry["ipg/distance"]) for entry in logs[-3:])
     assert training.accelerator.scaler.get_scale() < 2.0**24
 
 

@@ -379,3 +379,28 @@ def test_each_named_set_has_an_order_of_its_own(tmp_path):
     sets = {name: small.Recorded(small.pairs(10)) for name in ("one", "other")}
     trainer(tmp_path, pair_dataset=sets, check_pairs=False).train()
     assert sets["one"].drawn[-12:] != sets["other"].drawn[-12:]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "pair"])
+def test_what_a_network_keeps_at_inference_does_not_reach_the_next_correction(tmp_path, reduction):
+    """LeViT keeps its attention biases from one inference forward to the next: of an evaluation, without a graph."""
+    results = []
+    for every in (1, 100):
+        model = small.levit_with_teacher().double()
+        run = trainer(
+            tmp_path,
+            model,
+            train=small.rows(40, dtype=torch.float64),
+            eval_dataset=small.rows(8, dtype=torch.float64),
+            pair_dataset=small.pairs(10, dtype=torch.float64),
+            eval_strategy="steps",
+            eval_steps=every,
+            rationale_reduction=reduction,
+            freeze_norm=True,
+            optim="sgd",
+            learning_rate=0.1,
+            max_steps=5,
+        )
+        run.train()
+        results.append(weights(model))
+    assert small.bit_equal(*results)
