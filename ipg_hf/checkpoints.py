@@ -7,17 +7,68 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+
+class SaveAtStepEnd(JITCheckpointCallback):
+    """Saves and stops after SIGTERM (`TrainingArguments.enable_jit_checkpoint`) where a step has ended.
+
+    The callback of transformers that it takes the place of saves where it stands: mostly before the optimizer's step,
+    when the corrective update has been made and the task update has not, and else before the step's log line. Neither
+    goes on to the same result. This one saves after the step's logs and evaluation, as at every `save_steps`.
+
+    Args:
+        trainer: made with `enable_jit_checkpoint=True`.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self.trainer = trainer
+        self.jit_manager = trainer.pop_callback(JITCheckpointCallback).jit_manager
+        self.stopping = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_train_begin`."""
+        self.stopping = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Nothing: the data of the step have been drawn."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Nothing: the corrective update has been made."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_step_end`."""
+        requested = torch.tensor(float(self.jit_manager.is_checkpoint_requested), device=args.device)
+        if args.world_size > 1:  # the signal comes to each at another time, and who stops alone leaves the rest waiting
+            requested = self.trainer.accelerator.reduce(requested)
+        if requested:
+            self.jit_manager.is_checkpoint_requested = False
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_epoch_end`."""
+        if not self.stopping:
+            return
+        # Trainer calls this in the middle of an epoch too, where the run that goes on has no logs and no evaluation
+        due = state.epoch % 1 == 0 and (control.should_log or control.should_evaluate)
+        control.should_save = due
+        if not due:
+            control.should_log = control.should_evaluate = False
 
 
 @contextmanager
@@ -37,13 +88,14 @@ def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator
     try:
         yield
     except Exception as failure:
-        if _is_whole(Path(folder)):
+        if _fault(Path(folder)) is None:
             raise
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
+        kept = "which was removed; those before it are whole" if writes else "which a resume passes over"
         raise OSError(
-            f"could not save {Path(folder).name}, which was removed; those before it are whole. Make room, or save "
-            f"less (save_total_limit, save_only_model). The cause: {failure}"
+            f"could not save {Path(folder).name}, {kept}. Make room, or save less (save_total_limit, save_only_model). "
+            f"The cause: {failure}"
         ) from failure
 
 
@@ -65,25 +117,83 @@ def own_names(model: nn.Module) -> Iterator[None]:
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> str:
-    """The last checkpoint of a run that was written to its end; a run killed while saving leaves one that was not.
+    """The last whole checkpoint of a run; each one after it is passed over with a warning that names the file.
+
+    A run killed while saving leaves a checkpoint without its last file, a machine that went down leaves files that are
+    cut off, empty or missing. That is seen from names, headers and lengths, without reading tensors or unpickling. A
+    value that has changed in a file of the right length (bit rot) is not seen.
 
     Args:
         folder: the run's output folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none is whole.
     """
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    faults = []
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        if _is_whole(path):
+        fault = _fault(path)
+        if fault is None:
             return str(path)
-        logger.warning(f"{path} was not written to its end: it is passed over.")
-    raise ValueError(f"No whole checkpoint in {os.fspath(folder)!r}: train without resume_from_checkpoint=True.")
+        logger.warning(f"{path} is passed over: {fault}.")
+        faults.append(f"{path.name}: {fault}")
+    damaged = f" Every one is damaged ({'; '.join(faults)})." if faults else ""
+    raise ValueError(
+        f"No whole checkpoint in {os.fspath(folder)!r}: train without resume_from_checkpoint=True.{damaged}"
+    )
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+def _fault(checkpoint: Path) -> str | None:
+    """What keeps a run from going on from the checkpoint, if anything."""
+    if not (checkpoint / TRAINER_STATE_NAME).exists():
+        return f"it was not written to its end, {TRAINER_STATE_NAME}"
+    for check, patterns in CHECKS.items():
+        for path in sorted(path for pattern in patterns for path in checkpoint.glob(pattern) if path.is_file()):
+            try:
+                check(path)
+            except Exception as failure:  # of whatever kind: what is read is damaged
+                return f"{path.relative_to(checkpoint)} is damaged ({failure})"
+    missing = {name for name, patterns in PARTS.items() if not any(any(checkpoint.glob(p)) for p in patterns)}
+    if "the weights" in missing:
+        return "the weights are missing"
+    # save_only_model leaves all three out, DeepSpeed keeps them in a folder of its own
+    if 0 < len(missing) < 3 and not any(checkpoint.glob("global_step*")):
+        return f"{' and '.join(sorted(missing))} missing"
+    if {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth"}:
+        return "rng_state_1.pth is missing"  # a single process gives its file no number
+    return None
+
+
+def _check_json(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for shard in set(content.get("weight_map", {}).values()):
+        if not (path.parent / shard).is_file():
+            raise ValueError(f"{shard} is missing")
+
+
+def _check_safetensors(path: Path) -> None:
+    with safe_open(path, framework="pt"):  # compares the header with the file's length
+        pass
+
+
+def _check_torch(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:  # reads the directory, which lies at the file's end
+        if archive.infolist()[0].header_offset != 0:
+            raise ValueError("its length is not that of its parts")
+
+
+# What a resume reads; files that others keep beside it are none of ours.
+CHECKS: dict[Callable[[Path], None], tuple[str, ...]] = {
+    _check_json: (TRAINER_STATE_NAME, "config.json", "*.index.json", "adapter_config.json", "*/adapter_config.json"),
+    _check_safetensors: ("model*.safetensors", "adapter_model.safetensors", "*/adapter_model.safetensors"),
+    _check_torch: (
+        *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+        *("pytorch_model*.bin", "adapter_model.bin", "*/adapter_model.bin"),
+    ),
+}
+PARTS: dict[str, tuple[str, ...]] = {
+    "the weights": ("model*.safetensors", "pytorch_model*", "adapter_model.*", "*/adapter_model.*", "global_step*"),
+    "optimizer.pt": ("*optimizer*",),
+    "scheduler.pt": ("scheduler.pt",),
+    "rng_state.pth": ("rng_state*.pth",),
+}

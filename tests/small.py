@@ -90,10 +90,10 @@ def deit_with_teacher(num_labels=2):
     return DeiTForImageClassificationWithTeacher(config)
 
 
-def levit_with_teacher(num_labels=2):
+def levit_with_teacher(num_labels=2, image_size=SIZE):
     torch.manual_seed(0)
     stages = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
-    return LevitForImageClassificationWithTeacher(LevitConfig(image_size=SIZE, **stages, num_labels=num_labels))
+    return LevitForImageClassificationWithTeacher(LevitConfig(image_size=image_size, **stages, num_labels=num_labels))
 
 
 def crossvit(num_labels=2):
