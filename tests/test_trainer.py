@@ -9,7 +9,7 @@ import small
 import torch
 from small import Around, bit_equal, logged, trainer, weights
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from ipg_hf import IPGTrainer, find_head
 from ipg_hf.guidance import invariance_divergence, rationale_distance
@@ -383,13 +383,8 @@ def test_each_named_set_has_an_order_of_its_own(tmp_path):
 
 def test_what_a_network_keeps_at_inference_does_not_reach_the_next_correction(tmp_path):
     """LeViT keeps its attention biases from one inference forward to the next: of an evaluation, without a graph."""
-
-    class Look(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            run.evaluate_pairs(held_out)
-
-    held_out, results = small.pairs(4, seed=9, dtype=torch.float64), []
-    for callbacks in ([], [Look()]):
+    results = []
+    for every in (1, 100):
         # of 4 × 4 tokens, so that attention has something to do
         levit = nn.Sequential(nn.Upsample(scale_factor=4), small.levit_with_teacher(image_size=64))
         model = small.Wrapped(levit).double()
@@ -397,8 +392,10 @@ def test_what_a_network_keeps_at_inference_does_not_reach_the_next_correction(tm
             tmp_path,
             model,
             train=small.rows(40, dtype=torch.float64),
+            eval_dataset=small.rows(8, dtype=torch.float64),
+            eval_strategy="steps",
+            eval_steps=every,
             pair_dataset=small.pairs(10, dtype=torch.float64),
-            callbacks=callbacks,
             freeze_norm=True,
             optim="sgd",
             learning_rate=0.1,
