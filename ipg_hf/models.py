@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ def takes_labels(model: nn.Module) -> bool:
     has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     named = any(parameter.name == "labels" for parameter in parameters)
     return named or (has_any and not isinstance(_base(model), PreTrainedModel))
+
+
+def check_all_loaded(model: nn.Module, missing: Collection[str]) -> None:
+    """Raises ValueError where weights that a model saves were `missing` from the checkpoint that was loaded."""
+    lost = set(missing) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    if lost:
+        raise ValueError(
+            f"the checkpoint lacks {len(lost)} of the model's weights, such as {min(lost)}. One saved by Trainer "
+            "may have other names (transformers issue 43701): load it by from_pretrained and train from there."
+        )
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
 from .guidance import ProblemType, loss_gradient_scale
 from .heads import ClassifierHead, CompiledRun, find_head
-from .models import forward_inputs, takes_labels
+from .models import check_all_loaded, forward_inputs, takes_labels
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set
 from .pairs.loader import PairCollator, PairLoader
 from .pairs.transforms import as_model_inputs
@@ -75,7 +75,7 @@ class IPGTrainer(Trainer):
         **trainer_kwargs: every other argument of `Trainer`.
 
     Raises:
-        ValueError: at construction, for settings, data or a model that cannot work; the message names the value.
+        ValueError: at construction, for settings, data or a model that cannot work.
     """
 
     _tag_names = ("ipg",)
@@ -376,12 +376,15 @@ class IPGTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         super()._issue_warnings_after_load(load_result)
-        lost = set(load_result.missing_keys) - set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
-        if lost:
-            raise ValueError(
-                f"the checkpoint lacks {len(lost)} of the model's weights, such as {min(lost)}. One saved by Trainer "
-                "may have other names (transformers issue 43701): load it by from_pretrained and train from there."
-            )
+        check_all_loaded(self.model, load_result.missing_keys)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; a sharded model is saved whole, whatever the form of its checkpoints."""
+        if _internal_call or not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        whole = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=whole)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
