@@ -24,6 +24,7 @@ from .trial import inference, logits_of
 logger = logging.get_logger(__name__)
 
 PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
+GRADIENT = "gradient of z"  # no model input has such a name
 NOTHING_TO_CORRECT = "the distance depends on no trainable parameter: unfreeze the head or network."
 
 
@@ -198,20 +199,21 @@ def pair_backward(
             raise ValueError(NOTHING_TO_CORRECT)
         accelerator.backward(weight * distance)
         return distance.detach(), divergence, logits.detach()
-    chunks = _chunks_of_pairs(batch, chunk_size)
     with torch.no_grad(), inference(model):
+        chunks = _chunks_of_pairs(batch, chunk_size)
         parts = [[value.chunk(2) for value in forward(model, chunk)] for chunk in chunks]
     logits, z = (torch.cat([part[i][side] for side in (0, 1) for part in parts]) for i in (0, 1))
     distance, divergence = pair_measures(head, logits, z.requires_grad_(), accelerator, **settings)
     accelerator.backward(weight * distance)
-    for chunk, gradient in zip(chunks, _chunks_of_pairs({"z": z.grad}, chunk_size), strict=True):
+    for chunk in _chunks_of_pairs({**batch, GRADIENT: z.grad}, chunk_size):
+        gradient = chunk.pop(GRADIENT)
         with inference(model):
             _, features = forward(model, chunk)
         if not features.requires_grad:
             if not head.weight.requires_grad:
                 raise ValueError(NOTHING_TO_CORRECT)
             break
-        features.backward(gradient["z"])
+        features.backward(gradient)
     return distance.detach(), divergence, logits
 
 
@@ -228,11 +230,11 @@ def synchronized(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             model.set_requires_gradient_sync(False)
 
 
-def _chunks_of_pairs(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Batches of at most `size` pairs, each with its a sides in the first half."""
+def _chunks_of_pairs(batch: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of at most `size` pairs, each with its a sides in the first half; one at a time, since each is a copy."""
     halves = {name: values.chunk(2) for name, values in batch.items()}
-    chunks = zip(*([*zip(a.split(size), b.split(size), strict=True)] for a, b in halves.values()), strict=True)
-    return [dict(zip(halves, map(torch.cat, chunk), strict=True)) for chunk in chunks]
+    for start in range(0, len(next(iter(batch.values()))) // 2, size):
+        yield {name: torch.cat([side[start : start + size] for side in sides]) for name, sides in halves.items()}
 
 
 def corrective_update(

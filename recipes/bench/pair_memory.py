@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of the corrective gradient for 32, 128 and 512 pairs: all at once, and in chunks.
+
+    python recipes/bench/pair_memory.py [--chunk 16] [--write]
+
+Each figure is a process of its own: on a GPU `torch.cuda.max_memory_allocated`, else the growth of the largest resident
+set, which counts whole pages and what the allocator keeps. `--write` keeps the record beside this file.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+PAIRS = (32, 128, 512)
+
+
+def measure(pairs, chunk):
+    import torch
+    from accelerate import Accelerator
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from ipg_hf import find_head
+    from ipg_hf.correction import pair_backward
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    accelerator = Accelerator()
+    settings = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
+    model = ViTForImageClassification(ViTConfig(**settings, image_size=96, num_labels=2)).to(accelerator.device)
+    head = find_head(model)
+    images = {"pixel_values": torch.randn(2 * pairs, 3, 96, 96, device=accelerator.device)}
+    kinds = {"reduction": "mean", "norm": "spectral", "problem_type": "single_label_classification"}
+    for parameter in model.parameters():  # gradients are there before and after
+        parameter.grad = torch.zeros_like(parameter)
+    pair_backward(head.run, head, model, {"pixel_values": images["pixel_values"][:4]}, accelerator, **kinds)
+    before = peak(torch)
+    pair_backward(head.run, head, model, images, accelerator, chunk_size=chunk or None, **kinds)
+    print((peak(torch) - before) / 2**20)
+
+
+def peak(torch):
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chunk", type=int, default=16, help="pairs at a time")
+    parser.add_argument("--write", action="store_true", help="keep the record")
+    parser.add_argument("--one", type=int, nargs=2, metavar=("PAIRS", "CHUNK"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        measure(*options.one)
+        return
+    from ipg_hf import report
+
+    rows = {}
+    print(f"{'pairs':>6} {'all at once':>14} {f'{options.chunk} at a time':>16}   (MiB above the start)")
+    for pairs in PAIRS:
+        command = [sys.executable, __file__, "--one", str(pairs)]
+        found = [
+            float(subprocess.run([*command, str(chunk)], check=True, capture_output=True, text=True).stdout)
+            for chunk in (0, options.chunk)
+        ]
+        rows[str(pairs)] = {"whole": round(found[0], 1), "chunked": round(found[1], 1)}
+        print(f"{pairs:>6} {found[0]:>14.0f} {found[1]:>16.0f}")
+    if options.write:
+        record = {
+            "chunk_size": options.chunk,
+            "mebibytes": rows,
+            "versions": report.versions(),
+            "commit": report.commit(),
+            "hardware": report.hardware(),
+        }
+        report.write_json(Path(__file__).with_suffix(".json"), record)
+        print(json.dumps(record["hardware"]))
+
+
+if __name__ == "__main__":
+    main()
