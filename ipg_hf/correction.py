@@ -28,8 +28,14 @@ GRADIENT = "gradient of z"  # no model input has such a name
 NOTHING_TO_CORRECT = "the distance depends on no trainable parameter: unfreeze the head or network."
 
 
-def check_launcher(accelerator: Accelerator) -> None:
-    """Raises ValueError, naming what to use instead, where a launcher does not leave the step's gradients to us."""
+def check_launcher(accelerator: Accelerator, devices: int = 1, is_model_parallel: bool = False) -> None:
+    """Raises ValueError, naming what to use instead, for launchers under which a guided step would not be exact.
+
+    Args:
+        accelerator: the processes.
+        devices: that this one process drives (`TrainingArguments.n_gpu`).
+        is_model_parallel: whether the model's layers lie on several of them (`Trainer.is_model_parallel`).
+    """
     kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
     instead = "Use plain data parallelism (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)."
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -39,6 +45,11 @@ def check_launcher(accelerator: Accelerator) -> None:
         )
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(f"IPGTrainer with pairs does not run under FSDP1, whose parameters are flattened. {instead}")
+    if devices > 1 or is_model_parallel:
+        raise ValueError(
+            f"IPGTrainer with pairs takes one device a process, and this one has {devices} (torch.nn.DataParallel) or "
+            f"a model spread over several. {instead}"
+        )
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
         raise ValueError(f"IPGTrainer with pairs does not run under tensor or context parallelism. {instead}")

@@ -132,7 +132,7 @@ class IPGTrainer(Trainer):
             self._prepare_guidance()
 
     def _prepare_guidance(self) -> None:
-        correction.check_launcher(self.accelerator)
+        correction.check_launcher(self.accelerator, self.args.n_gpu, self.is_model_parallel)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
             title = _title("pair_dataset", name)

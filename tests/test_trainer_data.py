@@ -2,6 +2,7 @@
 """What goes into the trainer and comes out of it: data, logs, warnings and errors."""
 
 import math
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 import small
 import timm
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
 from PIL import Image
 from small import Around, bit_equal, logged, trainer, weights
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor
 
-from ipg_hf import IPGConfig, IPGTrainer
+from ipg_hf import IPGConfig, IPGTrainer, correction
 
 
 @pytest.fixture
@@ -300,7 +303,6 @@ def with_labels(labels):
     [
         ({"args": "plain"}, ["TrainingArguments", "IPGConfig"]),
         ({"model": "timm"}, ["timm module", "load_image_classifier(model)"]),
-        ({"fp16": True}, ["fp16=True", "bf16=True"]),
         ({"train": with_labels([0, 1, 2])}, ["train_dataset", "label 2", "row 2", "num_labels"]),
         ({"eval_dataset": {"far": with_labels([0, -1])}}, ["eval_dataset['far']", "label -1", "row 1"]),
         ({"model": "no head"}, ["ViTForImageClassification", "no linear layer", "head="]),
@@ -320,6 +322,46 @@ def test_constructors_that_cannot_work(tmp_path, arguments, words):
         else:
             trainer(tmp_path, **arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def launched(kind="MULTI_GPU", fsdp_version=None, parallel=None):
+    plugin = fsdp_version and SimpleNamespace(fsdp_version=fsdp_version)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    return SimpleNamespace(distributed_type=DistributedType(kind), state=state, parallelism_config=parallel)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "others", "words"),
+    [
+        (launched("DEEPSPEED"), {}, ["DEEPSPEED", "engine"]),
+        (launched("MEGATRON_LM"), {}, ["MEGATRON_LM"]),
+        (launched("FSDP", fsdp_version=1), {}, ["FSDP1"]),
+        (launched(parallel=ParallelismConfig(tp_size=2)), {}, ["tensor or context parallelism"]),
+        (launched(parallel=ParallelismConfig(cp_size=2)), {}, ["tensor or context parallelism"]),
+        (launched("NO"), {"devices": 2}, ["this one has 2", "DataParallel"]),
+        (launched("NO"), {"is_model_parallel": True}, ["spread over several"]),
+    ],
+    ids=["deepspeed", "megatron", "fsdp1", "tensor parallel", "context parallel", "DataParallel", "model parallel"],
+)
+def test_launchers_that_are_refused(accelerator, others, words):
+    with pytest.raises(ValueError) as error:
+        correction.check_launcher(accelerator, **others)
+    assert all(word in str(error.value) for word in [*words, "--multi_gpu", "--fsdp_version 2"]), str(error.value)
+
+
+def test_launchers_that_are_taken():
+    sharded = launched("FSDP", fsdp_version=2, parallel=ParallelismConfig(dp_shard_size=2))
+    for accelerator in (launched("NO"), launched("MULTI_GPU"), launched("MULTI_CPU"), sharded):
+        correction.check_launcher(accelerator)
+
+
+def test_a_refused_launcher_stops_the_trainer(tmp_path):
+    settings = small.config(tmp_path)
+    assert settings.device.type == "cpu"
+    settings._n_gpu = 2  # what a machine of two gives a script that was started by itself
+    with pytest.raises(ValueError, match="one device a process, and this one has 2"):
+        IPGTrainer(small.vit(), settings, train_dataset=small.rows(4), pair_dataset=small.pairs(4))
+    IPGTrainer(small.vit(), settings, train_dataset=small.rows(4))  # without pairs it is Trainer
 
 
 def test_ignored_labels_are_in_range(tmp_path):

@@ -4,11 +4,12 @@
     python recipes/bench/pair_memory.py [--chunk 16] [--write]
 
 Each figure is a process of its own: on a GPU `torch.cuda.max_memory_allocated`, else the growth of the largest resident
-set, which counts whole pages and what the allocator keeps. `--write` keeps the record beside this file.
+set, which counts whole pages. `--write` keeps the record beside this file.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -62,8 +63,10 @@ def main():
     print(f"{'pairs':>6} {'all at once':>14} {f'{options.chunk} at a time':>16}   (MiB above the start)")
     for pairs in PAIRS:
         command = [sys.executable, __file__, "--one", str(pairs)]
+        # freed memory goes back to the system, or the largest resident set would count it
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         found = [
-            float(subprocess.run([*command, str(chunk)], check=True, capture_output=True, text=True).stdout)
+            float(subprocess.check_output([*command, str(chunk)], env=environment, text=True))
             for chunk in (0, options.chunk)
         ]
         rows[str(pairs)] = {"whole": round(found[0], 1), "chunked": round(found[1], 1)}
