@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes take the step that one takes on the batches of both; run as a script, this file is one training."""
+"""Processes that share the batches take the steps of one that has them whole; run as a script, this file trains."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,64 +9,139 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
+# divisible by 2 and 3 processes and 3 micro-batches
+IMAGES, PAIRS, STEPS = 18, 6, 5
+CASES = {
+    "vit": {},
+    "vit, pair": {"rationale_reduction": "pair"},
+    "vit, accumulated": {"gradient_accumulation_steps": 3},
+    "vit, pair, accumulated, clipped": {
+        "rationale_reduction": "pair",
+        "gradient_accumulation_steps": 3,
+        "max_grad_norm": 0.05,
+    },
+    "vit, no search for unused parameters": {"ddp_find_unused_parameters": False},
+    "vit, in chunks": {"pair_chunk_size": 1},
+    "resnet, frozen norm": {"freeze_norm": True, "rationale_reduction": "pair"},
+    "timm, frozen norm, accumulated": {"freeze_norm": True, "gradient_accumulation_steps": 3},
+    "no labels": {},
+    "two heads": {},
+}
+BATCH_STATISTICS = "resnet, batch statistics"  # of each process's share
+UNEVEN = "uneven"
 
 
-def train(output, per_device, reduction):
-    """Three float64 steps with 8 images and 4 pairs in all, whatever the number of processes."""
-    from transformers import ViTConfig, ViTForImageClassification
+def build(case):
+    import small
 
-    from ipg_hf import IPGConfig, IPGTrainer
+    builders = {"resnet": small.resnet, "timm": small.timm_resnet, "two heads": small.deit_with_teacher}
+    model = builders.get(case.split(",")[0], small.vit)(2).double()
+    return small.Wrapped(model) if case == "no labels" else model
 
-    torch.manual_seed(0)
-    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = ViTForImageClassification(ViTConfig(**settings, image_size=8, patch_size=4, num_labels=2)).double()
-    images = torch.randn(24, 3, 8, 8, dtype=torch.float64)
-    sides = torch.randn(2, 12, 3, 8, 8, dtype=torch.float64)
-    args = IPGConfig(
-        output, max_steps=3, learning_rate=0.1, optim="sgd", per_device_train_batch_size=8 // per_device,
-        per_device_pair_batch_size=4 // per_device, rationale_reduction=reduction, invariance_threshold=0,
-        logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", max_grad_norm=0,
-    )  # fmt: skip
-    trainer = IPGTrainer(
-        model,
-        args,
-        train_dataset=[{"pixel_values": image, "labels": number % 2} for number, image in enumerate(images)],
-        pair_dataset=[{"pixel_values_a": a, "pixel_values_b": b} for a, b in zip(*sides, strict=True)],
+
+def train(folder, case):
+    import small
+
+    from ipg_hf import IPGTrainer
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = dict(CASES.get(case, {}))
+    micro = settings.get("gradient_accumulation_steps", 1)
+    images, pairs = 200, 10
+    if case == UNEVEN:  # 11 images in batches of 6, 11 pairs in batches of 6, over two epochs and a bit
+        images, pairs, settings = 11, 11, {"num_train_epochs": 3, "max_steps": -1}
+    args = small.config(
+        folder,
+        **{"max_steps": STEPS} | settings,
+        optim="sgd",
+        learning_rate=0.05,
+        invariance_threshold=2e-5,
+        per_device_train_batch_size=(6 if case == UNEVEN else IMAGES) // processes // micro,
+        per_device_pair_batch_size=PAIRS // processes,
+        check_pairs=False,
     )
+    drawn = small.Recorded(small.pairs(pairs, dtype=torch.float64))
+    trainer = IPGTrainer(build(case), args, train_dataset=small.rows(images, dtype=torch.float64), pair_dataset=drawn)
+    drawn.drawn.clear()
     if os.environ.get("WITHOUT_REDUCTION"):  # the control: each process corrects by its own pairs
         trainer.accelerator.reduce = lambda tensor, *_, **__: tensor
     trainer.train()
-    if trainer.is_world_process_zero():
-        trainer.save_model()
-        trainer.state.save_to_json(str(Path(output) / "trainer_state.json"))
+    rank = trainer.args.process_index
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps({"logs": logs, "drawn": drawn.drawn}))
+    if rank == 0:
+        state = {name: value.contiguous().clone() for name, value in trainer.model.state_dict().items()}
+        save_file(state, Path(folder) / "state.safetensors")
 
 
-def launch(output, processes, reduction, **environment):
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "recipes/accelerate/cpu_2.yaml")] if processes == 2 else ["--cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command += ["--num_processes", str(processes)] if processes == 1 else ["--main_process_port", "0"]
-    subprocess.run(
-        [*command, __file__, str(output), str(processes), reduction], check=True, env=environment, timeout=300
-    )
-    return load_file(output / "model.safetensors")
+def launch(folder, processes, cases, **environment):
+    command = [sys.executable]
+    if processes > 1:
+        config = str(ROOT / "recipes/accelerate/cpu_2.yaml")
+        command += ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+        command += ["--num_processes", str(processes)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    subprocess.run([*command, __file__, str(folder), *cases], check=True, env=environment, timeout=400)
+    return folder
 
 
-@pytest.mark.parametrize("reduction", ["mean", "pair"])
-def test_two_processes_equal_one(tmp_path, reduction):
-    one = launch(tmp_path / "one", 1, reduction)
-    two = launch(tmp_path / "two", 2, reduction)
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-9
+def difference(one, other):
+    ours, theirs = (load_file(folder / "state.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
 
 
-def test_without_the_reduction_over_processes_they_differ(tmp_path):
-    one = launch(tmp_path / "one", 1, "mean")
-    two = launch(tmp_path / "two", 2, "mean", WITHOUT_REDUCTION="1")
-    assert max((one[name] - two[name]).abs().max() for name in one) > 1e-5
+def of_rank(folder, rank):
+    return json.loads((folder / f"rank{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("one"), 1, [*CASES, BATCH_STATISTICS, UNEVEN])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_equal_one(tmp_path, one, processes):
+    several = launch(tmp_path, processes, [*CASES, BATCH_STATISTICS, UNEVEN])
+    for case in CASES:
+        assert difference(one / case, several / case) < 1e-9, case
+        expected = of_rank(one / case, 0)["logs"]
+        for rank in range(processes):  # every process has the same figures, and so takes the same branch of step 4
+            for ours, theirs in zip(expected, of_rank(several / case, rank)["logs"], strict=True):
+                for name in (
+                    "distance",
+                    "divergence",
+                    "violated",
+                    "loss_scale",
+                    "corrective_grad_norm",
+                    "loss_grad_norm",
+                ):
+                    assert theirs[f"ipg/{name}"] == pytest.approx(ours[f"ipg/{name}"], rel=1e-6, abs=1e-9), (case, name)
+                assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    branches = {entry["ipg/violated"] for case in CASES for entry in of_rank(one / case, 0)["logs"]}
+    assert branches == {0.0, 1.0}
+    assert difference(one / BATCH_STATISTICS, several / BATCH_STATISTICS) > 1e-5
+
+    # nothing is dropped: over one pass of the pairs every row is drawn by some process
+    steps = len(of_rank(one / UNEVEN, 0)["logs"])
+    assert steps == len(of_rank(several / UNEVEN, 0)["logs"]) == 6
+    rows = [row for rank in range(processes) for row in of_rank(several / UNEVEN, rank)["drawn"]]
+    assert sorted({*rows}) == list(range(11))
+    assert len(rows) >= steps * PAIRS
+
+
+@pytest.mark.parametrize("case", ["vit", "vit, pair"])
+def test_without_the_reduction_over_processes_they_differ(tmp_path, one, case):
+    assert difference(one / case, launch(tmp_path, 2, [case], WITHOUT_REDUCTION="1") / case) > 1e-5
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    for name in sys.argv[2:]:
+        target = Path(sys.argv[1]) / name
+        target.mkdir(parents=True, exist_ok=True)
+        train(str(target), name)

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,16 @@ def test_a_row_by_hand():
     ]
     # mean .7, sd = sqrt((.1² + .1²) / 1) = .141; halves for the worst group
     assert load_table().row("x", runs) == "| `x` | 2 | 0.700 ± 0.141 | 0.350 ± 0.071 | 0.300 | 0.500 ± 0.000 | 10 |"
+
+
+def test_the_launchers_page_names_tests_that_exist_and_the_recorded_memory():
+    page = (RECIPES / "accelerate/README.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
+    assert len(named) >= 8
+    for file, name in named:
+        text = (RECIPES.parent / "tests" / file).read_text()
+        assert not name or f"def {name}(" in text, name
+    measured = json.loads((RECIPES / "bench/pair_memory.json").read_text())["mebibytes"]
+    for pairs, row in measured.items():
+        assert f"| {pairs} | {row['whole']:.0f} MiB | {row['chunked']:.0f} MiB |" in page
+    assert measured["512"]["chunked"] < 1.5 * measured["32"]["chunked"]
