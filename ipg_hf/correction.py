@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -229,13 +230,24 @@ def pair_backward(
 
 
 @contextmanager
-def synchronized(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Lets FSDP2 reduce the gradients of the block, also where those of a task micro-batch wait for the last one."""
+def pair_gradients(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Lets FSDP2 reduce the gradients of the block, also where those of a task micro-batch wait for the last one.
+
+    Raises:
+        MemoryError: the pairs do not fit; `auto_find_batch_size` would go on to halve the training batch in vain.
+    """
     waiting = isinstance(model, FSDPModule) and not accelerator.sync_gradients
     if waiting:
         model.set_requires_gradient_sync(True)
     try:
         yield
+    except RuntimeError as failure:
+        if should_reduce_batch_size(failure):
+            raise MemoryError(
+                "the pairs do not fit into memory: set pair_chunk_size, the pairs that are held at a time, or a "
+                "smaller per_device_pair_batch_size. (auto_find_batch_size looks for a training batch alone.)"
+            ) from failure
+        raise
     finally:
         if waiting:
             model.set_requires_gradient_sync(False)

@@ -268,7 +268,7 @@ class IPGTrainer(Trainer):
         weight = 1.0 if self.args.pair_combination == "sum" else 1 / len(self._pair_loaders)
         metrics: dict[str, Tensor] = {}
         distances, divergences, spreads = [], [], []
-        with correction.synchronized(module, self.accelerator):
+        with correction.pair_gradients(module, self.accelerator):
             for name, loader in self._pair_loaders.items():
                 batch = self._prepare_inputs(next(loader))
                 self.progress.positions[name] = loader.position

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "ipg_hf"
 # each module may import those before it, in the order in which they build on each other
 ORDER = [
     "guidance",
+    "search",
     "trial",
     "heads",
     "metrics",
