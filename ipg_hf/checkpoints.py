@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -73,7 +74,9 @@ class SaveAtStepEnd(JITCheckpointCallback):
 
 @contextmanager
 def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator[None]:
-    """Saves a checkpoint in the block: one that fails half-way is removed, as it would be taken for the newest.
+    """Saves a checkpoint in the block, on all processes: it counts as whole when the last has written its part.
+
+    One that fails half-way is removed, as it would be taken for the newest.
 
     Args:
         folder: the checkpoint's folder.
@@ -82,21 +85,32 @@ def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator
     Raises:
         OSError: for any error; safetensors and torch report a full disk by errors of their own.
     """
-    if writes:
-        # an older checkpoint of that name would look whole until it is overwritten to its end
-        Path(folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+    folder = Path(folder)
+    several = dist.is_available() and dist.is_initialized()
     try:
+        if writes:
+            # an older checkpoint of that name would look whole until it is overwritten to its end
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _mark(folder).touch()
         yield
+        if several:
+            dist.barrier()  # the first process has written the last file, others may not have written theirs
     except Exception as failure:
-        if _fault(Path(folder)) is None:
+        if _damage(folder) is None:
+            if writes and not several:
+                _mark(folder).unlink(missing_ok=True)
             raise
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
+            _mark(folder).unlink(missing_ok=True)
         kept = "which was removed; those before it are whole" if writes else "which a resume passes over"
         raise OSError(
-            f"could not save {Path(folder).name}, {kept}. Make room, or save less (save_total_limit, save_only_model). "
+            f"could not save {folder.name}, {kept}. Make room, or save less (save_total_limit, save_only_model). "
             f"The cause: {failure}"
         ) from failure
+    if writes:
+        _mark(folder).unlink()
 
 
 @contextmanager
@@ -119,9 +133,9 @@ def own_names(model: nn.Module) -> Iterator[None]:
 def newest_checkpoint(folder: str | os.PathLike) -> str:
     """The last whole checkpoint of a run; each one after it is passed over with a warning that names the file.
 
-    A run killed while saving leaves a checkpoint without its last file, a machine that went down leaves files that are
-    cut off, empty or missing. That is seen from names, headers and lengths, without reading tensors or unpickling. A
-    value that has changed in a file of the right length (bit rot) is not seen.
+    A run killed while saving leaves a checkpoint that is marked as unfinished, a machine that went down leaves files
+    that are cut off, empty or missing. That is seen from names, headers and lengths, without reading tensors or
+    unpickling. A value that has changed in a file of the right length (bit rot) is not seen.
 
     Args:
         folder: the run's output folder.
@@ -132,7 +146,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> str:
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     faults = []
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        fault = _fault(path)
+        fault = "it was not written to its end" if _mark(path).exists() else _damage(path)
         if fault is None:
             return str(path)
         logger.warning(f"{path} is passed over: {fault}.")
@@ -143,7 +157,12 @@ def newest_checkpoint(folder: str | os.PathLike) -> str:
     )
 
 
-def _fault(checkpoint: Path) -> str | None:
+def _mark(checkpoint: Path) -> Path:
+    """A file that is there while the checkpoint is written, beside it: `Trainer` sends no name in _ to the Hub."""
+    return checkpoint.with_name(f"_{checkpoint.name}_is_being_written")
+
+
+def _damage(checkpoint: Path) -> str | None:
     """What keeps a run from going on from the checkpoint, if anything."""
     if not (checkpoint / TRAINER_STATE_NAME).exists():
         return f"it was not written to its end, {TRAINER_STATE_NAME}"
@@ -159,8 +178,6 @@ def _fault(checkpoint: Path) -> str | None:
     # save_only_model leaves all three out, DeepSpeed keeps them in a folder of its own
     if 0 < len(missing) < 3 and not any(checkpoint.glob("global_step*")):
         return f"{' and '.join(sorted(missing))} missing"
-    if {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth"}:
-        return "rng_state_1.pth is missing"  # a single process gives its file no number
     return None
 
 

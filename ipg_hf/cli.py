@@ -121,6 +121,10 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
     _silence(trainer)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
+    if (
+        trainer.state.global_step < trainer.state.max_steps
+    ):  # SIGTERM under enable_jit_checkpoint: nothing to measure yet
+        raise KeyboardInterrupt
     seconds = time.monotonic() - started
     metrics = {name: _measure(trainer, sets, name) for name in ("validation", "test")}
     record = {

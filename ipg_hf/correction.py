@@ -113,7 +113,7 @@ def pair_measures(
 
     Returns:
         The distance, attached, whose gradient averaged over processes is that of the whole batch; and the divergence,
-        detached. Both are scalars and equal on all processes.
+        detached. Both are scalars, equal on all processes (the distance up to rounding).
     """
     several = accelerator.num_processes > 1
     if reduction == "mean" and several:

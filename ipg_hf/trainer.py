@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from . import correction
-from .checkpoints import newest_checkpoint, own_names, whole_or_removed
+from .checkpoints import SaveAtStepEnd, newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
 from .guidance import ProblemType, loss_gradient_scale
 from .heads import ClassifierHead, CompiledRun, find_head
@@ -60,18 +60,17 @@ class IPGTrainer(Trainer):
     Args:
         model: a transformers image classifier (`load_image_classifier` wraps timm models into one).
         args: an [`IPGConfig`].
-        data_collator: as in `Trainer`; pairs have a collator of their own.
+        data_collator: as in `Trainer`; pairs have their own.
         train_dataset: as in `Trainer`. With `processing_class` an image processor, a `datasets` set with an `image`
             column is transformed by the trainer; `label` and `attribute` columns stay.
         eval_dataset: as in `Trainer`. Where rows have an `attribute`, `compute_metrics` gets
             `label_ids=(labels, attributes)`; the model never sees it.
         pair_dataset: pairs, as one map-style or iterable data set or as a dict of them, one for each invariance. Rows
-            hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`.
-            `None`: the trainer is `Trainer`.
+            hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`. Without
+            them the trainer is `Trainer`.
         processing_class, model_init, callbacks, optimizers: as in `Trainer`.
         compute_metrics: as in `Trainer`, e.g. [`~metrics.GroupMetrics`].
-        head: dotted path of the last linear layer, where it is not found by itself; several paths where the model
-            returns the mean of several heads.
+        head: dotted path of the last linear layer, or several, where it is not found by itself (see `find_head`).
         **trainer_kwargs: every other argument of `Trainer`.
 
     Raises:
@@ -112,7 +111,8 @@ class IPGTrainer(Trainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
         )
-        self.add_callback(RowEpochs())
+        for callback in [RowEpochs(), *([SaveAtStepEnd(self)] if args.enable_jit_checkpoint else [])]:
+            self.add_callback(callback)
 
         # ---- Data and guidance
         num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)

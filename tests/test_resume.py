@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that was killed, or whose disk was full, ends as the run that was not: to the last bit, logs included.
+"""A run that was killed, or whose disk was full or damaged, ends as the run that was not: to the last bit, logs too.
 
 Run as a script, this file is the run: `python test_resume.py FOLDER KIND WORKERS [fast | slow | full BYTES]`.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 import small
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -231,7 +232,7 @@ def test_a_full_disk_leaves_whole_checkpoints(tmp_path, fails):
 def checkpoint(folder, step, whole=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
-    (path / "model.safetensors").write_bytes(b"x")
+    save_file({"weight": torch.zeros(1)}, path / "model.safetensors")
     if whole:
         TrainerState().save_to_json(str(path / "trainer_state.json"))
     return path
@@ -268,11 +269,127 @@ def test_a_failure_after_the_save_keeps_the_checkpoint(tmp_path):
     assert path.exists()
 
 
+def test_a_checkpoint_is_whole_when_all_processes_have_written(tmp_path, monkeypatch, caplog):
+    before = checkpoint(tmp_path, 2)
+    seen = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: seen.append(newest_checkpoint(tmp_path)))
+    with whole_or_removed(tmp_path / "checkpoint-4"):
+        path = checkpoint(tmp_path, 4)
+    assert seen == [str(before)] and "not written to its end" in caplog.records[0].getMessage()
+    assert newest_checkpoint(tmp_path) == str(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
 def test_other_processes_remove_nothing(tmp_path):
     path = checkpoint(tmp_path, 4, whole=False)
     with pytest.raises(OSError, match="could not save"), whole_or_removed(path, writes=False):
         raise RuntimeError("a fault of this process")
     assert path.exists()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_last(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def hole(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 4] + data[len(data) // 2 :])
+
+
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+TENSORS = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+DAMAGES = [(name, damage) for name in TENSORS for damage in (cut, cut_last, hole, zeroed, emptied, Path.unlink)]
+DAMAGES += [(name, damage) for name in ("trainer_state.json", "config.json") for damage in (cut, zeroed, emptied)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, "own", 0)
+
+
+@pytest.fixture
+def saved(tmp_path, whole):
+    """Two checkpoints of a run."""
+    for step in (8, 10):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+def step_of(folder):
+    return int(newest_checkpoint(folder).rpartition("-")[2])
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(saved, caplog, name, damage):
+    assert step_of(saved) == 10 and not caplog.records
+    damage(saved / "checkpoint-10" / name)
+    assert step_of(saved) == 8
+    (message,) = [record.getMessage() for record in caplog.records]
+    part = "the weights are missing" if (name, damage) == ("model.safetensors", Path.unlink) else name
+    assert message.startswith(f"{saved / 'checkpoint-10'} is passed over: ") and part in message
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(saved, whole, caplog):
+    shutil.copytree(whole[0] / "checkpoint-6", saved / "checkpoint-6")
+    cut(saved / "checkpoint-10" / "optimizer.pt")
+    cut(saved / "checkpoint-8" / "model.safetensors")
+    check_equal(whole[1], run(saved, "own", 0, resume=True), 6)
+    messages = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+    assert ["optimizer.pt" in messages[0], "model.safetensors" in messages[1], len(messages)] == [True, True, 2]
+
+
+def test_every_checkpoint_damaged(saved):
+    cut(saved / "checkpoint-10" / "optimizer.pt")
+    emptied(saved / "checkpoint-8" / "trainer_state.json")
+    with pytest.raises(
+        ValueError, match=r"No whole .*Every one .*checkpoint-10: optimizer\.pt.*checkpoint-8: trainer_s"
+    ):
+        run(saved, "own", 0, resume=True)
+
+
+def test_checkpoints_of_other_layouts(saved):
+    newest = saved / "checkpoint-10"
+    for name in ("notes.json", "notes.pt"):
+        (newest / name).write_text("a user's own")
+    weights = load_file(newest / "model.safetensors")
+    (newest / "model.safetensors").unlink()
+    for folder in (newest, newest / "mine"):  # adapters
+        folder.mkdir(exist_ok=True)
+        save_file(weights, folder / "adapter_model.safetensors")
+        assert step_of(saved) == 10
+        cut(folder / "adapter_model.safetensors")
+        assert step_of(saved) == 8
+        (folder / "adapter_model.safetensors").unlink()
+    assert step_of(saved) == 8
+
+    small.vit().save_pretrained(newest, max_shard_size="50KB")
+    shard = sorted(newest.glob("model-*.safetensors"))[1]
+    data = shard.read_bytes()
+    assert step_of(saved) == 10
+    for damage in (cut, Path.unlink):
+        damage(shard)
+        assert step_of(saved) == 8
+        shard.write_bytes(data)
+    cut(newest / "model.safetensors.index.json")
+    assert step_of(saved) == 8
+    (newest / "model.safetensors.index.json").unlink()
+
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (newest / name).unlink()
+    assert step_of(saved) == 10  # save_only_model
 
 
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
