@@ -380,6 +380,25 @@ def test_torch_compile_gives_the_same_numbers(tmp_path, build, backend):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    "settings", [{"pair_chunk_size": 2}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str
+)
+def test_torch_compile_with_chunks_accumulation_and_bfloat16(tmp_path, settings):
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        model, graphs = small.vit(), Graphs()
+        torch._dynamo.utils.counters.clear()
+        backend = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        trainer(
+            tmp_path, model, train=rows(64), callbacks=[graphs], optim="sgd", learning_rate=0.1, **settings, **backend
+        ).train()
+        results.append(weights(model))
+    assert differences(*results) < (1e-2 if "bf16" in settings else 1e-5)
+    assert graphs.counts[1] == graphs.counts[-1] > 0
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("build", [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, small.crossvit])
 def test_the_compiled_pair_forward_is_one_graph(build):
     """Even after the inference forward was compiled without hooks, and for a second run over the same code."""
