@@ -179,7 +179,8 @@ def pair_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the gradient of `weight` · distance of a pair batch to the parameters' gradients.
 
-    The forward is the inference forward (R2): what is made invariant is what will be deployed.
+    The forward is the inference forward (R2): what is made invariant is what will be deployed. The backward runs in the
+    same mode, since timm's gradient checkpointing forwards once more then.
 
     In chunks (gradient caching): the features of all pairs are computed without a graph, the distance is differentiated
     with respect to them and to W, and each chunk runs once more to take the gradient of its features back through the
@@ -206,10 +207,10 @@ def pair_backward(
     if chunk_size is None or chunk_size >= pairs:
         with inference(model):
             logits, z = forward(model, batch)
-        distance, divergence = pair_measures(head, logits, z, accelerator, **settings)
-        if not distance.requires_grad:
-            raise ValueError(NOTHING_TO_CORRECT)
-        accelerator.backward(weight * distance)
+            distance, divergence = pair_measures(head, logits, z, accelerator, **settings)
+            if not distance.requires_grad:
+                raise ValueError(NOTHING_TO_CORRECT)
+            accelerator.backward(weight * distance)
         return distance.detach(), divergence, logits.detach()
     with torch.no_grad(), inference(model):
         chunks = _chunks_of_pairs(batch, chunk_size)
@@ -221,11 +222,11 @@ def pair_backward(
         gradient = chunk.pop(GRADIENT)
         with inference(model):
             _, features = forward(model, chunk)
-        if not features.requires_grad:
-            if not head.weight.requires_grad:
-                raise ValueError(NOTHING_TO_CORRECT)
-            break
-        features.backward(gradient)
+            if not features.requires_grad:
+                if not head.weight.requires_grad:
+                    raise ValueError(NOTHING_TO_CORRECT)
+                break
+            features.backward(gradient)
     return distance.detach(), divergence, logits
 
 

@@ -6,6 +6,7 @@ import small
 import torch
 from small import differences, logged, pairs, rows, trainer, weights
 
+from ipg_hf.correction import norm_layers
 from ipg_hf.heads import ClassifierHead
 
 
@@ -20,8 +21,7 @@ def run(folder, build, chunk, **kwargs):
         pair_chunk_size=chunk,
         optim="sgd",  # Adam makes whole steps of gradients that are rounding alone
         learning_rate=0.1,
-        freeze_norm=True,
-        **kwargs,
+        **{"freeze_norm": True, **kwargs},
     )
     training.train()
     return weights(model), logged(training)
@@ -101,6 +101,26 @@ def test_chunks_with_several_sets_accumulation_and_checkpointing(tmp_path, build
         ).train()
         results.append(weights(model))
     assert differences(*results) < 1e-9
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_timms_checkpointing_forwards_once_more_in_the_mode_of_the_pairs(tmp_path, chunk):
+    def build():
+        model = small.timm_resnet()
+        model.timm_model.set_grad_checkpointing()
+        # batch norm moves its averages once more in a checkpointed task forward, pairs or none
+        for layer in norm_layers(model):
+            layer.momentum, layer.num_batches_tracked = 0.0, None
+        return model
+
+    def plain():
+        model = build()
+        model.timm_model.set_grad_checkpointing(False)
+        return model
+
+    settings = {"freeze_norm": False, "rationale_reduction": "pair"}
+    expected, _ = run(tmp_path, plain, None, **settings)
+    assert differences(expected, run(tmp_path, build, chunk, **settings)[0]) < 1e-9
 
 
 def test_the_setting_is_checked(tmp_path):
