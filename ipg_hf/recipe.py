@@ -7,8 +7,9 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from typing import Any, Literal
 
 import datasets
@@ -26,6 +27,7 @@ from transformers import (
 from .config import IPGConfig
 from .data import LOADERS, Benchmark
 from .models import load_image_classifier
+from .pairs.degrade import degrade_pairs
 
 
 class RecipeError(ValueError):
@@ -41,6 +43,7 @@ class Recipe:
         data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
         num_pairs: number of training pairs; `None` is the benchmark's own number.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs (an ablation).
+        degrade_pairs: shares and strengths that spoil the training pairs (an ablation, see `pairs.degrade_pairs`).
         method: `"ipg"`, or `"erm"` for plain training without the pairs.
         compare: `"erm"` trains the twin without pairs too, in the folder `erm` of the output folder.
         model_name_or_path: a Hub id or a local folder to fine-tune.
@@ -55,6 +58,7 @@ class Recipe:
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data files (else IPG_DATA, the Hub)."})
     num_pairs: int | None = field(default=None, metadata={"help": "Number of training pairs."})
     oriented_pairs: bool = field(default=True, metadata={"help": "Keep one attribute value on each side."})
+    degrade_pairs: dict | str | None = field(default=None, metadata={"help": "Spoil the training pairs, as JSON."})
     method: Literal["ipg", "erm"] = field(default="ipg", metadata={"help": "ipg, or erm: without the pairs."})
     compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train this twin too."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder to fine-tune."})
@@ -67,7 +71,7 @@ class Recipe:
     def __post_init__(self):
         if self.dataset not in LOADERS:
             raise RecipeError(f"dataset={self.dataset!r} is unknown.{_nearest(self.dataset, LOADERS)}")
-        for name in ("model_config", "image_processor"):
+        for name in ("degrade_pairs", "model_config", "image_processor"):
             value = getattr(self, name) or {}
             try:
                 value = json.loads(value) if isinstance(value, str) else value
@@ -78,7 +82,10 @@ class Recipe:
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""
         loader = LOADERS[self.dataset]
-        return loader(data_dir=self.data_dir, seed=seed, num_pairs=self.num_pairs, oriented_pairs=self.oriented_pairs)
+        data = loader(data_dir=self.data_dir, seed=seed, num_pairs=self.num_pairs, oriented_pairs=self.oriented_pairs)
+        if self.degrade_pairs:
+            data = replace(data, pairs=_called(degrade_pairs, self.degrade_pairs, data.pairs, seed=seed))
+        return data
 
     def build_model(self, train: datasets.Dataset) -> PreTrainedModel:
         """The model, with the class names of `train`; weights from scratch come from the global torch generator."""
@@ -150,6 +157,19 @@ def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe,
     except ValueError as failure:
         raise RecipeError(str(failure)) from failure
     return recipe, args, {key: getattr(recipe, key, value) for key, value in values.items()}
+
+
+def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaults: Any) -> Any:
+    """Calls a function of the library with options of a recipe, which win over the defaults.
+
+    Raises:
+        RecipeError: an option is none of its keywords.
+    """
+    known = [name for name, value in signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise RecipeError(f"{function.__name__} has no option {name!r}.{_nearest(name, known)}")
+    return function(*args, **{**defaults, **options})
 
 
 def settings_help() -> str:

@@ -129,14 +129,19 @@ def dataset_of(columns: Mapping[str, tuple[pa.Array | pa.ChunkedArray, Any]]) ->
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def image_column(encoded: Sequence[bytes]) -> pa.ChunkedArray:
-    """Encoded images as the storage of a `datasets.Image` column."""
+def image_column(encoded: Sequence[bytes | Mapping[str, Any]]) -> pa.ChunkedArray:
+    """Encoded images, or files as `datasets.Image(decode=False)` gives them, as the storage of an image column."""
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    chunks = [encoded[start : start + CHUNK] for start in range(0, len(encoded), CHUNK)]
+    files = [value if isinstance(value, Mapping) else {"bytes": value, "path": None} for value in encoded]
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
     return pa.chunked_array(
         [
             pa.StructArray.from_arrays(
-                [pa.array(chunk, pa.binary()), pa.nulls(len(chunk), pa.string())], fields=[*kind]
+                [
+                    pa.array([value["bytes"] for value in chunk], pa.binary()),
+                    pa.array([value["path"] for value in chunk], pa.string()),
+                ],
+                fields=[*kind],
             )
             for chunk in chunks
         ],
@@ -167,6 +172,19 @@ def encode_png(images: np.ndarray) -> list[bytes]:
         compressor = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
         files.append(start + _png_chunk(b"IDAT", compressor.compress(image) + compressor.flush()) + end)
     return files
+
+
+def encode_image(image: Image.Image | np.ndarray) -> bytes:
+    """One image as PNG: a PIL image, or a uint8 array of shape (H, W, 3)."""
+    if isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height <= SMALL:
+        image = np.asarray(image)
+    if isinstance(image, np.ndarray):
+        if image.shape[0] * image.shape[1] <= SMALL:
+            return encode_png(image[None])[0]
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.ndarray:
@@ -249,7 +267,7 @@ def _render_pair(row: Mapping[str, Any], number: int, render: Callable, attribut
             f"as {kinds[1][0]} of {kinds[1][1]} with {attributes[1]!r}: both sides must have one size and mode."
         )
     try:
-        files = [_encode(image) for image in sides]
+        files = [encode_image(image) for image in sides]
     except (OSError, SystemError) as failure:
         raise ValueError(
             f"row {number} was rendered in mode {kinds[0][0]}, {kinds[0][1]} pixels, which PNG cannot hold "
@@ -273,15 +291,3 @@ def _checked(image: Any, number: int, attribute: Any) -> Image.Image | np.ndarra
         f"render gave {what} for row {number} and attribute {attribute!r}: it must return a PIL image or a uint8 array "
         "of shape (height, width, 3)."
     )
-
-
-def _encode(image: Image.Image | np.ndarray) -> bytes:
-    if isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height <= SMALL:
-        image = np.asarray(image)
-    if isinstance(image, np.ndarray):
-        if image.shape[0] * image.shape[1] <= SMALL:
-            return encode_png(image[None])[0]
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
