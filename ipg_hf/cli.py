@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
+import datasets
 from transformers import AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -22,9 +23,10 @@ from . import report
 from .checkpoints import newest_checkpoint
 from .config import IPGConfig
 from .data import Benchmark
-from .metrics import GroupMetrics
+from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
-from .pairs import ImageRows
+from .pairs import AdversarialPairs, ImageRows
+from .pairs.checks import named_sets
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .survey import survey
 from .trainer import IPGTrainer
@@ -116,7 +118,7 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
         eval_dataset=sets["validation"],
         pair_dataset=sets["pairs"] if recipe.method == "ipg" else None,
         processing_class=processor,
-        compute_metrics=GroupMetrics(train_dataset=data.train),
+        compute_metrics=_metrics(data),
     )
     _silence(trainer)
     started = time.monotonic()
@@ -153,15 +155,13 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
     data = recipe.load_data(args.data_order_seed)
     model = load_image_classifier(name)
-    names = data.train.features["label"].names
+    names = getattr(data.train.features["label"], "names", ["a number"])
     if model.config.num_labels != len(names):
         raise RecipeError(f"{name} has {model.config.num_labels} labels, {recipe.dataset} has {len(names)}: {names}.")
     processor = AutoImageProcessor.from_pretrained(name)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
     args = replace(args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, output_dir=gettempdir())
-    trainer = IPGTrainer(
-        model=model, args=args, processing_class=processor, compute_metrics=GroupMetrics(train_dataset=data.train)
-    )
+    trainer = IPGTrainer(model=model, args=args, processing_class=processor, compute_metrics=_metrics(data))
     _silence(trainer)
     metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
     if args.process_index == 0:
@@ -214,20 +214,29 @@ def _run_files(folder: Path) -> list[Path]:
 def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:
     names = ("train", "validation", "test", "pairs", "validation_pairs", "test_pairs")
     sets = {name: getattr(data, name) for name in names}
+    if recipe.method == "ipg" and sets["pairs"] is None:
+        raise RecipeError(f"{recipe.dataset} has no training pairs of its own: give a maker, pairs: {{maker: ...}}.")
     if not recipe.preload:
         return sets
-    used = [name for name in names if name != "pairs" or recipe.method == "ipg"]
     single, double = {"image": "pixel_values"}, {"image_a": "pixel_values_a", "image_b": "pixel_values_b"}
-    return sets | {
-        name: ImageRows(
-            sets[name],
-            processor,
-            double if "image_a" in sets[name].column_names else single,
-            keep=("label", "attribute"),
-            preload=True,
-        )
-        for name in used
-    }
+
+    def loaded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: loaded(part) for name, part in value.items()}
+        if not isinstance(value, datasets.Dataset):
+            return value
+        columns = double if "image_a" in value.column_names else single
+        return ImageRows(value, processor, columns, keep=("label", "attribute"), preload=True)
+
+    used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or recipe.method == "ipg"}
+    if isinstance(used.get("pairs"), AdversarialPairs):
+        used["pairs"] = replace(used["pairs"], source=used["train"])
+    return sets | used
+
+
+def _metrics(data: Benchmark) -> GroupMetrics | GroupErrors:
+    is_class = isinstance(data.train.features["label"], datasets.ClassLabel)
+    return GroupMetrics(train_dataset=data.train) if is_class else GroupErrors(data.train)
 
 
 def _silence(trainer: IPGTrainer) -> None:
@@ -239,10 +248,15 @@ def _silence(trainer: IPGTrainer) -> None:
 
 def _measure(trainer: IPGTrainer, sets: dict[str, Any], split: str) -> dict[str, float]:
     metrics = trainer.evaluate(sets[split], metric_key_prefix=split)
-    metrics |= trainer.evaluate_pairs(sets[f"{split}_pairs"], metric_key_prefix=split)
+    held_out = sets[f"{split}_pairs"]
+    for name, pairs in named_sets(held_out).items():
+        if pairs is not None:
+            metrics |= trainer.evaluate_pairs(pairs, metric_key_prefix=f"{split}_{name}/" if name else split)
+    if isinstance(held_out, dict):
+        metrics[f"{split}_flip_rate"] = max(metrics[f"{split}_{name}/_flip_rate"] for name in held_out)
     timings = ("_runtime", "_per_second", "_preparation_time")
     return {
-        key.removeprefix(f"{split}_"): value
+        key.removeprefix(f"{split}_").replace("/_", "/"): value
         for key, value in metrics.items()
         if key.startswith(f"{split}_") and not key.endswith(timings)
     }

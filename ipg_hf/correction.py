@@ -151,7 +151,8 @@ def evaluate_sides(
         problem_type: see `guidance.invariance_divergence`.
 
     Returns:
-        `flip_rate`, the share of pairs whose predicted classes differ; `divergence`; `distance`.
+        `flip_rate`, the share of pairs whose predicted classes differ (of several labels: any of them), or for a
+        regression `difference`, the mean absolute difference of the outputs; `divergence`; `distance`.
     """
     parts = []
     with inference(model):
@@ -159,8 +160,14 @@ def evaluate_sides(
             logits, z = head.run(model, batch)
             parts.append((*logits.chunk(2), *z.chunk(2)))
     a, b, z_a, z_b = (torch.cat(column) for column in zip(*parts, strict=True))
+    if problem_type == "regression":
+        agreement = {"difference": (a - b).abs().mean().item()}
+    elif problem_type == "multi_label_classification":
+        agreement = {"flip_rate": ((a > 0) != (b > 0)).any(-1).sum().item() / len(a)}
+    else:
+        agreement = {"flip_rate": (a.argmax(-1) != b.argmax(-1)).sum().item() / len(a)}
     return {
-        "flip_rate": (a.argmax(-1) != b.argmax(-1)).sum().item() / len(a),
+        **agreement,
         "divergence": invariance_divergence(a, b, problem_type=problem_type).item(),
         "distance": rationale_distance(head.weight, z_a, z_b, reduction=reduction, norm=norm).item(),
     }

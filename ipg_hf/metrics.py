@@ -279,6 +279,54 @@ class GroupMetrics:
         return group_metrics(predictions, labels, columns["attributes"][kept], **self.settings)
 
 
+class GroupErrors:
+    """`compute_metrics` for a regression on one number: mean absolute error by group (our reading of a group there).
+
+    A group is a half of the labels (below or above the training median) together with a value of the attribute.
+
+    Args:
+        train_dataset: a `datasets.Dataset` with a column `label` of numbers, and `attribute` for its names.
+
+    Call it with a `transformers.EvalPrediction`: `predictions` float (N, 1) or (N,), `label_ids` (labels, attributes)
+    or labels. Returns `mae`, and with attributes `worst_group_mae`, `group_mae/<half>/<attribute>` and `group_n/...`.
+
+    Raises:
+        ValueError: on a call, for different lengths or NaN predictions.
+    """
+
+    def __init__(self, train_dataset: datasets.Dataset):
+        self.median = float(np.median(train_dataset["label"][:]))
+        self.names = _names(train_dataset, "attribute") if "attribute" in train_dataset.column_names else None
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        outputs = prediction.predictions
+        outputs = np.asarray(outputs[0] if isinstance(outputs, (tuple, list)) else outputs, dtype=np.float64)
+        with_attributes = isinstance(prediction.label_ids, (tuple, list))
+        labels = prediction.label_ids[0] if with_attributes else prediction.label_ids
+        columns = {"predictions": outputs.reshape(len(outputs), -1)[:, 0], "labels": np.asarray(labels).reshape(-1)}
+        if with_attributes:
+            columns["attributes"] = _integers("attributes", prediction.label_ids[1])
+        _check_lengths(columns)
+        errors = np.abs(columns["predictions"] - columns["labels"])
+        if not np.isfinite(errors).all():
+            raise ValueError(
+                "predictions or labels are NaN or infinite: the model has diverged. Lower the learning rate."
+            )
+        metrics = {"mae": float(errors.mean())}
+        if not with_attributes:
+            return metrics
+        above = columns["labels"] > self.median
+        groups = {}
+        for half, rows in (("below", ~above), ("above", above)):
+            for value in np.unique(columns["attributes"]):
+                members = rows & (columns["attributes"] == value)
+                if members.any():
+                    groups[f"{half}/{_name(self.names, int(value))}"] = errors[members]
+        metrics["worst_group_mae"] = max(float(values.mean()) for values in groups.values())
+        metrics |= {f"group_mae/{name}": float(values.mean()) for name, values in groups.items()}
+        return metrics | {f"group_n/{name}": float(len(values)) for name, values in groups.items()}
+
+
 def _train_counts(dataset: datasets.Dataset) -> np.ndarray | None:
     """Rows per group, shape (num_labels, num_attributes); None without attributes."""
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:

@@ -27,7 +27,29 @@ from transformers import (
 from .config import IPGConfig
 from .data import LOADERS, Benchmark
 from .models import load_image_classifier
-from .pairs.degrade import degrade_pairs
+from .pairs import (
+    AdversarialPairs,
+    background_pairs,
+    degrade_pairs,
+    match_pairs,
+    overlay_pairs,
+    pairs_from_folders,
+    pairs_from_table,
+    recolor_pairs,
+)
+from .pairs.checks import named_sets
+
+# makers of the training images, and of files
+MAKERS: dict[str, Callable] = {
+    "recolor": recolor_pairs,
+    "overlay": overlay_pairs,
+    "background": background_pairs,
+    "match": match_pairs,
+    "adversarial": AdversarialPairs,
+    "folders": pairs_from_folders,
+    "table": pairs_from_table,
+}
+FROM_FILES = ("folders", "table")
 
 
 class RecipeError(ValueError):
@@ -39,10 +61,14 @@ class Recipe:
     """What to train on what; the settings of the training itself are [`IPGConfig`]'s.
 
     Args:
-        dataset: a benchmark of `ipg_hf.data`: `"digits"` or `"colored_mnist"`.
+        dataset: a benchmark of `ipg_hf.data`, by its name in `LOADERS`; `"files"` is a folder of your own.
+        dataset_options: further arguments of its loader.
         data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
         num_pairs: number of training pairs; `None` is the benchmark's own number.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs (an ablation).
+        pairs: how the training pairs are made, `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`]; by
+            default the benchmark's own.
+        pair_sets: of a benchmark with several pair sets, the names of those to train with; by default all.
         degrade_pairs: shares and strengths that spoil the training pairs (an ablation, see `pairs.degrade_pairs`).
         method: `"ipg"`, or `"erm"` for plain training without the pairs.
         compare: `"erm"` trains the twin without pairs too, in the folder `erm` of the output folder.
@@ -54,10 +80,13 @@ class Recipe:
         overwrite_output_dir: remove the run that the output folder holds.
     """
 
-    dataset: str = field(default="digits", metadata={"help": "A benchmark: digits or colored_mnist."})
+    dataset: str = field(default="digits", metadata={"help": f"A benchmark: {', '.join(LOADERS)}."})
+    dataset_options: dict | str | None = field(default=None, metadata={"help": "Arguments of its loader, as JSON."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data files (else IPG_DATA, the Hub)."})
     num_pairs: int | None = field(default=None, metadata={"help": "Number of training pairs."})
     oriented_pairs: bool = field(default=True, metadata={"help": "Keep one attribute value on each side."})
+    pairs: dict | str | None = field(default=None, metadata={"help": "A maker of pairs and its arguments, as JSON."})
+    pair_sets: list[str] | None = field(default=None, metadata={"help": "Names of the pair sets to train with."})
     degrade_pairs: dict | str | None = field(default=None, metadata={"help": "Spoil the training pairs, as JSON."})
     method: Literal["ipg", "erm"] = field(default="ipg", metadata={"help": "ipg, or erm: without the pairs."})
     compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train this twin too."})
@@ -71,7 +100,7 @@ class Recipe:
     def __post_init__(self):
         if self.dataset not in LOADERS:
             raise RecipeError(f"dataset={self.dataset!r} is unknown.{_nearest(self.dataset, LOADERS)}")
-        for name in ("degrade_pairs", "model_config", "image_processor"):
+        for name in ("dataset_options", "pairs", "degrade_pairs", "model_config", "image_processor"):
             value = getattr(self, name) or {}
             try:
                 value = json.loads(value) if isinstance(value, str) else value
@@ -81,20 +110,56 @@ class Recipe:
 
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""
-        loader = LOADERS[self.dataset]
-        data = loader(data_dir=self.data_dir, seed=seed, num_pairs=self.num_pairs, oriented_pairs=self.oriented_pairs)
+        defaults = {"data_dir": self.data_dir, "num_pairs": self.num_pairs, "oriented_pairs": self.oriented_pairs}
+        data = _called(LOADERS[self.dataset], self.dataset_options, seed=seed, **defaults)
+        if self.pairs:
+            data = replace(data, pairs=self._make_pairs(data, seed))
+        if self.pair_sets is not None:
+            sets = data.pairs if isinstance(data.pairs, dict) else {}
+            for name in self.pair_sets:
+                if name not in sets:
+                    raise RecipeError(f"pair_sets: {self.dataset} has no pair set {name!r}.{_nearest(name, sets)}")
+            data = replace(data, pairs={name: sets[name] for name in self.pair_sets})
         if self.degrade_pairs:
-            data = replace(data, pairs=_called(degrade_pairs, self.degrade_pairs, data.pairs, seed=seed))
+            spoiled = {
+                name: _called(degrade_pairs, self.degrade_pairs, pairs, seed=seed)
+                for name, pairs in named_sets(data.pairs).items()
+            }
+            data = replace(data, pairs=spoiled if isinstance(data.pairs, dict) else spoiled[""])
         return data
 
+    def _make_pairs(self, data: Benchmark, seed: int) -> Any:
+        options = dict(self.pairs)
+        name = options.pop("maker", None)
+        if name not in MAKERS:
+            raise RecipeError(f"pairs: maker={name!r} is unknown.{_nearest(str(name), MAKERS)}")
+        maker, defaults = MAKERS[name], {"seed": seed, "num_pairs": self.num_pairs}
+        if name in FROM_FILES:
+            return _called(maker, options, **defaults, oriented=self.oriented_pairs)
+        if name == "adversarial":
+            return _called(maker, options, data.train)
+        if name == "match" and options.get("match_on", "features") == "features":
+            options["model"] = options.get("model", self.model_name_or_path)
+            if options["model"] is None:
+                raise RecipeError("pairs: matching on features needs a model, a folder or Hub id.")
+            options["processor"] = AutoImageProcessor.from_pretrained(options["model"])
+            options["model"] = load_image_classifier(options["model"])
+        return _called(maker, options, data.train, **defaults)
+
     def build_model(self, train: datasets.Dataset) -> PreTrainedModel:
-        """The model, with the class names of `train`; weights from scratch come from the global torch generator."""
-        names = train.features["label"].names
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        """The model, with the class names of `train`, or one output where its label is a number.
+
+        Weights from scratch come from the global torch generator.
+        """
+        label = train.features["label"]
+        labels: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+        if isinstance(label, datasets.ClassLabel):
+            ids = {name: number for number, name in enumerate(label.names)}
+            labels = {"num_labels": len(ids), "id2label": dict(enumerate(ids)), "label2id": ids}
         if (self.model_name_or_path is None) == (self.model_type is None):
             raise RecipeError("give one of model_name_or_path (to fine-tune) and model_type (from scratch).")
         if self.model_name_or_path is not None:
-            return load_image_classifier(self.model_name_or_path, num_labels=len(names), **labels)
+            return load_image_classifier(self.model_name_or_path, **labels)
         try:
             known = AutoConfig.for_model(self.model_type).to_dict()
         except ValueError as failure:
@@ -105,7 +170,7 @@ class Recipe:
         for key in self.model_config:
             if key not in known:
                 raise RecipeError(f"model_config of {self.model_type} has no {key!r}.{_nearest(key, known)}")
-        config = AutoConfig.for_model(self.model_type, **self.model_config, num_labels=len(names), **labels)
+        config = AutoConfig.for_model(self.model_type, **self.model_config, **labels)
         return AutoModelForImageClassification.from_config(config)
 
     def build_processor(self) -> Any:
@@ -160,16 +225,20 @@ def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe,
 
 
 def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaults: Any) -> Any:
-    """Calls a function of the library with options of a recipe, which win over the defaults.
+    """Calls a function of the library with options of a recipe, which win over the defaults that it knows.
 
     Raises:
-        RecipeError: an option is none of its keywords.
+        RecipeError: an option is none of its arguments, or one that it needs is missing.
     """
-    known = [name for name, value in signature(function).parameters.items() if value.kind is value.KEYWORD_ONLY]
+    known = [*signature(function).parameters][len(args) :]
     for name in options:
-        if name not in known:
+        if name not in known and "options" not in known:
             raise RecipeError(f"{function.__name__} has no option {name!r}.{_nearest(name, known)}")
-    return function(*args, **{**defaults, **options})
+    defaults = {name: value for name, value in defaults.items() if name in known or "options" in known}
+    try:
+        return function(*args, **{**defaults, **options})
+    except TypeError as failure:
+        raise RecipeError(f"{function.__name__}: {failure}.") from failure
 
 
 def settings_help() -> str:

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 RECORDED_PACKAGES = ("ipg_hf", "torch", "transformers", "accelerate", "timm", "datasets")
-SUMMARY = {"accuracy": "accuracy", "worst_group_accuracy": "worst group", "flip_rate": "flip rate"}
+SUMMARY = {
+    "accuracy": "accuracy",
+    "worst_group_accuracy": "worst group",
+    "flip_rate": "flip rate",
+    "mae": "error (MAE)",
+    "worst_group_mae": "worst group",
+    "difference": "pairs' diff.",
+}
 
 
 def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
@@ -73,17 +80,20 @@ def summary_table(columns: Mapping[str, Mapping[str, float]], split: str = "test
     width = max(8, *(len(name) for name in columns)) + 2
     lines = [f"{split:<14}" + "".join(f"{name:>{width}}" for name in columns)]
     for key, title in SUMMARY.items():
+        if not any(key in metrics for metrics in columns.values()):
+            continue
         cells = [f"{metrics[key]:.3f}" if key in metrics else "-" for metrics in columns.values()]
         lines.append(f"{title:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 
 def group_table(metrics: Mapping[str, float]) -> str:
-    """A table of the accuracy of each group with its size."""
-    prefix = "group_accuracy/"
+    """A table of the accuracy (of a regression: the error) of each group with its size."""
+    errors = any(key.startswith("group_mae/") for key in metrics)
+    prefix = "group_mae/" if errors else "group_accuracy/"
     rows = [(key[len(prefix) :], value) for key, value in metrics.items() if key.startswith(prefix)]
     width = max([len("label/attribute"), *(len(name) for name, _ in rows)]) + 2
-    lines = [f"{'label/attribute':<{width}}{'accuracy':>9}{'n':>8}"]
+    lines = [f"{'label/attribute':<{width}}{'error' if errors else 'accuracy':>9}{'n':>8}"]
     lines += [f"{name:<{width}}{value:>9.3f}{int(metrics[f'group_n/{name}']):>8}" for name, value in rows]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from .config import IPGConfig
 from .guidance import ProblemType, loss_gradient_scale
 from .heads import ClassifierHead, CompiledRun, find_head
 from .models import check_all_loaded, forward_inputs, takes_labels
-from .pairs.checks import check_labels, check_pair_labels, check_pair_set
-from .pairs.loader import PairCollator, PairLoader
+from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
+from .pairs.checks import check_labels, check_pair_labels, check_pair_set, named_sets, title_of
+from .pairs.loader import PairCollator, PairLoader, loader_of
 from .pairs.transforms import as_model_inputs
 from .progress import PairProgress, RowEpochs, output_spread
 
@@ -100,10 +102,13 @@ class IPGTrainer(Trainer):
             raise ValueError(f"args is a {type(args).__name__}: make it an IPGConfig, which takes the same arguments.")
         if model is not None and not isinstance(model, PreTrainedModel) and hasattr(model, "pretrained_cfg"):
             raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
-        self.pair_datasets = {name: dataset for name, dataset in _named(pair_dataset).items() if dataset is not None}
+        self.pair_datasets = {
+            name: dataset for name, dataset in named_sets(pair_dataset).items() if dataset is not None
+        }
         self.head_path = head
+        self._resumed_from: str | None = None
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
-        self._pair_loaders: dict[str, PairLoader] = {}
+        self._pair_loaders: dict[str, PairLoader | AdversarialLoader] = {}
         self._at_end = ExitStack()
 
         # ---- Trainer
@@ -117,8 +122,8 @@ class IPGTrainer(Trainer):
         # ---- Data and guidance
         num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         check_labels(train_dataset, "train_dataset", num_labels)
-        for name, dataset in _named(eval_dataset).items():
-            check_labels(dataset, _title("eval_dataset", name), num_labels)
+        for name, dataset in named_sets(eval_dataset).items():
+            check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
@@ -135,11 +140,13 @@ class IPGTrainer(Trainer):
         correction.check_launcher(self.accelerator, self.args.n_gpu, self.is_model_parallel)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
-            title = _title("pair_dataset", name)
+            title = title_of("pair_dataset", name)
             check_pair_labels(dataset, title)
-            self.pair_datasets[name] = dataset = self._as_inputs(
-                dataset, is_training=True, seed=self.args.pair_order_seed(name)
-            )
+            source = dataset.source if isinstance(dataset, AdversarialPairs) else dataset
+            inputs = self._as_inputs(source, is_training=True, seed=self.args.pair_order_seed(name))
+            if isinstance(dataset, AdversarialPairs):
+                inputs = Twins(dataset, inputs, self._inputs[0])
+            self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
         if not self.args.freeze_norm:
             correction.warn_of_batch_statistics(self.model)
@@ -176,23 +183,17 @@ class IPGTrainer(Trainer):
         if ATTRIBUTE not in self._signature_columns:
             self._signature_columns.append(ATTRIBUTE)
 
-    def _pair_loader(self, name: str) -> PairLoader:
-        args = self.args
-        loader = PairLoader(
-            self.pair_datasets[name],
-            self._pair_collator,
-            args.per_device_pair_batch_size,
-            seed=self.args.pair_order_seed(name),
-            rank=args.process_index,
-            world_size=args.world_size,
-            num_workers=args.dataloader_num_workers if args.pair_num_workers is None else args.pair_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-        )
+    def _pair_loader(self, name: str, module: nn.Module) -> PairLoader | AdversarialLoader:
+        loader = loader_of(self.args, self.pair_datasets[name], self._pair_collator, name)
         self._at_end.callback(loader.close)
         loader.position = self.progress.positions.get(name, 0)
-        return loader
+        if not isinstance(loader.dataset, Twins):
+            return loader
+        search = partial(search_partners, self.head.run, module, problem_type=self._measures["problem_type"])
+        searching = AdversarialLoader(loader, search, self, chunk_size=self.args.pair_chunk_size)
+        if self._resumed_from:
+            searching.load(self._resumed_from, name)
+        return searching
 
     def _settings(self, problem_type: ProblemType) -> dict[str, Any]:
         args = self.args
@@ -227,6 +228,7 @@ class IPGTrainer(Trainer):
             raise ValueError("shared_optimizer_state=False cannot be resumed: checkpoints hold one optimizer state.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+        self._resumed_from = resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
@@ -239,7 +241,7 @@ class IPGTrainer(Trainer):
         if not self.pair_datasets:
             return super().training_step(model, inputs, num_items_in_batch)
         if self._guided_state is not self.state:
-            self._begin_guidance(inputs)
+            self._begin_guidance(model, inputs)
         if self._correction is None:
             self._correction = self._correct(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -247,12 +249,13 @@ class IPGTrainer(Trainer):
             self._scale_loss_gradient(model)
         return loss
 
-    def _begin_guidance(self, inputs: Mapping[str, Any]) -> None:
+    def _begin_guidance(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
-        self._pair_loaders = {name: self._pair_loader(name) for name in self.pair_datasets}
         self._measures = {"chunk_size": self.args.pair_chunk_size}
         self._measures |= self._settings(correction.find_problem_type(self.model, inputs.get("labels")))
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        self._pair_loaders = {name: self._pair_loader(name, module) for name in self.pair_datasets}
         self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._correction: dict[str, Tensor] | None = None
         compiler = self.accelerator.state.dynamo_plugin
@@ -279,8 +282,9 @@ class IPGTrainer(Trainer):
                 distances.append(weight * distance)
                 divergences.append(divergence)
                 spreads.append(output_spread(logits))
-                if name:
-                    metrics |= {f"{name}/distance": distance, f"{name}/divergence": divergence}
+                parts = {"distance": distance, "divergence": divergence} if name else {}
+                parts |= {key: torch.tensor(value) for key, value in loader.cost.items()}
+                metrics |= {f"{name}/{key}" if name else key: value for key, value in parts.items()}
         metrics["distance"] = torch.stack(distances).sum()
         metrics["divergence"] = torch.stack(divergences).max()
         if self._measures["problem_type"] == "single_label_classification":
@@ -390,11 +394,6 @@ class IPGTrainer(Trainer):
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with whole_or_removed(folder, writes=self.args.should_save), own_names(self.model):
             super()._save_checkpoint(model, trial)
-
-
-def _named(dataset: Any) -> dict[str, Any]:
-    return dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
-
-
-def _title(argument: str, name: str) -> str:
-    return f"{argument}[{name!r}]" if name else argument
+            for name, loader in self._pair_loaders.items():
+                if isinstance(loader, AdversarialLoader):
+                    loader.save(folder, name)

@@ -142,6 +142,13 @@ def pairs(n, seed=1, dtype=torch.float32, same=False):
     return [{"pixel_values_a": a, "pixel_values_b": a.clone() if same else b} for a, b in images]
 
 
+def images(n, seed=3, dtype=torch.float32):
+    """Rows of pixels in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(n, 3, SIZE, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    return [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(pixels)]
+
+
 class Recorded(Dataset):
     """Rows that remember which of them were drawn."""
 

@@ -29,6 +29,7 @@ CASES = {
     "timm, frozen norm, accumulated": {"freeze_norm": True, "gradient_accumulation_steps": 3},
     "no labels": {},
     "two heads": {},
+    "adversarial": {},
 }
 BATCH_STATISTICS = "resnet, batch statistics"  # of each process's share
 UNEVEN = "uneven"
@@ -46,6 +47,7 @@ def train(folder, case):
     import small
 
     from ipg_hf import IPGTrainer
+    from ipg_hf.pairs import AdversarialPairs
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     settings = dict(CASES.get(case, {}))
@@ -64,7 +66,10 @@ def train(folder, case):
         check_pairs=False,
     )
     drawn = small.Recorded(small.pairs(pairs, dtype=torch.float64))
-    trainer = IPGTrainer(build(case), args, train_dataset=small.rows(images, dtype=torch.float64), pair_dataset=drawn)
+    pair_set = AdversarialPairs(small.images(pairs, dtype=torch.float64)) if case == "adversarial" else drawn
+    trainer = IPGTrainer(
+        build(case), args, train_dataset=small.rows(images, dtype=torch.float64), pair_dataset=pair_set
+    )
     drawn.drawn.clear()
     if os.environ.get("WITHOUT_REDUCTION"):  # the control: each process corrects by its own pairs
         trainer.accelerator.reduce = lambda tensor, *_, **__: tensor

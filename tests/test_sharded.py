@@ -25,6 +25,7 @@ CASES = {
     },
     "chunks": {"pair_chunk_size": 1},
     "two heads": {},
+    "adversarial": {},
     # by pairs: for the mean distance every process has the whole gradient of W
     "head in a group of its own": {"rationale_reduction": "pair"},
 }
@@ -37,6 +38,7 @@ def train(folder, case, processes, resume=None):
     from accelerate.utils import DistributedType
 
     from ipg_hf import IPGTrainer
+    from ipg_hf.pairs import AdversarialPairs
 
     sharded = {"parallelism_config": ParallelismConfig(dp_shard_size=processes)} if processes > 1 else {}
     settings = CASES[case]
@@ -57,7 +59,9 @@ def train(folder, case, processes, resume=None):
     if processes > 1 and args.device:  # the device's set-up makes the state anew
         PartialState().distributed_type = DistributedType.MULTI_GPU
     model = small.deit_with_teacher() if case == "two heads" else small.vit()
-    trainer = IPGTrainer(model, args, train_dataset=small.rows(200), pair_dataset=small.pairs(10))
+    # the sign of the noise's slope may be that of rounding
+    pair_set = AdversarialPairs(small.images(10), noise=0) if case == "adversarial" else small.pairs(10)
+    trainer = IPGTrainer(model, args, train_dataset=small.rows(200), pair_dataset=pair_set)
     if os.environ.get("PLAIN_FULL_TENSOR"):  # the control: each process's own gradient of W
         from torch.distributed.tensor import DTensor
 

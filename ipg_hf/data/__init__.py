@@ -4,9 +4,17 @@
 from collections.abc import Callable
 
 from .colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification, load_colored_mnist
+from .digit_variants import load_marked_digits, load_stroke_mass
 from .digits import Benchmark, load_digits
+from .files import load_files
 
-LOADERS: dict[str, Callable[..., Benchmark]] = {"digits": load_digits, "colored_mnist": load_colored_mnist}
+LOADERS: dict[str, Callable[..., Benchmark]] = {
+    "digits": load_digits,
+    "marked_digits": load_marked_digits,
+    "stroke_mass": load_stroke_mass,
+    "colored_mnist": load_colored_mnist,
+    "files": load_files,
+}
 
 __all__ = [
     "LOADERS",
@@ -15,4 +23,7 @@ __all__ = [
     "ColoredMnistMLPForImageClassification",
     "load_colored_mnist",
     "load_digits",
+    "load_files",
+    "load_marked_digits",
+    "load_stroke_mass",
 ]

@@ -35,17 +35,18 @@ class Benchmark:
         train: rows `image`, `label` and `attribute` (both ClassLabel; the attribute is the spurious one).
         validation: likewise, for choosing settings and checkpoints.
         test: likewise, for reporting.
-        pairs: training pairs, rows `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b`, `source_id`.
-        validation_pairs: row i is image i of `validation` with both values of the attribute, for the flip rate.
+        pairs: training pairs, rows `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b`, `source_id`; a dict of
+            such sets where there are several attributes, `None` where pairs have to be made.
+        validation_pairs: pairs of images of `validation`, for the flip rate (or a dict, or `None`).
         test_pairs: likewise, of `test`.
     """
 
     train: datasets.Dataset
     validation: datasets.Dataset
     test: datasets.Dataset
-    pairs: datasets.Dataset
-    validation_pairs: datasets.Dataset
-    test_pairs: datasets.Dataset
+    pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
+    validation_pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
+    test_pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
 
 
 def load_digits(
@@ -75,7 +76,7 @@ def load_digits(
     source = sklearn.datasets.load_digits()
     gray = np.rint(source.images * (255 / 16)).astype(np.uint8).repeat(UPSCALE, 1).repeat(UPSCALE, 2)
     labels = (source.target >= 5).astype(np.int64)
-    train, validation, test = _split(source.target)
+    train, validation, test = split_digits(source.target)
     pair_rows = draw_rows(len(train), NUM_PAIRS if num_pairs is None else num_pairs, seed=seed, of="training digits")
     sides = [encode_colored(gray, np.full(len(gray), color)) for color in range(2)]
 
@@ -152,7 +153,7 @@ def colored_pairs(
     )
 
 
-def _split(digits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_digits(digits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row numbers of training, validation and test: one fixed permutation, stratified by digit."""
     order = np.random.default_rng(0).permutation(len(digits))
     place = np.empty(len(digits))

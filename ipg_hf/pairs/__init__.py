@@ -1,8 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pair data set is, how it is drawn from, and how to make one."""
 
+from .adversarial import AdversarialPairs
+from .degrade import degrade_pairs
+from .edits import background_pairs, overlay_pairs, recolor_pairs
 from .loader import PairCollator, PairLoader, PairSampler
 from .makers import pairs_from_render
+from .matching import match_pairs
+from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table
 from .transforms import ImageRows
 
-__all__ = ["ImageRows", "PairCollator", "PairLoader", "PairSampler", "pairs_from_render"]
+__all__ = [
+    "AdversarialPairs",
+    "ImageRows",
+    "PairCollator",
+    "PairLoader",
+    "PairSampler",
+    "background_pairs",
+    "degrade_pairs",
+    "match_pairs",
+    "overlay_pairs",
+    "pairs_from_columns",
+    "pairs_from_folders",
+    "pairs_from_render",
+    "pairs_from_table",
+    "recolor_pairs",
+]

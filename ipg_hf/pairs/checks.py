@@ -24,6 +24,16 @@ logger = logging.get_logger(__name__)
 CHUNK = 256
 
 
+def named_sets(dataset: Any) -> dict[str, Any]:
+    """Data sets by name; one alone has none."""
+    return dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+
+
+def title_of(argument: str, name: str) -> str:
+    """What messages call a data set."""
+    return f"{argument}[{name!r}]" if name else argument
+
+
 def check_pair_set(
     dataset: Any, name: str, collator: PairCollator, *, every_row: bool = True, per_step: int = 1
 ) -> None:

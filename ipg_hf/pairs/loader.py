@@ -7,6 +7,7 @@ import copy
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from .transforms import ImageRows
+from ..config import IPGConfig
 
 
 class PairCollator:
@@ -137,7 +138,7 @@ class _MapPairs(Dataset):
         self.seed = seed
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Mapping[str, Any]]:
-        if isinstance(self.dataset, ImageRows):
+        if getattr(self.dataset, "takes_positions", False):
             return self.dataset.__getitems__(keys)
         rows = [row for _, row in keys]
         with seeded(self.seed, keys[0][0]):
@@ -209,9 +210,12 @@ class PairLoader:
         loader_kwargs: more arguments for `torch.utils.data.DataLoader` (worker processes, pinned memory).
 
     Attributes:
+        cost: what the last batch cost beside being read, for the logs.
         position: pairs drawn so far by all processes together; set it before the first draw to go on from there. A
             stream is read again and passed over up to that point.
     """
+
+    cost: Mapping[str, float] = MappingProxyType({})
 
     def __init__(
         self,
@@ -276,6 +280,22 @@ class PairLoader:
             settings |= {"prefetch_factor": None, "multiprocessing_context": None}
         # a generator of its own: starting the loader must not draw from the global one
         return DataLoader(dataset, generator=torch.Generator().manual_seed(self.seed), **settings)
+
+
+def loader_of(args: IPGConfig, dataset: Any, collate: Any, name: str) -> PairLoader:
+    """The loader of one pair set in a training run."""
+    return PairLoader(
+        dataset,
+        collate,
+        args.per_device_pair_batch_size,
+        seed=args.pair_order_seed(name),
+        rank=args.process_index,
+        world_size=args.world_size,
+        num_workers=args.dataloader_num_workers if args.pair_num_workers is None else args.pair_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
 
 
 def is_stream(dataset: Any) -> bool:

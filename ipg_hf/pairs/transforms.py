@@ -69,6 +69,8 @@ class ImageRows(torch.utils.data.Dataset):
                 raise ValueError("preload=True keeps one version of each image: it needs no random flip and no crop.")
             self._preloaded = self._load_all()
 
+    takes_positions = True
+
     @property
     def is_random(self) -> bool:
         """Whether two visits of a row may differ."""

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adversarial pairs (IPG-AA): an image and itself under the augmentation that changes the model's output most.
+
+No attribute needs to be named: what the model should ignore is a family of augmentations, each within a strength. Our
+reading of the paper's name for it: projected sign-gradient ascent on the invariance divergence, from a random start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..guidance import ProblemType, invariance_divergence
+from ..trial import inference
+from .loader import PairLoader, is_stream
+
+BLUR_SIGMA = 2.0  # pixels
+RANGE_TOLERANCE = 1e-2  # of pixels in [0, 1]: resizing by cubic curves is cut off by some processors and not by others
+
+
+@dataclass(frozen=True)
+class AdversarialPairs:
+    """A pair set that is found while the model trains: `IPGTrainer(pair_dataset=AdversarialPairs(train_dataset))`.
+
+    The partner of an image is the image itself under color, contrast, brightness, blur and noise, in this order, each
+    within its strength, 0 leaving it out. Labels are not used.
+
+    Args:
+        source: the training set (or any set of images), as `IPGTrainer` takes one; not a stream.
+        steps: steps of ascent, 1 or more. Each costs a forward and a backward of the pairs' images.
+        every: optimizer steps that a pair batch and its partners are kept for.
+        color: largest change of each entry of the matrix that mixes the channels, pixels being in [0, 1].
+        contrast: largest relative change of the contrast.
+        brightness: largest shift of all pixels.
+        blur: largest share of the image that its blurred version (Gaussian, 2 pixels) replaces, at most 1.
+        noise: largest change of a single value (the radius of the L∞ ball).
+        step_size: of a step of ascent, as a share of the strengths; by default 2.5 / steps (Madry et al., 1706.06083).
+        mean: per channel, what the image processor subtracts from pixels in [0, 1]; by default the processor's own.
+        std: per channel, what it divides by.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    source: Any
+    _: KW_ONLY
+    steps: int = 3
+    every: int = 1
+    color: float = 0.3
+    contrast: float = 0.3
+    brightness: float = 0.1
+    blur: float = 0.5
+    noise: float = 4 / 255
+    step_size: float | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+    def __post_init__(self):
+        for name in ("steps", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not valid: it must be 1 or more.")
+        for name in STRENGTHS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not valid: it must be in [0, 1].")
+        if not any(getattr(self, name) for name in STRENGTHS):
+            raise ValueError(f"all of {', '.join(STRENGTHS)} are 0: there is nothing to search over.")
+        if is_stream(self.source):
+            raise ValueError("adversarial pairs need a map-style set of images, not a stream.")
+
+    def normalisation(self, processor: Any) -> tuple[Any, Any]:
+        """Mean and standard deviation that take pixels in [0, 1] to the model's inputs; (0, 1) where none are known."""
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both mean and std, or none.")
+        if self.mean is not None:
+            return self.mean, self.std
+        if getattr(processor, "do_normalize", False):
+            return processor.image_mean, processor.image_std
+        data = getattr(processor, "data_config", None) or {}  # timm's
+        return data.get("mean", (0.0,)), data.get("std", (1.0,))
+
+
+STRENGTHS = ("color", "contrast", "brightness", "blur", "noise")
+
+
+class Twins(torch.utils.data.Dataset):
+    """Rows whose two sides are one image, to be told apart by a search.
+
+    Args:
+        settings: the search.
+        inputs: rows with the model's main input.
+        main_input: its name.
+    """
+
+    def __init__(self, settings: AdversarialPairs, inputs: Any, main_input: str):
+        self.settings, self.inputs, self.main_input = settings, inputs, main_input
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """Several rows at once; keys as in `ImageRows`."""
+        if not self.takes_positions:
+            keys = [key[1] if isinstance(key, tuple) else key for key in keys]
+        many = hasattr(self.inputs, "__getitems__")
+        rows = self.inputs.__getitems__(keys) if many else [self.inputs[key] for key in keys]
+        if self.main_input not in rows[0]:
+            raise ValueError(
+                f"rows of an adversarial pair set must hold {self.main_input}, but hold {sorted(rows[0])}."
+            )
+        return [{f"{self.main_input}_{side}": row[self.main_input] for side in "ab"} for row in rows]
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether a key may be (position, row), for random transforms that are a function of the position."""
+        return getattr(self.inputs, "takes_positions", False)
+
+
+def augmented(images: Tensor, change: Mapping[str, Tensor], settings: AdversarialPairs) -> Tensor:
+    """Images under a member of the family.
+
+    Args:
+        images: pixels in [0, 1], shape (P, C, H, W).
+        change: for each strength above 0 a tensor with values in [-1, 1]: `color` (P, C, C), `contrast`, `brightness`,
+            `blur` (P,), `noise` (P, C, H, W). Blur acts by its half above zero and below: -1 is none, 1 all of it.
+        settings: the strengths.
+
+    Returns:
+        Pixels in [0, 1], same shape.
+    """
+
+    def each(name: str) -> Tensor:
+        return getattr(settings, name) * change[name].view(-1, 1, 1, 1)
+
+    x = images
+    if "color" in change:
+        x = x + torch.einsum("pij,pjhw->pihw", settings.color * change["color"], x)
+    if "contrast" in change:
+        x = x + each("contrast") * (x - x.mean((1, 2, 3), keepdim=True))
+    if "brightness" in change:
+        x = x + each("brightness")
+    if "blur" in change:
+        x = x + settings.blur * (change["blur"].view(-1, 1, 1, 1) + 1) / 2 * (_blurred(x) - x)
+    if "noise" in change:
+        x = x + settings.noise * change["noise"]
+    return x.clamp(0, 1)
+
+
+def search_partners(
+    run: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]],
+    model: nn.Module,
+    inputs: Tensor,
+    name: str,
+    settings: AdversarialPairs,
+    *,
+    normalisation: tuple[Any, Any],
+    keys: Sequence[Sequence[int]],
+    problem_type: ProblemType,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Partners of images: each under the augmentation that a few steps of ascent on its divergence find.
+
+    A pair's partner depends on its image, the model and its key alone: not on the other pairs of its batch.
+
+    Args:
+        run: `ClassifierHead.run` of the model's head.
+        model: the model, used in inference mode; its gradients are left alone.
+        inputs: shape (P, C, H, W), as the image processor makes them.
+        name: of that input.
+        settings: the family and the ascent.
+        normalisation: mean and standard deviation of the processor.
+        keys: non-negative integers for each image, the seed of its random start.
+        problem_type: see `guidance.invariance_divergence`.
+        scale: of the ascended quantity, against underflow in half precision.
+
+    Returns:
+        Shape (P, C, H, W), same dtype.
+
+    Raises:
+        ValueError: the inputs are no images.
+    """
+    images, mean, std = _pixels(inputs, normalisation, name)
+    with torch.no_grad(), inference(model):
+        anchor, _ = run(model, {name: inputs})
+    change = _start(images, settings, keys)
+    size = settings.step_size or 2.5 / settings.steps
+    for _ in range(settings.steps):
+        for value in change.values():
+            value.requires_grad_()
+        with inference(model):
+            partners = (augmented(images, change, settings) - mean) / std
+            logits, _ = run(model, {name: partners.to(inputs.dtype)})
+            divergence = invariance_divergence(anchor, logits, problem_type=problem_type) * len(images)
+            slopes = torch.autograd.grad(scale(divergence) if scale else divergence, list(change.values()))
+        change = {
+            key: (value.detach() + size * slope.nan_to_num().sign()).clamp(-1, 1)
+            for (key, value), slope in zip(change.items(), slopes, strict=True)
+        }
+    return ((augmented(images, change, settings) - mean) / std).to(inputs.dtype)
+
+
+class AdversarialLoader:
+    """A loader of twins whose b sides are replaced by partners that fit the model as it is.
+
+    Args:
+        loader: gives batches of twins.
+        search: `search_partners` but for the images, their keys, the settings and what the trainer knows.
+        trainer: the trainer whose device, precision and image processor are used.
+        chunk_size: pairs searched at a time; by default all.
+
+    ValueError at the first batch: the inputs are not in [0, 1] before the normalisation.
+    """
+
+    def __init__(
+        self, loader: PairLoader, search: Callable[..., Tensor], trainer: Trainer, chunk_size: int | None = None
+    ):
+        self.loader, self.trainer = loader, trainer
+        self.normalisation = loader.dataset.settings.normalisation(trainer.processing_class)
+        scaler = trainer.accelerator.scaler
+        self.search = partial(search, normalisation=self.normalisation, scale=scaler.scale if scaler else None)
+        self.settings: AdversarialPairs = loader.dataset.settings
+        self.chunk_size = chunk_size
+        self.kept: dict[str, Tensor] = {}
+        self.uses = 0  # of the kept batch
+        self.cost = {"adversarial_images": 0.0, "adversarial_seconds": 0.0}
+
+    @property
+    def position(self) -> int:
+        """Pairs drawn so far by all processes together."""
+        return self.loader.position
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.cost = dict.fromkeys(self.cost, 0.0)
+        if self.kept and self.uses < self.settings.every:
+            self.uses += 1
+            return self.kept
+        first = self.loader.position + self.loader.rank * self.loader.batch_size
+        (name, values), *_ = self.trainer._prepare_inputs(next(self.loader)).items()
+        started = time.perf_counter()
+        images = values.chunk(2)[0]
+        if not self.kept:
+            _check_range(images, self.normalisation, name)
+        keys = [(self.loader.seed, first + number) for number in range(len(images))]
+        size = self.chunk_size or len(images)
+        with self.trainer.compute_loss_context_manager():
+            parts = [
+                self.search(
+                    inputs=images[i : i + size],
+                    name=name,
+                    settings=self.settings,
+                    keys=keys[i : i + size],
+                )
+                for i in range(0, len(images), size)
+            ]
+        self.kept, self.uses = {name: torch.cat([images, *parts]).detach()}, 1
+        if values.is_cuda:
+            torch.cuda.synchronize(values.device)
+        seconds = time.perf_counter() - started
+        self.cost = {
+            "adversarial_images": float(len(images) * (1 + self.settings.steps)),
+            "adversarial_seconds": seconds,
+        }
+        return self.kept
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.loader.close()
+
+    def save(self, folder: str | os.PathLike, name: str) -> None:
+        """Writes the kept batch into a checkpoint, where the next step will use it again."""
+        if self.kept and self.uses < self.settings.every:
+            state = {**self.kept, "uses": torch.tensor(self.uses)}
+            save_file({key: value.cpu().contiguous() for key, value in state.items()}, self._file(folder, name))
+
+    def load(self, folder: str | os.PathLike, name: str) -> None:
+        """Goes on with the batch that a checkpoint holds, if any."""
+        if self._file(folder, name).is_file():
+            state = load_file(self._file(folder, name))
+            self.uses = int(state.pop("uses"))
+            self.kept = self.trainer._prepare_inputs(state)
+
+    def _file(self, folder: str | os.PathLike, name: str) -> Path:
+        return Path(folder) / f"adversarial_pairs{f'_{name}' if name else ''}_{self.loader.rank}.safetensors"
+
+
+def _start(images: Tensor, settings: AdversarialPairs, keys: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """A random member for each image: at the image itself the divergence has no slope."""
+    channels = images.shape[1]
+    shapes = {"color": (channels, channels), "contrast": (), "brightness": (), "blur": (), "noise": images.shape[1:]}
+    shapes = {name: shape for name, shape in shapes.items() if getattr(settings, name)}
+    generators = [np.random.default_rng((*key, 9)) for key in keys]
+    rows = [[rng.random(shape, dtype=np.float32) for shape in shapes.values()] for rng in generators]
+    return {
+        name: 2 * torch.as_tensor(np.stack(values)).to(images) - 1
+        for name, values in zip(shapes, zip(*rows, strict=True), strict=True)
+    }
+
+
+def _pixels(inputs: Tensor, normalisation: tuple[Any, Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    if inputs.dim() != 4 or not inputs.is_floating_point():
+        raise ValueError(
+            f"adversarial pairs are images, but {name} is {inputs.dtype} of shape {tuple(inputs.shape)}: use a model "
+            "that reads (batch, channels, height, width)."
+        )
+    mean, std = (torch.as_tensor(value, device=inputs.device, dtype=torch.float64) for value in normalisation)
+    mean, std = (value.to(torch.promote_types(inputs.dtype, torch.float32)).view(1, -1, 1, 1) for value in (mean, std))
+    return (inputs * std + mean).clamp(0, 1), mean, std
+
+
+def _check_range(inputs: Tensor, normalisation: tuple[Any, Any], name: str) -> None:
+    mean, std = (torch.as_tensor(value).to(inputs).view(-1, 1, 1) for value in normalisation)
+    low, high = (inputs * std + mean).aminmax()
+    if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+        raise ValueError(
+            f"{name} is not in [0, 1] before normalisation, but from {low:.3g} to {high:.3g}: give AdversarialPairs "
+            "the mean and std that its images were normalised with."
+        )
+
+
+def _blurred(x: Tensor) -> Tensor:
+    reach = min(int(2 * BLUR_SIGMA), x.shape[-1] - 1, x.shape[-2] - 1)
+    line = torch.exp(-torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype).square() / (2 * BLUR_SIGMA**2))
+    line = (line / line.sum()).expand(x.shape[1], 1, 1, -1)
+    x = nn.functional.pad(x, (reach,) * 4, mode="reflect")
+    x = nn.functional.conv2d(x, line, groups=x.shape[1])
+    return nn.functional.conv2d(x, line.mT, groups=x.shape[1])
