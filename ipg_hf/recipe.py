@@ -66,8 +66,8 @@ class Recipe:
         data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
         num_pairs: number of training pairs; `None` is the benchmark's own number.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs (an ablation).
-        pairs: how the training pairs are made, `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`]; by
-            default the benchmark's own.
+        pairs: how the training pairs are made, `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`], or
+            `{SET: {"maker": ...}, ...}` for several sets; by default the benchmark's own.
         pair_sets: of a benchmark with several pair sets, the names of those to train with; by default all.
         degrade_pairs: shares and strengths that spoil the training pairs (an ablation, see `pairs.degrade_pairs`).
         method: `"ipg"`, or `"erm"` for plain training without the pairs.
@@ -75,7 +75,8 @@ class Recipe:
         model_name_or_path: a Hub id or a local folder to fine-tune.
         model_type: a transformers model type to train from scratch, instead of `model_name_or_path`.
         model_config: settings of its config.
-        image_processor: settings of the `ViTImageProcessor` of a model from scratch.
+        image_processor: settings of a `ViTImageProcessor`, for a model from scratch, or in place of the processor of a
+            pretrained one (another size, say).
         preload: transform all images once and keep them in memory; only without random crops and flips.
         overwrite_output_dir: remove the run that the output folder holds.
     """
@@ -113,7 +114,9 @@ class Recipe:
         defaults = {"data_dir": self.data_dir, "num_pairs": self.num_pairs, "oriented_pairs": self.oriented_pairs}
         data = _called(LOADERS[self.dataset], self.dataset_options, seed=seed, **defaults)
         if self.pairs:
-            data = replace(data, pairs=self._make_pairs(data, seed))
+            named = {"": self.pairs} if "maker" in self.pairs else self.pairs
+            made = {name: self._make_pairs(options, data, seed) for name, options in named.items()}
+            data = replace(data, pairs=made[""] if "maker" in self.pairs else made)
         if self.pair_sets is not None:
             sets = data.pairs if isinstance(data.pairs, dict) else {}
             for name in self.pair_sets:
@@ -128,8 +131,8 @@ class Recipe:
             data = replace(data, pairs=spoiled if isinstance(data.pairs, dict) else spoiled[""])
         return data
 
-    def _make_pairs(self, data: Benchmark, seed: int) -> Any:
-        options = dict(self.pairs)
+    def _make_pairs(self, options: Any, data: Benchmark, seed: int) -> Any:
+        options = dict(options) if isinstance(options, Mapping) else {"maker": options}
         name = options.pop("maker", None)
         if name not in MAKERS:
             raise RecipeError(f"pairs: maker={name!r} is unknown.{_nearest(str(name), MAKERS)}")
@@ -175,7 +178,7 @@ class Recipe:
 
     def build_processor(self) -> Any:
         """The image processor that belongs to the model."""
-        if self.model_name_or_path is not None:
+        if self.model_name_or_path is not None and not self.image_processor:
             return AutoImageProcessor.from_pretrained(self.model_name_or_path)
         return ViTImageProcessor(**self.image_processor)
 
