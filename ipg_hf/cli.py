@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `ipg train`, `ipg evaluate` and `ipg heads`."""
+"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs` and `ipg heads`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -27,6 +27,8 @@ from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import named_sets
+from .pairs.linter import check_pairs, format_findings, score_pairs
+from .pairs.preview import preview_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .survey import survey
 from .trainer import IPGTrainer
@@ -38,14 +40,19 @@ FIGURE = "training_curves.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status (0, 2 for a usage error, 130 for an interrupt)."""
+    """Runs a command; returns the exit status: 0, 1 for pairs with errors, 2 for a usage error, 130 for an interrupt."""
     parser = argparse.ArgumentParser(
         prog="ipg",
         description="Train image classifiers that ignore a spurious attribute, from pairs of images.",
         epilog="Every setting of a recipe is a flag too: --key value wins over the file.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train by a recipe"), ("evaluate", "measure a model on a recipe's data")):
+    texts = {
+        "train": "train by a recipe",
+        "evaluate": "measure a model on a recipe's data",
+        "pairs": "check or show a recipe's training pairs",
+    }
+    for name, text in texts.items():
         command = commands.add_parser(
             name, help=text, allow_abbrev=False, epilog=settings_help(), formatter_class=argparse.RawTextHelpFormatter
         )
@@ -53,6 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_argument("model", help="a folder made by ipg train, or any Hub id")
             command.add_argument("--split", choices=["validation", "test"], default="test")
             command.add_argument("--output", help="write the metrics to this JSON file")
+        if name == "pairs":
+            command.add_argument("action", choices=["check", "preview"])
+            command.add_argument("--model", help="a folder or Hub id, whose divergence on each pair is measured")
+            command.add_argument(
+                "--output", help="check: write the findings to this JSON file; preview: page and picture"
+            )
+            command.add_argument("--shown", type=int, default=24, help="pairs that a preview shows [24]")
         command.add_argument("--config", required=True, help="the recipe, a YAML file")
     heads = commands.add_parser("heads", help="show which classifier head is found in which model", allow_abbrev=False)
     heads.add_argument(
@@ -71,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_heads(options.models)
             return 0
         recipe, args, given = parse_recipe(options.config, flags)
+        if options.command == "pairs":
+            return pairs(options, recipe, args)
         if options.command == "train":
             train(recipe, args, given)
         else:
@@ -170,6 +186,38 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
         if output:
             report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
+
+
+def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
+    """Checks a recipe's training pairs, or draws them; returns 1 where a check finds errors, else 0."""
+    data = recipe.load_data(args.data_order_seed)
+    model = processor = None
+    if options.model:
+        model, processor = load_image_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
+    records, severities = [], set()
+    for name, dataset in named_sets(data.pairs).items():
+        title = f"{recipe.dataset}{f' ({name})' if name else ''}"
+        if not isinstance(dataset, datasets.Dataset):
+            raise RecipeError(f"{title} has no pairs before training: there is nothing to look at.")
+        held_out = data.validation_pairs[name] if name and isinstance(data.validation_pairs, dict) else None
+        held_out = held_out if name else data.validation_pairs
+        evaluation = {"validation": data.validation, "test": data.test}
+        findings = check_pairs(dataset, evaluation=evaluation, held_out=held_out, model=model, processor=processor)
+        severities |= {finding.severity for finding in findings}
+        if options.action == "preview":
+            scores = score_pairs(dataset, model, processor) if model else None
+            path = Path(options.output or "pairs").with_suffix("")
+            path = path.with_name(f"{path.name}-{name}") if name else path
+            written = preview_pairs(
+                dataset, path, num_pairs=options.shown, scores=scores, title=title, findings=findings
+            )
+            print("\n".join(map(str, written)))
+            continue
+        print(format_findings(findings, title), end="\n\n")
+        records += [{"set": name, **asdict(finding)} for finding in findings]
+    if options.action == "check" and options.output:
+        report.write_json(options.output, {"dataset": recipe.dataset, "model": options.model, "findings": records})
+    return int(options.action == "check" and "error" in severities)
 
 
 def show_heads(models: Sequence[str]) -> None:

@@ -1,0 +1,415 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs made of images: by recolouring, overlays, other backgrounds, matching; and pairs that lie on disk."""
+
+import csv
+
+import datasets
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image, ImageChops
+from transformers import ViTImageProcessor
+
+from ipg_hf.data import load_digits
+from ipg_hf.pairs import (
+    background_pairs,
+    degrade_pairs,
+    match_pairs,
+    overlay_pairs,
+    pairs_from_columns,
+    pairs_from_folders,
+    pairs_from_table,
+    recolor_pairs,
+)
+from ipg_hf.pairs.edits import fill_foreground
+from ipg_hf.pairs.matching import extract_features
+
+COLUMNS = ["image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"]
+PLACE = datasets.ClassLabel(names=["land", "water"])
+LABEL = datasets.ClassLabel(names=["cat", "dog"])
+
+
+def photo(seed, size=32):
+    """Smooth random colours, as photographs have."""
+    coarse = np.random.default_rng(seed).integers(20, 236, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def photos(count=8, masks=False):
+    columns = {
+        "image": [photo(seed) for seed in range(count)],
+        "label": [number % 2 for number in range(count)],
+        "attribute": [number // 2 % 2 for number in range(count)],
+    }
+    features = {"image": datasets.Image(), "label": LABEL, "attribute": PLACE}
+    if masks:
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, (8, 8, 20, 20))
+        columns["mask"], features["mask"] = [mask] * count, datasets.Image()
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def equal(one, other):
+    return len(one) == len(other) and all(
+        {k: v for k, v in a.items() if "image" not in k} == {k: v for k, v in b.items() if "image" not in k}
+        and all((pixels(a[k]) == pixels(b[k])).all() for k in ("image_a", "image_b"))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+# ---- Every maker ----
+
+
+def matched_by_features(source, **kwargs):
+    processor = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
+    return match_pairs(source, model=small.vit(), processor=processor, **kwargs)
+
+
+MAKERS = {
+    "recolor": recolor_pairs,
+    "overlay": lambda source, **kwargs: overlay_pairs(source, random_position=True, overlay="mark", **kwargs),
+    "background": background_pairs,
+    "matched": matched_by_features,
+    "matched at random": lambda source, **kwargs: match_pairs(source, match_on="random", **kwargs),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_contract_of_a_maker(tmp_path, name):
+    make, source = MAKERS[name], photos(12, masks=True)
+    pairs = make(source, seed=3)
+    assert pairs.column_names[:6] == COLUMNS
+    assert pairs.features["label"] == LABEL
+    assert len(pairs) == (12 if "matched" not in name else 6)
+    for row in pairs:
+        assert row["label"] == source[row["source_id"]]["label"]
+        assert row["attribute_a"] != row["attribute_b"]
+        assert row["image_a"].size == row["image_b"].size == (32, 32)
+        assert row["image_a"].mode == row["image_b"].mode == "RGB"
+        assert ImageChops.difference(row["image_a"], row["image_b"]).getbbox()
+    assert equal(pairs, make(source, seed=3))
+    if name != "matched":
+        assert not equal(pairs, make(source, seed=4))
+    fewer = make(source, seed=3, num_pairs=3)
+    assert len(fewer) == 3
+    assert set(fewer["source_id"][:]) <= set(pairs["source_id"][:])
+    with pytest.raises(ValueError, match="num_pairs=99"):
+        make(source, num_pairs=99)
+    # an ordinary data set: saved, read, mapped, streamed
+    pairs.save_to_disk(str(tmp_path / "set"))
+    assert equal(datasets.load_from_disk(str(tmp_path / "set")), pairs)
+    pairs.to_parquet(str(tmp_path / "set.parquet"))
+    assert equal(pairs_from_table(tmp_path / "set.parquet"), pairs.select_columns(COLUMNS))
+    assert next(iter(pairs.to_iterable_dataset()))["label"] == pairs[0]["label"]
+    assert pairs.map(lambda row: {"twice": 2 * row["label"]})["twice"][:] == [2 * label for label in pairs["label"]]
+
+
+@pytest.mark.parametrize("name", ["recolor", "overlay"])
+def test_streams_stay_streams(name):
+    make, source = MAKERS[name], photos()
+    stream = make(source.to_iterable_dataset(), seed=3)
+    assert isinstance(stream, datasets.IterableDataset)
+    assert equal(list(stream), list(make(source, seed=3)))
+    with pytest.raises(ValueError, match="no length"):
+        make(source.to_iterable_dataset(), num_pairs=2)
+
+
+# ---- Recolouring ----
+
+
+def test_the_digits_recoloured_are_the_digits_rendered():
+    """Of coloured training images alone come the pairs that the benchmark renders from their strokes."""
+    data = load_digits(num_pairs=997)
+    made = recolor_pairs(data.train, change="channels", attribute="attribute")
+    for ours, theirs in zip(made, sorted_by_pixels(data.pairs, made), strict=True):
+        assert (pixels(ours["image_a"]) == pixels(theirs["image_a"])).all()
+        assert (pixels(ours["image_b"]) == pixels(theirs["image_b"])).all()
+        assert ours["attribute_a"] == theirs["attribute_a"] == 0
+
+
+def sorted_by_pixels(pairs, like):
+    """The rows of one set in the order of another."""
+    found = {np.asarray(row["image_a"]).tobytes(): row for row in pairs}
+    return [found[np.asarray(row["image_a"]).tobytes()] for row in like]
+
+
+def test_the_changes_of_colour():
+    source = photos(2)
+    gray = recolor_pairs(source, change="gray")[0]
+    assert (pixels(gray["image_a"]) == pixels(source[0]["image"])).all()
+    assert np.ptp(pixels(gray["image_b"]), axis=2).max() == 0
+    turned = pixels(recolor_pairs(source, change="channels", order="brg")[0]["image_b"])
+    assert (turned == pixels(source[0]["image"])[..., [2, 0, 1]]).all()
+    red = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4), (200, 0, 0))]})
+    assert recolor_pairs(red, change="hue", amount=120)[0]["image_b"].getpixel((0, 0))[1] > 190
+    with pytest.raises(ValueError, match="two sides of row 0 are equal"):
+        recolor_pairs(datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4), "gray")]}), change="gray")
+    for wrong in ({"change": "blue"}, {"change": "channels", "order": "rgx"}, {"attribute": "colour"}):
+        with pytest.raises(ValueError, match=r"unknown|must be three|no column"):
+            recolor_pairs(source, **wrong)
+
+
+# ---- Overlays ----
+
+
+@pytest.mark.parametrize("overlay", ["mark", "frame", "text", "watermark", "ruler"])
+def test_an_overlay_covers_its_part_and_nothing_else(overlay):
+    source = photos(3)
+    pairs = overlay_pairs(source, overlay=overlay, size=0.25, color=(250, 250, 250))
+    half = overlay_pairs(source, overlay=overlay, size=0.25, color=(250, 250, 250), opacity=0.5)
+    for row, image, faint in zip(pairs, source["image"], half, strict=True):
+        assert (pixels(row["image_a"]) == pixels(image)).all()
+        changed = (pixels(row["image_a"]) != pixels(row["image_b"])).any(2)
+        assert 0.01 < changed.mean() < 0.8
+        there = pixels(row["image_b"]) - pixels(row["image_a"])
+        assert np.abs((pixels(faint["image_b"]) - pixels(faint["image_a"])) - there / 2).max() <= 2
+        if overlay == "mark":
+            assert changed[:8, :8].all()
+            assert changed.sum() == 64
+        if overlay == "frame":
+            assert not changed[8:-8, 8:-8].any()
+            assert changed[:, :8].mean() > 0.95
+        if overlay == "ruler":
+            assert not changed[:-8].any()
+
+
+def test_own_overlays_and_rows_that_have_one_already():
+    source = photos(8)
+    logo = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
+    logo.paste((255, 0, 0, 255), (0, 0, 5, 10))
+    row = overlay_pairs(source, overlay=logo, size=0.5)[0]
+    changed = (pixels(row["image_a"]) != pixels(row["image_b"])).any(2)
+    assert changed[:16, :6].all()
+    assert not changed[:, 10:].any()
+
+    def inverted(image, rng):
+        return ImageChops.invert(image)
+
+    assert (pixels(overlay_pairs(source, overlay=inverted)[1]["image_b"]) == 255 - pixels(source[1]["image"])).all()
+    clean = overlay_pairs(source, attribute="attribute")
+    assert clean["source_id"][:] == [0, 1, 4, 5]
+    assert len(list(overlay_pairs(source.to_iterable_dataset(), attribute="attribute"))) == 4
+    for wrong in ({"overlay": "stamp"}, {"size": 0}, {"opacity": 2}, {"attribute": "marked"}):
+        with pytest.raises(ValueError, match=r"unknown|not valid|no column"):
+            overlay_pairs(source, **wrong)
+
+
+# ---- Backgrounds ----
+
+
+def test_a_background_is_swapped_around_the_foreground():
+    source = photos(4, masks=True)
+    land, water = [Image.new("RGB", (40, 20), "green")], [Image.new("RGB", (10, 10), "blue")]
+    hard = background_pairs(source, backgrounds=(land, water), soft_edge=0)
+    for row, image in zip(hard, source["image"], strict=True):
+        for side, color in (("image_a", (0, 128, 0)), ("image_b", (0, 0, 255))):
+            values = pixels(row[side])
+            assert (values[8:20, 8:20] == pixels(image)[8:20, 8:20]).all()
+            values[8:20, 8:20] = color
+            assert (values == color).all()
+    soft = pixels(background_pairs(source, backgrounds=(land, water), soft_edge=2)[0]["image_b"])
+    edge, ground = soft[14, 8], np.array([0, 0, 255])
+    assert 0 < np.abs(edge - ground).sum() < np.abs(soft[14, 14] - ground).sum() + 200
+    assert (soft[0, 0] == ground).all()
+
+
+def test_backgrounds_of_the_set_itself_come_without_their_foreground():
+    image = Image.new("RGB", (64, 64), "green")
+    image.paste("red", (20, 20, 40, 40))
+    mask = Image.new("L", (32, 32))  # of another size than the image
+    mask.paste(255, (10, 10, 20, 20))
+    assert np.asarray(fill_foreground(image, mask))[..., 0].max() == 0
+    with pytest.raises(ValueError, match="covers the whole image"):
+        fill_foreground(image, Image.new("L", (32, 32), 255))
+    source = photos(8, masks=True)
+    for row in background_pairs(source):
+        inside = np.s_[11:17, 11:17]
+        assert np.abs(pixels(row["image_a"])[inside] - pixels(row["image_b"])[inside]).max() <= 30
+    with pytest.raises(ValueError, match="no column 'mask'"):
+        background_pairs(photos())
+    with pytest.raises(ValueError, match="both 0 and 1"):
+        background_pairs(source.filter(lambda row: row["attribute"] == 0))
+    with pytest.raises(ValueError, match="soft_edge=-1"):
+        background_pairs(source, soft_edge=-1)
+    empty = source.map(lambda row: {"mask": Image.new("L", (32, 32))})
+    with pytest.raises(ValueError, match="no foreground"):
+        background_pairs(empty)
+
+
+# ---- Matching ----
+
+
+def test_features_find_the_partner():
+    """Each image has a near twin with the other attribute: matching finds it, matching at random does not."""
+    count = 20
+    features = datasets.Features({"image": datasets.Image(), "label": LABEL, "attribute": PLACE})
+    images = [photo(seed) for seed in range(count)]
+    twins = [Image.fromarray(np.clip(pixels(image) + 3, 0, 255).astype(np.uint8)) for image in images]
+    columns = {"image": images + twins, "label": [0, 1] * count, "attribute": [0] * count + [1] * count}
+    source = datasets.Dataset.from_dict(columns, features=features)
+    pairs = matched_by_features(source)
+    assert [b - a for a, b in zip(pairs["source_id"], pairs["source_id_b"], strict=True)] == [count] * count
+    assert sorted(pairs["source_id"][:]) == list(range(count))
+    random = match_pairs(source, match_on="random")
+    assert sum(b - a == count for a, b in zip(random["source_id"], random["source_id_b"], strict=True)) < count / 2
+    nearest = matched_by_features(source, num_pairs=5)
+    assert max(nearest["distance"]) <= sorted(pairs["distance"])[4]
+    turned = matched_by_features(source, attributes=("water", "land"))
+    assert set(turned["attribute_a"][:]) == {1}
+
+
+def test_matching_by_hand():
+    from ipg_hf.pairs.matching import _assigned
+
+    features = np.array([[0.0, 0.0], [3.0, 0.0], [3.0, 1.0], [0.0, 4.0]])
+    # 0 and 3, 1 and 2 are 4 + 1 apart; 0 and 2, 1 and 3 are √10 + 5
+    a, b, distances, mean = _assigned(features, np.array([0, 1]), np.array([2, 3]))
+    assert dict(zip(a, b, strict=True)) == {0: 3, 1: 2}
+    assert distances.tolist() == [4, 1]
+    assert mean == pytest.approx((4 + 1 + 10**0.5 + 5) / 4)
+
+
+def test_features_are_what_enters_the_head():
+    model, source = small.vit(), photos(5)
+    processor = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
+    features = extract_features(source, model, processor, batch_size=2)
+    inputs = processor(source["image"][:], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.eval().classifier(torch.from_numpy(features))
+        assert torch.allclose(expected, model(inputs).logits, atol=1e-6)
+
+
+def test_what_cannot_be_matched():
+    source = photos(8)
+    for settings, match in (
+        ({"match_on": "colour"}, "unknown"),
+        ({}, "needs a model"),
+        ({"match_on": "random", "attribute": "place"}, "no column 'place'"),
+        ({"match_on": "random", "attributes": ("land", "air")}, "two different values"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            match_pairs(source, **settings)
+    lone = source.filter(lambda row: row["label"] == row["attribute"])
+    with pytest.raises(ValueError, match="nothing to match"):
+        match_pairs(lone, match_on="random")
+
+
+# ---- On disk ----
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for side, suffix in (("summer", "png"), ("winter", "jpg")):
+        for number in range(6):
+            path = tmp_path / side / LABEL.names[number % 2] / f"{number}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photo(number + (100 if side == "winter" else 0)).save(path)
+    return tmp_path
+
+
+def test_two_folders(folders):
+    pairs = pairs_from_folders(folders / "summer", folders / "winter")
+    assert pairs["source_id"][:] == ["cat/0", "cat/2", "cat/4", "dog/1", "dog/3", "dog/5"]
+    assert pairs.features["label"].names == ["cat", "dog"]
+    assert pairs.features["attribute_a"].names == ["summer", "winter"]
+    assert (pixels(pairs[3]["image_a"]) == pixels(photo(1))).all()
+    raw = pairs.cast_column("image_a", datasets.Image(decode=False))[0]["image_a"]
+    assert raw["bytes"] is None  # nothing is read before it is used
+    swapped = pairs_from_folders(folders / "summer", folders / "winter", oriented=False, seed=1)
+    assert sorted(swapped["attribute_a"][:]) == [0, 0, 0, 1, 1, 1]
+    row = swapped["attribute_a"][:].index(1)
+    assert (pixels(swapped[row]["image_b"]) == pixels(pairs[row]["image_a"])).all()
+    assert len(pairs_from_folders(folders / "summer", folders / "winter", num_pairs=2)) == 2
+
+
+def test_folders_that_do_not_fit(folders):
+    (folders / "winter/cat/0.jpg").unlink()
+    with pytest.raises(ValueError, match=r"'cat/0' in .*summer"):
+        pairs_from_folders(folders / "summer", folders / "winter")
+    with pytest.raises(ValueError, match="is not a folder"):
+        pairs_from_folders(folders / "spring", folders / "winter")
+    photo(0).save(folders / "summer/cat/0.bmp")
+    with pytest.raises(ValueError, match="twice"):
+        pairs_from_folders(folders / "summer", folders / "winter")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_of_paths(folders, kind):
+    rows = [
+        {"left": f"summer/{name}/{i}.png", "right": f"winter/{name}/{i}.jpg", "label": name}
+        for i in range(6)
+        for name in [LABEL.names[i % 2]]
+    ]
+    path = folders / f"pairs.{kind}"
+    if kind == "csv":
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    pairs = pairs_from_table(path, column_a="left", column_b="right")
+    assert pairs.features["label"].names == ["cat", "dog"]
+    assert (pixels(pairs[1]["image_a"]) == pixels(photo(1))).all()
+    (folders / "winter/dog/3.jpg").unlink()
+    with pytest.raises(ValueError, match=r"row 3 names .*3\.jpg"):
+        pairs_from_table(path, column_a="left", column_b="right")
+    with pytest.raises(ValueError, match="is not there"):
+        pairs_from_table(folders / "none.csv")
+
+
+def test_two_columns():
+    source = photos(4).rename_columns({"image": "before", "attribute": "x"}).add_column("n", [5, 6, 7, 8])
+    source = source.add_column("after", [{"bytes": None, "path": None}] * 4).cast_column("after", datasets.Image())
+    source = source.map(lambda row: {"after": photo(row["n"])})
+    pairs = pairs_from_columns(source, "before", "after")
+    assert set(pairs.column_names) == {"image_a", "image_b", "label", "source_id"}
+    assert (pixels(pairs[2]["image_b"]) == pixels(photo(7))).all()
+    assert isinstance(pairs_from_columns(source.to_iterable_dataset(), "before", "after"), datasets.IterableDataset)
+    with pytest.raises(ValueError, match="no column 'later'"):
+        pairs_from_columns(source, "before", "later")
+    with pytest.raises(ValueError, match="must hold images"):
+        pairs_from_columns(source, "before", "n")
+
+
+# ---- Spoiled ----
+
+
+def test_pairs_are_spoiled_as_told():
+    pairs = load_digits(num_pairs=100).pairs
+    assert equal(degrade_pairs(pairs), pairs)
+    assert degrade_pairs(pairs, residual=0.5).features == pairs.features
+
+    unoriented = degrade_pairs(pairs, unoriented=0.3, seed=2)
+    swapped = np.array(unoriented["attribute_a"][:]) == 1
+    assert swapped.sum() == 30
+    more = np.array(degrade_pairs(pairs, unoriented=0.6, seed=2)["attribute_a"][:]) == 1
+    assert (more | ~swapped).all()  # those of a smaller share are among those of a larger
+    for row, changed in zip(range(100), swapped, strict=True):
+        assert (pixels(unoriented[row]["image_b" if changed else "image_a"]) == pixels(pairs[row]["image_a"])).all()
+
+    def changed_b(spoiled):
+        return [(pixels(a["image_b"]) != pixels(b["image_b"])).any() for a, b in zip(spoiled, pairs, strict=True)]
+
+    assert sum(changed_b(degrade_pairs(pairs, mislabelled=0.2))) == 20
+    owner = {pixels(row["image_b"]).tobytes(): row["label"] for row in pairs}
+    wrong = [owner[pixels(row["image_b"]).tobytes()] != row["label"] for row in degrade_pairs(pairs, mislabelled=0.2)]
+    assert sum(wrong) == 20
+
+    whole = degrade_pairs(pairs, residual=1.0)
+    assert all(changed_b(whole))
+    assert all(owner[pixels(row["image_b"]).tobytes()] == row["label"] for row in whole)
+    half = degrade_pairs(pairs, residual=0.5)
+    for clean, mixed, other in zip(pairs, half, whole, strict=True):
+        mean = (pixels(clean["image_b"]) + pixels(other["image_b"])) / 2
+        assert np.abs(pixels(mixed["image_b"]) - mean).max() <= 1
+    for settings in ({"residual": 1.5}, {"unoriented": -0.1}):
+        with pytest.raises(ValueError, match="is not valid"):
+            degrade_pairs(pairs, **settings)
+    with pytest.raises(ValueError, match="at least two labels"):
+        degrade_pairs(pairs.remove_columns("label"), mislabelled=0.5)
