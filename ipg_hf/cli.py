@@ -27,8 +27,9 @@ from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import named_sets
-from .pairs.linter import check_pairs, format_findings, score_pairs
+from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
+from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .survey import survey
 from .trainer import IPGTrainer
@@ -40,7 +41,7 @@ FIGURE = "training_curves.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, 1 for pairs with errors, 2 for a usage error, 130 for an interrupt."""
+    """Runs a command; returns the exit status: 0, 1 for bad pairs, 2 for a usage error, 130 for an interrupt."""
     parser = argparse.ArgumentParser(
         prog="ipg",
         description="Train image classifiers that ignore a spurious attribute, from pairs of images.",

@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from .linter import check_pairs, format_findings
 from .loader import PairCollator, check_rows_agree, check_sides, is_stream, seeded, source_of
 from .transforms import ImageRows
 
@@ -43,7 +45,8 @@ def check_pair_set(
         dataset: the pair set as the trainer draws from it.
         name: its name, for messages.
         collator: the collator that will make its batches.
-        every_row: look at each row of a map-style set, not only at its first.
+        every_row: look at each row of a map-style set, not only at its first; and of raw images, log what the fast form
+            of [`~linter.check_pairs`] finds.
         per_step: pairs that a training step takes; a smaller set gets a warning.
 
     Raises:
@@ -59,6 +62,10 @@ def check_pair_set(
     stop = len(dataset) if every_row else 1
     if isinstance(dataset, ImageRows):
         _check_raw_rows(dataset, name, stop, collator)
+        if every_row and PartialState().is_main_process:
+            for finding in check_pairs(dataset, fast=True):
+                log = logger.info if finding.severity == "info" else logger.warning
+                log(format_findings([finding], name))
         return
     with seeded(0):  # a random transform of the user's own draws from the global generators
         first = dataset[0]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes whose pairs are made, checked and shown: the commands as a user gives them."""
+
+import json
+
+import datasets
+import pytest
+from test_cli import write
+
+from ipg_hf.cli import main
+from ipg_hf.data import LOADERS
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    data = LOADERS["digits"](num_pairs=40)
+    rows = [data.pairs[number] for number in range(20)]
+    for row in rows[:3]:
+        row["image_b"] = row["image_a"]
+    datasets.Dataset.from_list(rows, features=data.pairs.features).to_parquet(str(tmp_path / "pairs.parquet"))
+    return {"maker": "table", "path": str(tmp_path / "pairs.parquet")}
+
+
+def test_pairs_check_finds_errors_and_says_so_by_its_status(tmp_path, capsys, spoiled):
+    config = write(tmp_path / "good.yaml", output_dir=str(tmp_path / "out"))
+    assert main(["pairs", "check", "--config", config, "--output", str(tmp_path / "good.json")]) == 0
+    assert {row["severity"] for row in json.loads((tmp_path / "good.json").read_text())["findings"]} == {"info"}
+    config = write(tmp_path / "bad.yaml", output_dir=str(tmp_path / "out"), pairs=spoiled, num_pairs=None)
+    assert main(["pairs", "check", "--config", config, "--output", str(tmp_path / "bad.json")]) == 1
+    findings = json.loads((tmp_path / "bad.json").read_text())["findings"]
+    assert [row["rows"] for row in findings if row["code"] == "sides-identical"] == [[0, 1, 2]]
+    assert "[sides-identical]" in capsys.readouterr().out
+
+
+def test_pairs_with_a_model(tmp_path, capsys):
+    trained = tmp_path / "out"
+    config = write(tmp_path / "recipe.yaml", output_dir=str(trained))
+    assert main(["train", "--config", config]) == 0
+    assert main(["pairs", "check", "--config", config, "--model", str(trained)]) == 0
+    assert "[model-scores]" in capsys.readouterr().out
+    assert (
+        main(["pairs", "preview", "--config", config, "--model", str(trained), "--output", str(tmp_path / "x.html")])
+        == 0
+    )
+    assert "divergence" in (tmp_path / "x.html").read_text()
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert main(["pairs", "preview", "--config", config, "--output", str(tmp_path / "x.html")]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_several_pair_sets_and_their_makers(tmp_path, capsys):
+    makers = {
+        "color": {"maker": "recolor", "change": "channels"},
+        "mark": {"maker": "overlay", "overlay": "mark", "size": 0.1875, "attribute": "attribute"},
+    }
+    folder = tmp_path / "out"
+    config = write(tmp_path / "recipe.yaml", output_dir=str(folder), dataset="marked_digits", pairs=makers)
+    assert main(["pairs", "preview", "--config", config, "--output", str(tmp_path / "sheet")]) == 0
+    assert (tmp_path / "sheet-color.html").exists() and (tmp_path / "sheet-mark.png").exists()
+    assert main(["train", "--config", config]) == 0
+    test = json.loads((folder / "run.json").read_text())["metrics"]["test"]
+    assert test["flip_rate"] == max(test["color/flip_rate"], test["mark/flip_rate"])
+    assert main(["evaluate", str(folder), "--config", config]) == 0
+    for change, match in (
+        ({"pairs": {"maker": "recolour"}}, "recolor"),
+        ({"pairs": {"maker": "recolor", "chance": 1}}, "change"),
+        ({"pairs": {"maker": "table"}}, "path"),
+        ({"pair_sets": ["colour"]}, "color"),
+        ({"dataset_options": {"minority": 1}}, "no option"),
+        ({"pairs": {"maker": "match", "match_on": "features"}}, "needs a model"),
+    ):
+        settings = {"output_dir": str(tmp_path / "o"), "dataset": "marked_digits", **change}
+        assert main(["train", "--config", write(tmp_path / "wrong.yaml", **settings)]) == 2
+        assert match in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preload", [True, False])
+def test_adversarial_pairs_by_a_recipe(tmp_path, capsys, preload):
+    folder = tmp_path / "out"
+    settings = {"pairs": {"maker": "adversarial", "steps": 1}, "preload": preload, "output_dir": str(folder)}
+    config = write(tmp_path / "recipe.yaml", **settings)
+    assert main(["train", "--config", config]) == 0
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert log[0]["ipg/adversarial_images"] == 16
+    assert main(["pairs", "check", "--config", config]) == 2
+    assert "no pairs before training" in capsys.readouterr().err
+
+
+def test_a_regression_by_a_recipe(tmp_path, capsys):
+    folder = tmp_path / "out"
+    settings = {"metric_for_best_model": "worst_group_mae", "greater_is_better": False, "output_dir": str(folder)}
+    config = write(tmp_path / "recipe.yaml", dataset="stroke_mass", **settings)
+    assert main(["train", "--config", config, "--compare", "erm"]) == 0
+    test = json.loads((folder / "run.json").read_text())["metrics"]["test"]
+    assert {"mae", "worst_group_mae", "difference", "divergence"} <= set(test)
+    assert "flip_rate" not in test and "accuracy" not in test
+    assert "worst group" in capsys.readouterr().out
+    assert main(["evaluate", str(folder), "--config", config]) == 0
+    assert "above/green" in capsys.readouterr().out
+
+
+def test_pairs_of_two_folders_to_the_end(tmp_path):
+    data = LOADERS["digits"](num_pairs=40)
+    for row in data.pairs:
+        for side, color in (("a", "red"), ("b", "green")):
+            path = tmp_path / color / ["small", "large"][row["label"]] / f"{row['source_id']}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row[f"image_{side}"].save(path)
+    makers = {"maker": "folders", "folder_a": str(tmp_path / "red"), "folder_b": str(tmp_path / "green")}
+    config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"), pairs=makers)
+    assert main(["pairs", "check", "--config", config]) == 0
+    assert main(["train", "--config", config]) == 0
+
+
+def test_a_folder_of_ones_own_without_pairs(tmp_path, capsys):
+    data = LOADERS["digits"](num_pairs=40)
+    for split in ("train", "validation", "test"):
+        getattr(data, split).select(range(60)).to_parquet(str(tmp_path / f"{split}.parquet"))
+    settings = {"dataset": "files", "data_dir": str(tmp_path), "num_pairs": None, "output_dir": str(tmp_path / "out")}
+    config = write(tmp_path / "recipe.yaml", **settings)
+    assert main(["train", "--config", config]) == 2
+    assert "no training pairs of its own" in capsys.readouterr().err
+    config = write(tmp_path / "recipe.yaml", **settings, pairs={"maker": "recolor", "change": "channels"})
+    assert main(["train", "--config", config]) == 0
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert "flip_rate" not in record["metrics"]["test"]  # there are no held-out pairs
