@@ -79,7 +79,7 @@ def number_of(images, size_of_train):
     return images[:, 0, 0] * 256 + images[:, 0, 1] + np.where(images[:, 0, 2] == 1, size_of_train, 0)
 
 
-@pytest.mark.parametrize("name", list(LOADERS))
+@pytest.mark.parametrize("name", ["digits", "colored_mnist"])
 def test_contract_of_the_columns(name, digits, colored):
     benchmark = {"digits": digits, "colored_mnist": colored}[name]
     for part in PARTS:
@@ -103,7 +103,7 @@ def test_contract_of_the_columns(name, digits, colored):
         assert set(color_b) == set(rows["attribute_b"]) == {1}
 
 
-@pytest.mark.parametrize("name", list(LOADERS))
+@pytest.mark.parametrize("name", ["digits", "colored_mnist"])
 def test_evaluation_pairs_are_the_images_in_both_colors(name, digits, colored):
     benchmark = {"digits": digits, "colored_mnist": colored}[name]
     for part in ("validation", "test"):
@@ -147,7 +147,7 @@ def test_digits_pairs(digits):
     np.testing.assert_array_equal(digits.pairs["label"][:], sklearn.datasets.load_digits().target[ids] >= 5)
 
 
-@pytest.mark.parametrize("name", list(LOADERS))
+@pytest.mark.parametrize("name", ["digits", "colored_mnist"])
 def test_seeds(name, mnist):
     def load(**settings):
         return LOADERS[name](data_dir=str(mnist[0]), num_pairs=100, **settings)
@@ -162,7 +162,7 @@ def test_seeds(name, mnist):
             assert not rows[0].equals(rows[2]), part.name
 
 
-@pytest.mark.parametrize("name", list(LOADERS))
+@pytest.mark.parametrize("name", ["digits", "colored_mnist"])
 def test_unoriented_pairs(name, mnist):
     plain, mixed = (
         LOADERS[name](data_dir=str(mnist[0]), num_pairs=100, oriented_pairs=oriented) for oriented in (True, False)
