@@ -13,7 +13,7 @@ from small import pairs
 from transformers import ViTImageProcessor
 
 from ipg_hf.pairs import PairCollator
-from ipg_hf.pairs.checks import CHUNK, check_labels, check_pair_labels, check_pair_set
+from ipg_hf.pairs.checks import CHUNK, check_labels, check_pair_labels, check_pair_set, check_pair_stream
 from ipg_hf.pairs.transforms import as_model_inputs
 
 N = CHUNK + 50  # more than one chunk
@@ -265,6 +265,47 @@ def test_pair_labels_that_are_words_or_absent():
         check_pair_labels(labelled(["x", "y"], ["x", "z"]), "pairs")
     for other in (datasets.Dataset.from_dict({"label_a": [1]}), [{"label_a": 1, "label_b": 2}], None):
         check_pair_labels(other, "pairs")
+
+
+# ---- What the linter's fast form finds is logged ----
+
+
+def test_findings_are_logged(caplog):
+    def logged(dataset, **kwargs):
+        caplog.clear()
+        check(dataset, **kwargs)
+        return {record.getMessage().split("[")[2].split("]")[0] for record in caplog.records}
+
+    same = [{**row, "label": 0, "attribute_a": 1, "attribute_b": 1} for row in rows(5)]
+    assert logged(stored(same)) == {"few-pairs", "one-label", "attribute-same"}
+    assert logged(stored(same), every_row=False) == set()
+    assert logged(stored(rows(20))) == set()
+    # a set that says nothing of labels but the model inputs, some of whose names begin alike
+    assert logged(stored([{**row, "label_text": 0, "source_id": 1} for row in rows(20)])) == set()
+    assert "sides-identical" in logged(raw(20))
+    assert logged(raw(20), every_row=False) == set()
+
+
+def test_findings_in_a_stream_are_logged(caplog):
+    images = raw(20).dataset
+    drawn = []
+
+    def counted(row):
+        drawn.append(1)
+        return row
+
+    stream = images.to_iterable_dataset().map(counted, features=images.features)
+    check_pair_stream(stream, "pairs", every_row=False)
+    assert not drawn and not caplog.records
+    check_pair_stream(stream, "pairs")
+    assert len(drawn) == 20
+    assert any("sides-identical" in record.getMessage() for record in caplog.records)
+    assert all(record.getMessage().startswith("the first 20 pairs of pairs: ") for record in caplog.records)
+    assert next(iter(stream))["image_a"].size == (6, 5)  # it is as it was
+    caplog.clear()
+    for other in (images, stored(rows(20)).to_iterable_dataset(), iter([])):
+        check_pair_stream(other, "pairs")
+    assert not caplog.records
 
 
 # ---- check_labels ----

@@ -199,6 +199,32 @@ def test_own_overlays_and_rows_that_have_one_already():
             overlay_pairs(source, **wrong)
 
 
+def test_images_that_have_the_overlay_give_pairs_too():
+    source = photos(8)
+    settings = {"overlay": "mark", "size": 0.25, "attribute": "attribute", "fill_present": True}
+    pairs = overlay_pairs(source, **settings)
+    assert pairs["source_id"][:] == list(range(8))
+    for row, of in zip(pairs, source, strict=True):
+        original, other = ("image_b", "image_a") if of["attribute"] else ("image_a", "image_b")
+        assert (pixels(row[original]) == pixels(of["image"])).all()
+        changed = (pixels(row["image_a"]) != pixels(row["image_b"])).any(2)
+        assert changed[:8, :8].any()
+        assert not changed[8:].any() and not changed[:, 8:].any()
+        if of["attribute"]:  # from the pixels beside it: the last row of the mark from the row below it
+            assert (pixels(row[other])[7, :7] == pixels(of["image"])[8, :7]).all()
+    streamed = list(overlay_pairs(source.to_iterable_dataset(), **settings))
+    assert equal(streamed, pairs)
+    for wrong in (
+        {"attribute": None},
+        {"random_position": True},
+        {"overlay": lambda image, rng: image},
+    ):
+        with pytest.raises(ValueError, match="fill_present=True needs"):
+            overlay_pairs(source, **{**settings, **wrong})
+    with pytest.raises(ValueError, match="covers the whole image"):
+        overlay_pairs(source, **{**settings, "size": 1.0})
+
+
 # ---- Backgrounds ----
 
 
@@ -239,6 +265,24 @@ def test_backgrounds_of_the_set_itself_come_without_their_foreground():
     empty = source.map(lambda row: {"mask": Image.new("L", (32, 32))})
     with pytest.raises(ValueError, match="no foreground"):
         background_pairs(empty)
+
+
+def test_the_new_foreground_hides_where_an_old_one_was():
+    rows = []
+    for number in range(8):
+        mask = Image.new("L", (32, 32))
+        mask.paste(
+            255, (16 * (number % 2), 16 * (number // 2 % 2), 12 + 16 * (number % 2), 12 + 16 * (number // 2 % 2))
+        )
+        image = Image.new("RGB", (32, 32), (30 * number, 0, 0))
+        image.paste((0, 255, 0), mask=mask)
+        rows.append({"image": image, "label": number % 2, "attribute": number // 4, "mask": mask})
+    source = datasets.Dataset.from_list(rows)
+    for row in background_pairs(source, soft_edge=0):
+        number = row["source_id"]
+        colors = [{tuple(color) for color in pixels(row[side]).reshape(-1, 3)} for side in ("image_a", "image_b")]
+        # of four images of each kind the one with its foreground at the same spot
+        assert colors == [{(0, 255, 0), (30 * (number % 4 + 4 * kind), 0, 0)} for kind in range(2)]
 
 
 # ---- Matching ----

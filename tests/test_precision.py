@@ -14,6 +14,7 @@ from accelerate.utils import AutocastKwargs
 from small import Around, bit_equal, logged, trainer, weights
 
 from ipg_hf import IPGTrainer
+from ipg_hf.pairs import AdversarialPairs
 
 
 def with_scaler(training, scale, autocast=False, **kwargs):
@@ -114,3 +115,27 @@ def test_fp16_learns_what_full_precision_learns(tmp_path):
         results.append([entry["ipg/distance"] for entry in logged(training)])
     assert results[1] == pytest.approx(results[0], rel=0.1)
     assert results[1] != results[0]  # half precision did run
+
+
+@pytest.mark.parametrize("scale", [2.0**-14, 2.0**12])
+def test_adversarial_partners_in_fp16(tmp_path, scale):
+    """The search takes signs of slopes: scaled into the range of fp16 it finds what it finds in full precision."""
+    results = []
+    for half in (None, False, True):
+        training = trainer(
+            tmp_path,
+            small.vit(),
+            train=small.images(16),
+            pair_dataset=AdversarialPairs(small.images(16), steps=4),
+            learning_rate=1e-6,
+            max_steps=3,
+        )
+        if half is not None:
+            with_scaler(training, scale, autocast=half)
+        training.train()
+        results.append([entry["ipg/divergence"] for entry in logged(training)])
+    plain, scaled, halved = results
+    assert scaled == plain  # a power of two
+    assert halved != plain
+    # control: a scale under which fp16's slopes vanish leaves partners that the model tells apart less
+    assert (halved == pytest.approx(plain, rel=0.05)) == (scale > 1)

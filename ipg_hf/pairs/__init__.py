@@ -4,25 +4,33 @@
 from .adversarial import AdversarialPairs
 from .degrade import degrade_pairs
 from .edits import background_pairs, overlay_pairs, recolor_pairs
+from .linter import Finding, check_pairs, format_findings
 from .loader import PairCollator, PairLoader, PairSampler
 from .makers import pairs_from_render
 from .matching import match_pairs
+from .preview import preview_pairs
+from .scores import score_pairs
 from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table
 from .transforms import ImageRows
 
 __all__ = [
     "AdversarialPairs",
+    "Finding",
     "ImageRows",
     "PairCollator",
     "PairLoader",
     "PairSampler",
     "background_pairs",
+    "check_pairs",
     "degrade_pairs",
+    "format_findings",
     "match_pairs",
     "overlay_pairs",
     "pairs_from_columns",
     "pairs_from_folders",
     "pairs_from_render",
     "pairs_from_table",
+    "preview_pairs",
     "recolor_pairs",
+    "score_pairs",
 ]

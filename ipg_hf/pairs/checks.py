@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
-from .linter import check_pairs, format_findings
+from .linter import FAST_PAIRS, check_pairs, format_findings
 from .loader import PairCollator, check_rows_agree, check_sides, is_stream, seeded, source_of
+from .scores import SIDES
 from .transforms import ImageRows
 
 logger = logging.get_logger(__name__)
@@ -45,8 +46,8 @@ def check_pair_set(
         dataset: the pair set as the trainer draws from it.
         name: its name, for messages.
         collator: the collator that will make its batches.
-        every_row: look at each row of a map-style set, not only at its first; and of raw images, log what the fast form
-            of [`~linter.check_pairs`] finds.
+        every_row: look at each row of a map-style set, not only at its first; and log what the fast form of
+            [`~linter.check_pairs`] finds.
         per_step: pairs that a training step takes; a smaller set gets a warning.
 
     Raises:
@@ -62,10 +63,7 @@ def check_pair_set(
     stop = len(dataset) if every_row else 1
     if isinstance(dataset, ImageRows):
         _check_raw_rows(dataset, name, stop, collator)
-        if every_row and PartialState().is_main_process:
-            for finding in check_pairs(dataset, fast=True):
-                log = logger.info if finding.severity == "info" else logger.warning
-                log(format_findings([finding], name))
+        _log_findings(dataset, name, every_row)
         return
     with seeded(0):  # a random transform of the user's own draws from the global generators
         first = dataset[0]
@@ -76,6 +74,34 @@ def check_pair_set(
                 continue
             for number, row in zip(numbers, _rows(dataset, numbers), strict=True):
                 _check_row(row, f"row {number} of {name}{source_of(row)}", collator.names(row), sides)
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        _log_findings(dataset, name, every_row)
+
+
+def check_pair_stream(dataset: Any, name: str, *, every_row: bool = True) -> None:
+    """Logs what the fast form of [`~linter.check_pairs`] finds in the first 256 pairs of a stream of raw images.
+
+    Args:
+        dataset: a `datasets.IterableDataset` whose features name `image_a` and `image_b` as images; of any other
+            nothing is read. Its rows are checked one by one as they are drawn, too.
+        name: its name, for messages.
+        every_row: `False` reads nothing.
+    """
+    features = getattr(dataset, "features", None) or {}
+    if not every_row or not is_stream(dataset) or not PartialState().is_main_process:
+        return
+    if not all(isinstance(features.get(side), datasets.Image) for side in SIDES):
+        return
+    rows = list(dataset.decode(False).take(FAST_PAIRS))
+    first = datasets.Dataset.from_list(rows, features=features)
+    _log_findings(first, f"the first {len(rows)} pairs of {name}", every_row)
+
+
+def _log_findings(dataset: Any, name: str, every_row: bool) -> None:
+    if every_row and PartialState().is_main_process:
+        for finding in check_pairs(dataset, fast=True):
+            log = logger.info if finding.severity == "info" else logger.warning
+            log(format_findings([finding], name))
 
 
 def check_pair_labels(dataset: Any, name: str) -> None:

@@ -5,7 +5,7 @@ background. Each row's draws are a function of the seed and its number alone; st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import datasets
@@ -20,6 +20,8 @@ Edit = Callable[[Image.Image, Mapping[str, Any], np.random.Generator], tuple[Ima
 
 FILL_MARGIN = 9  # pixels, odd: the edge of a mask is not exact, and what is left of a foreground would be copied
 FILL_BLUR = 6.0  # pixels
+CANDIDATES = 16  # backgrounds drawn for a side, of which the one is taken whose filled part is hidden best
+COARSE = 32  # pixels a side of the masks that are compared for it
 
 
 def recolor_pairs(
@@ -75,13 +77,14 @@ def overlay_pairs(
     color: tuple[int, int, int] = (255, 255, 255),
     random_position: bool = False,
     attribute: str | None = None,
+    fill_present: bool = False,
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> Any:
     """Pairs of an image and the same with something laid over it.
 
     Args:
-        source: as in [`recolor_pairs`]. Its images should be without the overlay: see `attribute`.
+        source: as in [`recolor_pairs`]. Images that have the overlay already are named by `attribute`.
         overlay: `"mark"`, a filled square in the upper left corner; `"frame"`, a border; `"text"`, in the lower left
             corner; `"watermark"`, the text over the whole image, slanted; `"ruler"`, a scale along the lower edge. Or a
             PIL image with transparency, scaled to `size` and put into the upper left corner; or a function of (image,
@@ -92,6 +95,9 @@ def overlay_pairs(
         color: red, green and blue, 0 to 255.
         random_position: put marks, texts and images anywhere, drawn for each image.
         attribute: column that tells which images have the overlay already (value not 0): they are left out.
+        fill_present: do not leave them out: side b is such an image as it is, and on side a the place where `overlay`
+            would lie is filled from around it. Where an attribute goes with a label this gives pairs of all labels.
+            Needs `attribute`, and an overlay at a fixed place.
         num_pairs: as in [`recolor_pairs`].
         seed: non-negative; seed of all draws.
 
@@ -100,25 +106,30 @@ def overlay_pairs(
 
     Raises:
         ValueError: `overlay` is unknown, `size` or `opacity` out of range; a column is missing; the overlay changes
-            nothing in an image.
+            nothing in an image; `fill_present` without `attribute`, with a function or with a random position.
     """
     if isinstance(overlay, str):
         _check_choice("overlay", overlay, Overlay)
     for name, value in (("size", size), ("opacity", opacity)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value} is not valid: it must be in (0, 1].")
+    if fill_present and (attribute is None or callable(overlay) or random_position):
+        raise ValueError("fill_present=True needs attribute=..., and an overlay (no function) at a fixed place.")
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         if callable(overlay):
             return image, overlay(image.copy(), rng)
         place = tuple(rng.random(2)) if random_position else None
         stamp = _stamp(overlay, image.size, text, size, tuple(color), place)
+        if fill_present and row[attribute]:
+            return _filled(image, np.asarray(stamp.getchannel("A")) > 0), image
         alpha = stamp.getchannel("A").point(lambda value: round(value * opacity))
         stamp.putalpha(alpha)
         return image, Image.alpha_composite(image.convert("RGBA"), stamp).convert("RGB")
 
     names = datasets.ClassLabel(names=["without", "with"])
-    return _edited(source, edit, names, needs=[], leave_out=attribute, num_pairs=num_pairs, seed=seed)
+    which = {"needs": [attribute]} if fill_present else {"needs": [], "leave_out": attribute}
+    return _edited(source, edit, names, **which, num_pairs=num_pairs, seed=seed)
 
 
 def background_pairs(
@@ -137,7 +148,8 @@ def background_pairs(
         source: as in [`recolor_pairs`], with a column of masks.
         backgrounds: two sets of images for side a and side b: `datasets.Dataset`s with a column `image`, or sequences
             of PIL images. By default both come from the source itself: its images of attribute 0 and 1, the foreground
-            filled from around it (our reading; clean photographs are better).
+            filled from around it (our reading; clean photographs are better). Of 16 drawn ones that is taken whose
+            filled part the new foreground hides best.
         mask: column of masks, images of one channel, 0 background and 255 foreground; resized to the image.
         attribute: column of a binary attribute, the kind of background; used where `backgrounds` is not given.
         soft_edge: radius in pixels of the Gaussian blur of the mask, for the transition between the two; 0 or more.
@@ -164,11 +176,15 @@ def background_pairs(
         if not len(images):
             raise ValueError(f"there are no backgrounds for side {side}.")
 
+    shapes = [_coarse(images[mask]) if mask in getattr(images, "column_names", []) else None for images in backgrounds]
+
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         alpha = _alpha(row[mask], image.size, soft_edge)
         sides = []
-        for images in backgrounds:
-            found = images[int(rng.integers(len(images)))]
+        for images, filled in zip(backgrounds, shapes, strict=True):
+            drawn = rng.integers(len(images), size=1 if filled is None else CANDIDATES)
+            shows = 0 if filled is None else (filled[drawn] & ~_coarse([row[mask]])).sum((1, 2)).argmin()
+            found = images[int(drawn[shows])]
             if isinstance(found, Mapping):
                 found = fill_foreground(found["image"], found[mask]) if mask in found else found["image"]
             fitted = ImageOps.fit(found.convert("RGB"), image.size, Image.Resampling.BICUBIC)
@@ -189,17 +205,22 @@ def fill_foreground(image: Image.Image, mask: Image.Image) -> Image.Image:
     Raises:
         ValueError: the mask covers all of the image.
     """
-    from scipy.ndimage import distance_transform_edt
-
     image = image.convert("RGB")
     grown = mask.convert("L").resize(image.size).point(lambda value: 255 * (value > 32))
     grown = grown.filter(ImageFilter.MaxFilter(FILL_MARGIN))
     inside = np.asarray(grown) > 0
+    filled = _filled(image, inside).filter(ImageFilter.GaussianBlur(FILL_BLUR))
+    return Image.composite(filled, image, grown)
+
+
+def _filled(image: Image.Image, inside: np.ndarray) -> Image.Image:
+    """The image with each pixel of a region, bool (H, W), as the nearest one outside it."""
+    from scipy.ndimage import distance_transform_edt
+
     if inside.all():
-        raise ValueError("the mask covers the whole image: there is no background to fill from.")
+        raise ValueError("the mask or overlay covers the whole image: there is nothing to fill it from.")
     _, (rows, columns) = distance_transform_edt(inside, return_indices=True)
-    filled = Image.fromarray(np.asarray(image)[rows, columns])
-    return Image.composite(filled.filter(ImageFilter.GaussianBlur(FILL_BLUR)), image, grown)
+    return Image.fromarray(np.asarray(image)[rows, columns])
 
 
 def _edited(
@@ -328,6 +349,13 @@ def _alpha(mask: Image.Image, size: tuple[int, int], soft_edge: float) -> Image.
             f"a mask {'has no foreground' if high < 128 else 'covers all of the image'}: leave its row out."
         )
     return alpha.filter(ImageFilter.GaussianBlur(soft_edge)) if soft_edge else alpha
+
+
+def _coarse(masks: Iterable[Image.Image]) -> np.ndarray:
+    """Where n masks have a foreground, bool (n, COARSE, COARSE)."""
+    return np.stack(
+        [np.asarray(mask.convert("L").resize((COARSE, COARSE), Image.Resampling.BOX)) > 32 for mask in masks]
+    )
 
 
 def _check_columns(source: Any, wanted: Sequence[str]) -> None:

@@ -93,7 +93,8 @@ def check_pairs(
         held_out: pairs that are not trained on, likewise; with a model they are measured beside the pairs.
         model: an image classifier, for the flips and the divergence of each pair.
         processor: its image processor; by default that of the `ImageRows`.
-        fast: looks at the images of at most 256 pairs, drawn by the seed, and at those of other sets for scores alone.
+        fast: looks at the images of at most 256 pairs, drawn by the seed, and at those of other sets for scores alone;
+            a set of model inputs in place of images will do, and its labels and attributes alone are looked at.
         seed: non-negative; seed of all draws.
         problem_type: of the model; by default what its config says.
 
@@ -106,6 +107,9 @@ def check_pairs(
     processor = processor or (pairs.processor if isinstance(pairs, ImageRows) else None)
     if model is not None and processor is None:
         raise ValueError("check_pairs(model=...) needs processor=..., the model's image processor.")
+    if fast and isinstance(pairs, datasets.Dataset) and not set(SIDES) & set(pairs.column_names):
+        labels = [name for name in pairs.column_names if name in LABELS] or pairs.column_names[:1]
+        return _sorted(_check_columns(pairs.with_format(None).select_columns(labels), {})[0])
     raw, limit = raw_images(pairs, "pairs", SIDES), FAST_PAIRS if fast else None
     others = {**(evaluation or {}), **({} if held_out is None else {"held_out": held_out})}
     others = {
@@ -127,7 +131,7 @@ def check_pairs(
         if held_out is not None:
             sets["held_out"] = others["held_out"].shuffle(seed).select(range(len(held_out))[:limit])
         found += _check_scores(sets, whole["row"], model, processor, 64, problem_type)
-    return sorted(found, key=lambda finding: ("ewi".index(finding.severity[0]), [*CODES].index(finding.code)))
+    return _sorted(found)
 
 
 def format_findings(findings: Sequence[Finding], name: str, max_rows: int = 10) -> str:
@@ -140,6 +144,10 @@ def format_findings(findings: Sequence[Finding], name: str, max_rows: int = 10) 
         rows += f", ... ({len(finding.rows)} in all)" if len(finding.rows) > max_rows else ""
         lines += [f"{finding.severity} [{finding.code}] {finding.message}", rows, f"  fix: {finding.fix}"]
     return "\n".join(filter(None, lines))
+
+
+def _sorted(found: list[Finding]) -> list[Finding]:
+    return sorted(found, key=lambda finding: ("ewi".index(finding.severity[0]), [*CODES].index(finding.code)))
 
 
 def _found(code: str, what: str, rows: Any = (), mask: Any = None, severity: Any = None) -> list[Finding]:
