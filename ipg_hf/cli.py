@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs` and `ipg heads`."""
+"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs`, `ipg card` and `ipg heads`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -20,17 +21,22 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from . import report
+from .audit import audit, named_models
+from .audit_page import audit_table, check_folder, write_report
 from .checkpoints import newest_checkpoint
 from .config import IPGConfig
-from .data import Benchmark
+from .data import ABOUT, Benchmark
 from .metrics import GroupErrors, GroupMetrics
+from .model_card import model_card
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import named_sets
 from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
+from .publish import check_can_push
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
+from .record import data_facts, hub_id
 from .survey import survey
 from .trainer import IPGTrainer
 
@@ -60,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == "evaluate":
             command.add_argument("model", help="a folder made by ipg train, or any Hub id")
             command.add_argument("--split", choices=["validation", "test"], default="test")
-            command.add_argument("--output", help="write the metrics to this JSON file")
+            command.add_argument("--against", metavar="OTHER", help="with --report: a second model to stand beside it")
+            written = command.add_mutually_exclusive_group()
+            written.add_argument("--output", help="write the metrics to this JSON file")
+            written.add_argument(
+                "--report", metavar="DIR", help="write an audit to this folder: a page and its numbers"
+            )
         if name == "pairs":
             command.add_argument("action", choices=["check", "preview"])
             command.add_argument("--model", help="a folder or Hub id, whose divergence on each pair is measured")
@@ -78,10 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "without any, every class of transformers and every model of timm (minutes). Weights are random; of a Hub id "
         "only the config is fetched. A wildcard of timm proves which layers reach the logits, a name the numbers too.",
     )
+    card = commands.add_parser("card", help="print the model card of a run", allow_abbrev=False)
+    card.add_argument("run", help="a folder made by ipg train; its twin in the folder erm stands beside")
+    card.add_argument("--name", help="of the model, a Hub id or a word; by default the folder's name")
+    card.add_argument("--license", help="of the model, as the Hub spells it, e.g. apache-2.0")
     options, flags = parser.parse_known_args(argv)
-    if options.command == "heads" and flags:
-        heads.error(f"unrecognized arguments: {' '.join(flags)}")
+    if options.command in ("heads", "card") and flags:
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
     try:
+        if options.command == "card":
+            print(card_of(options.run, options.name, options.license))
+            return 0
         if options.command == "heads":
             show_heads(options.models)
             return 0
@@ -90,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return pairs(options, recipe, args)
         if options.command == "train":
             train(recipe, args, given)
+        elif options.report or options.against:
+            write_audit(options, recipe, args)
         else:
             evaluate(options.model, recipe, args, options.split, options.output)
     except (ValueError, OSError) as failure:
@@ -106,23 +126,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Trains by a recipe, and its twin where asked for; returns the run record."""
+    """Trains by a recipe, and its twin where asked for; pushes where asked for; returns the run record."""
+    if args.push_to_hub and args.process_index == 0:
+        check_can_push(args)  # before another run is removed, and before hours of training
+    given = {name: value for name, value in given.items() if not name.endswith("_token")}
     resume = _prepare_output(recipe, args)
     data = recipe.load_data(args.data_order_seed)
-    record = _train_one(recipe, args, given, data, resume)
+    record, trainer = _train_one(recipe, args, given, data, resume)
     columns = {recipe.method: record["metrics"]["test"]}
     if recipe.compare == "erm" and recipe.method != "erm":
-        twin_args = replace(args, output_dir=str(Path(args.output_dir) / "erm"), resume_from_checkpoint=None)
+        folder = Path(args.output_dir) / "erm"  # pushed with the folder that it lies in
+        twin_args = replace(args, output_dir=str(folder), resume_from_checkpoint=None, push_to_hub=False)
         twin = replace(recipe, method="erm", compare="none")
-        begun = resume and list(Path(twin_args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-        twin_resume = newest_checkpoint(twin_args.output_dir) if begun else None
-        columns["erm"] = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume)["metrics"]["test"]
+        begun = resume and list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        twin_resume = newest_checkpoint(folder) if begun else None
+        twin_record, _ = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume)
+        columns["erm"] = twin_record["metrics"]["test"]
     if args.process_index == 0:
-        print(f"\n{report.summary_table(columns)}\n\nmodel, {RECORD} and {FIGURE}: {args.output_dir}")
+        print(f"\n{report.summary_table(columns)}\n\nmodel, {RECORD}, README.md and {FIGURE}: {args.output_dir}")
+    trainer.create_model_card(license=recipe.license)
+    pushed = trainer.push_to_hub(license=recipe.license) if args.push_to_hub else None
+    if pushed:
+        print(f"pushed to {pushed.repo_url}")
     return record
 
 
-def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None) -> dict[str, Any]:
+def _train_one(
+    recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None
+) -> tuple[dict, IPGTrainer]:
+    """Returns the record and the trainer."""
     commit = report.commit()  # of the code that is loaded: the folder may move on during the run
     set_seed(args.seed)  # the weights of a model from scratch
     model = recipe.build_model(data.train)
@@ -140,9 +172,7 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
     _silence(trainer)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
-    if (
-        trainer.state.global_step < trainer.state.max_steps
-    ):  # SIGTERM under enable_jit_checkpoint: nothing to measure yet
+    if trainer.state.global_step < trainer.state.max_steps:  # SIGTERM, enable_jit_checkpoint: nothing to measure yet
         raise KeyboardInterrupt
     seconds = time.monotonic() - started
     metrics = {name: _measure(trainer, sets, name) for name in ("validation", "test")}
@@ -157,27 +187,28 @@ def _train_one(recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, re
         "versions": report.versions(),
         "commit": commit,
         "hardware": report.hardware(),
+        "base_model": hub_id(recipe.model_name_or_path),
+        "about": {**asdict(ABOUT[recipe.dataset]), **recipe.about},
+        "data": data_facts(trainer),
     }
-    trainer.save_model()
+    trainer.save_whole()
     if trainer.is_world_process_zero():
         processor.save_pretrained(args.output_dir)
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         report.write_json(Path(args.output_dir) / RECORD, record)
         threshold = args.invariance_threshold
         report.plot_training(trainer.state.log_history, Path(args.output_dir) / FIGURE, threshold)
-    return record
+    trainer.run_record = record
+    return record, trainer
 
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
     """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
     data = recipe.load_data(args.data_order_seed)
-    model = load_image_classifier(name)
-    names = getattr(data.train.features["label"], "names", ["a number"])
-    if model.config.num_labels != len(names):
-        raise RecipeError(f"{name} has {model.config.num_labels} labels, {recipe.dataset} has {len(names)}: {names}.")
-    processor = AutoImageProcessor.from_pretrained(name)
+    model, processor = _loaded(name, recipe, data)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
-    args = replace(args, eval_strategy="no", save_strategy="no", load_best_model_at_end=False, output_dir=gettempdir())
+    unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+    args = replace(args, eval_strategy="no", output_dir=gettempdir(), **unsaved)
     trainer = IPGTrainer(model=model, args=args, processing_class=processor, compute_metrics=_metrics(data))
     _silence(trainer)
     metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
@@ -187,6 +218,32 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
         if output:
             report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
+
+
+def _loaded(name: str, recipe: Recipe, data: Benchmark) -> tuple[Any, Any]:
+    """A saved model and its image processor, for the labels of a benchmark."""
+    model = load_image_classifier(name)
+    names = getattr(data.train.features["label"], "names", ["a number"])
+    if model.config.num_labels != len(names):
+        raise RecipeError(f"{name} has {model.config.num_labels} labels, {recipe.dataset} has {len(names)}: {names}.")
+    return model, AutoImageProcessor.from_pretrained(name)
+
+
+def write_audit(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> None:
+    """Audits a saved model, or two side by side, on a split of a recipe's data, and writes the report."""
+    if not options.report:
+        raise RecipeError("--against stands in a report: name its folder, --report DIR.")
+    check_folder(options.report)
+    if args.process_index:
+        return
+    data = recipe.load_data(args.data_order_seed)
+    places = named_models([place for place in (options.model, options.against) if place])
+    models = {name: (place, *_loaded(place, recipe, data)) for name, place in places.items()}
+    settings = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "device": args.device}
+    settings |= {"split": options.split, "dataset": recipe.dataset, "seed": args.data_order_seed}
+    result, pictures = audit(models, data, **settings)
+    page = write_report(result, pictures, options.report)[0]
+    print(f"\n{audit_table(result)}\n\n{recipe.dataset}, drawn with seed {args.data_order_seed}\n{page}")
 
 
 def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
@@ -219,6 +276,22 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
     if options.action == "check" and options.output:
         report.write_json(options.output, {"dataset": recipe.dataset, "model": options.model, "findings": records})
     return int(options.action == "check" and "error" in severities)
+
+
+def card_of(run: str, name: str | None = None, license: str | None = None) -> str:
+    """The model card of a run's folder.
+
+    Raises:
+        RecipeError: the folder holds no record of a finished run.
+    """
+    folder = Path(run)
+    if not (folder / RECORD).is_file():
+        raise RecipeError(f"{folder} holds no {RECORD}: give the folder of a run that ipg train has finished.")
+    paths = (folder / RECORD, folder / "erm" / RECORD)
+    record, twin = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
+    known = ABOUT.get(record["config"].get("dataset"))
+    record.setdefault("about", asdict(known) if known else {})  # of a run by an earlier version
+    return str(model_card(record, name=name or folder.resolve().name, twin=twin, license=license))
 
 
 def show_heads(models: Sequence[str]) -> None:

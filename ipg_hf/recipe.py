@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from .config import IPGConfig
-from .data import LOADERS, Benchmark
+from .data import LOADERS, About, Benchmark
 from .models import load_image_classifier
 from .pairs import (
     AdversarialPairs,
@@ -78,6 +78,9 @@ class Recipe:
         image_processor: settings of a `ViTImageProcessor`, for a model from scratch, or in place of the processor of a
             pretrained one (another size, say).
         preload: transform all images once and keep them in memory; only without random crops and flips.
+        about: what the model card is to say of the data, beside or in place of what is known of the benchmark: see
+            `data.About` (`title`, `attribute`, `shortcut`, `pairs`, `license`, `source`, `hub_set`).
+        license: of the trained model, for its card, as the Hub spells it (`apache-2.0`).
         overwrite_output_dir: remove the run that the output folder holds.
     """
 
@@ -96,18 +99,24 @@ class Recipe:
     model_config: dict | str | None = field(default=None, metadata={"help": "Its config, as JSON."})
     image_processor: dict | str | None = field(default=None, metadata={"help": "Its image processor, as JSON."})
     preload: bool = field(default=False, metadata={"help": "Keep all transformed images in memory."})
+    about: dict | str | None = field(default=None, metadata={"help": "What the card says of the data, as JSON."})
+    license: str | None = field(default=None, metadata={"help": "Licence of the trained model, for its card."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run in the output folder."})
 
     def __post_init__(self):
         if self.dataset not in LOADERS:
             raise RecipeError(f"dataset={self.dataset!r} is unknown.{_nearest(self.dataset, LOADERS)}")
-        for name in ("dataset_options", "pairs", "degrade_pairs", "model_config", "image_processor"):
+        for name in ("dataset_options", "pairs", "degrade_pairs", "model_config", "image_processor", "about"):
             value = getattr(self, name) or {}
             try:
                 value = json.loads(value) if isinstance(value, str) else value
             except json.JSONDecodeError as failure:
                 raise RecipeError(f"{name}={value!r} is not JSON: {failure}") from failure
             setattr(self, name, value)
+        known = [entry.name for entry in fields(About)]
+        for name in self.about:
+            if name not in known:
+                raise RecipeError(f"about: {name!r} is unknown.{_nearest(name, known)}")
 
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""

@@ -15,7 +15,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer
+from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -27,17 +27,18 @@ from .guidance import ProblemType, loss_gradient_scale
 from .heads import ClassifierHead, CompiledRun, find_head
 from .models import check_all_loaded, forward_inputs, takes_labels
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
-from .pairs.checks import check_labels, check_pair_labels, check_pair_set, named_sets, title_of
+from .pairs.checks import check_labels, check_pair_labels, check_pair_set, check_pair_stream, named_sets, title_of
 from .pairs.loader import PairCollator, PairLoader, loader_of
 from .pairs.transforms import as_model_inputs
 from .progress import PairProgress, RowEpochs, output_spread
+from .publish import PublishingTrainer
 
 logger = logging.get_logger(__name__)
 
 ATTRIBUTE = "attribute"
 
 
-class IPGTrainer(Trainer):
+class IPGTrainer(PublishingTrainer):
     """Fine-tunes an image classifier so that it ignores what the two sides of its pairs differ in.
 
     Example:
@@ -102,9 +103,8 @@ class IPGTrainer(Trainer):
             raise ValueError(f"args is a {type(args).__name__}: make it an IPGConfig, which takes the same arguments.")
         if model is not None and not isinstance(model, PreTrainedModel) and hasattr(model, "pretrained_cfg"):
             raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
-        self.pair_datasets = {
-            name: dataset for name, dataset in named_sets(pair_dataset).items() if dataset is not None
-        }
+        sets = named_sets(pair_dataset)
+        self.pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
         self.head_path = head
         self._resumed_from: str | None = None
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
@@ -143,6 +143,7 @@ class IPGTrainer(Trainer):
             title = title_of("pair_dataset", name)
             check_pair_labels(dataset, title)
             source = dataset.source if isinstance(dataset, AdversarialPairs) else dataset
+            check_pair_stream(source, title, every_row=self.args.check_pairs)
             inputs = self._as_inputs(source, is_training=True, seed=self.args.pair_order_seed(name))
             if isinstance(dataset, AdversarialPairs):
                 inputs = Twins(dataset, inputs, self._inputs[0])
@@ -164,15 +165,10 @@ class IPGTrainer(Trainer):
         """Raw images through the image processor; any other data set as it is."""
         if not isinstance(self.processing_class, (BaseImageProcessor, ImageProcessingMixin)):
             return dataset
-        return as_model_inputs(
-            dataset,
-            self.processing_class,
-            self._pair_collator.main_input,
-            keep=("label", "labels", "label_ids", ATTRIBUTE),
-            random_flip=is_training and self.args.random_flip,
-            random_crop_scale=self.args.random_crop_scale if is_training else 1.0,
-            seed=seed,
-        )
+        draws = {"random_flip": self.args.random_flip, "random_crop_scale": self.args.random_crop_scale}
+        draws = draws if is_training else {}
+        main_input, keep = self._pair_collator.main_input, ("label", "labels", "label_ids", ATTRIBUTE)
+        return as_model_inputs(dataset, self.processing_class, main_input, keep=keep, **draws, seed=seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
         dataset = self._as_inputs(dataset, is_training, self.args.data_order_seed)
@@ -361,10 +357,8 @@ class IPGTrainer(Trainer):
         """
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
         check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
-        # a generator of its own: measuring during training must not draw from the global one
-        batches = DataLoader(
-            dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=torch.Generator()
-        )
+        own = torch.Generator()  # measuring during training must not draw from the global one
+        batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=own)
         head, settings = self._proven_head(dataset), self._settings(correction.find_problem_type(self.model, None))
         with self.compute_loss_context_manager():
             measured = correction.evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
@@ -382,18 +376,11 @@ class IPGTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
         check_all_loaded(self.model, load_result.missing_keys)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`; a sharded model is saved whole, whatever the form of its checkpoints."""
-        if _internal_call or not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        whole = self.accelerator.get_state_dict(self.model)
-        if self.args.should_save:
-            self._save(output_dir or self.args.output_dir, state_dict=whole)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with whole_or_removed(folder, writes=self.args.should_save), own_names(self.model):
-            super()._save_checkpoint(model, trial)
-            for name, loader in self._pair_loaders.items():
+            os.makedirs(folder, exist_ok=True)
+            for name, loader in self._pair_loaders.items():  # before Trainer pushes the folder
                 if isinstance(loader, AdversarialLoader):
                     loader.save(folder, name)
+            super()._save_checkpoint(model, trial)

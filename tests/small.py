@@ -236,3 +236,27 @@ class Around(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.after.append(self.look(model, optimizer))
+
+
+# a small ViT on the digits, by the command line; what a test adds is how it is trained
+TINY_RECIPE = {
+    "dataset": "digits",
+    "num_pairs": 40,
+    "model_type": "vit",
+    "model_config": {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "image_processor": {"size": {"height": 16, "width": 16}},
+    "preload": True,
+    "learning_rate": "1e-3",
+    "per_device_train_batch_size": 16,
+    "per_device_pair_batch_size": 8,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import yaml
+from small import TINY_RECIPE
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from ipg_hf.cli import main
@@ -19,32 +20,14 @@ from ipg_hf.data import LOADERS
 from ipg_hf.recipe import RecipeError, parse_recipe
 
 TINY = {
-    "dataset": "digits",
-    "num_pairs": 40,
-    "model_type": "vit",
-    "model_config": {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "image_size": 16,
-        "patch_size": 8,
-    },
-    "image_processor": {"size": {"height": 16, "width": 16}},
-    "preload": True,
+    **TINY_RECIPE,
     "max_steps": 6,
-    "learning_rate": "1e-3",
-    "per_device_train_batch_size": 16,
-    "per_device_pair_batch_size": 8,
     "logging_steps": 2,
     "eval_strategy": "steps",
     "eval_steps": 3,
     "save_steps": 3,
     "load_best_model_at_end": True,
     "metric_for_best_model": "worst_group_accuracy",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
 }
 
 
@@ -61,7 +44,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_train_leaves_a_model_a_record_and_a_figure(trained):
+def test_train_leaves_a_model_a_record_a_card_and_a_figure(trained, capsys):
     record = json.loads((trained / "out" / "run.json").read_text())
     assert {"config", "seed", "metrics", "seconds", "versions", "commit", "hardware"} <= set(record)
     assert set(record["metrics"]) == {"validation", "test"}
@@ -72,6 +55,14 @@ def test_train_leaves_a_model_a_record_and_a_figure(trained):
     assert (trained / "out" / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     erm = json.loads((trained / "out" / "erm" / "run.json").read_text())
     assert erm["method"] == "erm" and record["method"] == "ipg"
+    pair_set = record["data"]["pair_sets"][""]
+    assert record["data"]["train"] == 997 and pair_set["pairs"] == 40 and erm["data"]["pair_sets"] == {}
+    assert record["about"]["title"] == "Coloured digits" and record["base_model"] is None
+    card = (trained / "out" / "README.md").read_text()
+    worst = [run["metrics"]["test"]["worst_group_accuracy"] for run in (record, erm)]
+    assert f"| worst-group accuracy | {worst[0]:.3f} | {worst[1]:.3f} |" in card
+    assert main(["card", str(trained / "out")]) == 0
+    assert capsys.readouterr().out == card
 
 
 def test_saved_model_is_an_ordinary_checkpoint(trained):

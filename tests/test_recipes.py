@@ -95,7 +95,7 @@ def test_a_record_belongs_to_its_recipe(path):
     assert record["commit"] and not record["commit"].endswith("-dirty")
     assert {"config", "metrics", "seconds", "versions", "hardware"} <= set(record)
     _, _, given = parse_recipe(str(path.parent.parent / f"{name}.yaml"))
-    own = {"seed", "output_dir", "overwrite_output_dir"}
+    own = {"seed", "output_dir", "overwrite_output_dir", "about"}  # the last is for the card alone
     if path.parent.parent.name == "scenes":
         own |= {"model_name_or_path"}  # a folder with the weights that the recipe names
     assert {k: v for k, v in record["config"].items() if k not in own} == {
@@ -137,3 +137,12 @@ def test_the_launchers_page_names_tests_that_exist_and_the_recorded_memory():
     for pairs, row in measured.items():
         assert f"| {pairs} | {row['whole']:.0f} MiB | {row['chunked']:.0f} MiB |" in page
     assert measured["512"]["chunked"] < 1.5 * measured["32"]["chunked"]
+
+
+def test_the_front_page_has_the_recorded_seconds_of_the_linter():
+    record = json.loads((RECIPES / "bench/pair_check.json").read_text())
+    seconds = {kind: f"{measured['seconds']:.0f} s" for kind, measured in record["kinds"].items()}
+    page = (RECIPES.parent / "README.md").read_text()
+    assert f"{record['pairs']:,} pairs of {record['pixels']} pixels take {seconds['JPEG']} as JPEG and" in page
+    assert f"and {seconds['PNG']} as PNG on two cores" in page
+    assert record["hardware"]["cpus"] == 2

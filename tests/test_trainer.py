@@ -230,7 +230,8 @@ def test_without_pairs_it_is_trainer_bit_for_bit(tmp_path):
     (model, state, history, files), (own_model, own_state, own_history, own_files) = ends
     assert bit_equal(model, own_model) and bit_equal(state, own_state) and state
     assert history == own_history and any("eval_accuracy" in entry for entry in history)
-    assert files == own_files and any("checkpoint-6/optimizer.pt" in name for name in files)
+    assert [name.replace("training_args.bin", "training_args.json") for name in files] == own_files
+    assert any("checkpoint-6/optimizer.pt" in name for name in files)
 
 
 # ---- R11, R12: several invariances, other problem types ----

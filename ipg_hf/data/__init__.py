@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 
+from .about import ABOUT, About
 from .colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification, load_colored_mnist
 from .digit_variants import load_marked_digits, load_stroke_mass
 from .digits import Benchmark, load_digits
@@ -17,7 +18,9 @@ LOADERS: dict[str, Callable[..., Benchmark]] = {
 }
 
 __all__ = [
+    "ABOUT",
     "LOADERS",
+    "About",
     "Benchmark",
     "ColoredMnistMLPConfig",
     "ColoredMnistMLPForImageClassification",

@@ -8,7 +8,6 @@ import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def preview_pairs(
     )
     facts["rows"] = _told(few, len(raw), seed, labels is not None)
     picture = draw_sheet(title, facts, [*map(_finding, findings)], [shown[row] for _, rows in few for row in rows])
-    _write({files[0]: picture, files[1]: page.encode()})
+    write_files({files[0]: picture, files[1]: page.encode()})
     return files
 
 
@@ -114,6 +113,12 @@ def choose_rows(
     rest = drawn[~np.isin(drawn, worst)][: count - len(worst)]
     groups = [("Largest divergence", worst.tolist()), ("Random draw of the others", sorted(rest.tolist()))]
     return [group for group in groups if group[1]]
+
+
+def shown_pairs(pairs: datasets.Dataset | ImageRows, rows: Sequence[int]) -> list[ShownPair]:
+    """What the sheet shows of some rows of a pair set, without scores; an image that cannot be read is noted."""
+    raw = _raw(pairs)
+    return [_read_pair(raw, row, None) for row in rows]
 
 
 def _raw(pairs: Any) -> datasets.Dataset:
@@ -168,7 +173,7 @@ def _files(path: str | os.PathLike, overwrite: bool) -> list[Path]:
     return files
 
 
-def _write(files: Mapping[Path, bytes]) -> None:
+def write_files(files: Mapping[Path, bytes]) -> None:
     """Writes files whole or not at all."""
     partial = {file.with_name(file.name + ".partial"): file for file in files}
     try:
@@ -318,15 +323,9 @@ def _percent(share: float) -> str:
 def _page(
     title: str, facts: Mapping[str, str], findings: Sequence[Any], groups: Sequence[tuple[str, list[ShownPair]]]
 ) -> str:
-    import jinja2
-
     pairs = [pair for _, group in groups for pair in group]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["uri"] = _uri
-    template = environment.from_string(resources.files(__package__).joinpath("preview.html").read_text("utf-8"))
-    return template.render(
+    return rendered(
+        "pairs/preview.html",
         title=title,
         facts=facts,
         findings=[_finding(finding) for finding in findings],
@@ -339,13 +338,29 @@ def _page(
     )
 
 
+def rendered(template: str, filters: Mapping[str, Any] | None = None, **values: Any) -> str:
+    """A page made of a template of the package, whose values are escaped and whose every name must be given."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ipg_hf", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"uri": png_uri, **(filters or {})}
+    return environment.get_template(template).render(**values)
+
+
 def _finding(finding: Any) -> dict[str, Any]:
     rows = [] if finding.rows is None else [int(row) for row in finding.rows]
     severity = str(getattr(finding.severity, "value", finding.severity))
     return {"severity": severity, "rows": rows, **{key: getattr(finding, key) for key in ("code", "message", "fix")}}
 
 
-def _uri(image: Image.Image) -> str:
+def png_uri(image: Image.Image) -> str:
+    """An image as a data URI."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The audit of one model, or of two side by side, on a benchmark: what it gets wrong, on whom, and by what features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from . import report
+from .audit_numbers import (
+    DRAWS,
+    combined_interval,
+    linear_probe,
+    paired_difference,
+    projection,
+    rationale_differences,
+    training_course,
+    wilson_interval,
+)
+from .data import Benchmark
+from .guidance import invariance_divergence
+from .heads import ClassifierHead, find_head
+from .metrics import GroupMetrics, group_counts
+from .models import forward_inputs
+from .pairs import ImageRows
+from .pairs.checks import named_sets
+from .pairs.loader import seeded
+from .pairs.picture import ShownPair
+from .pairs.preview import shown_pairs
+from .trial import inference, logits_of
+
+WORST_PAIRS = 6  # of each model and pair set
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of N images.
+
+    Args:
+        logits: float64 (N, C).
+        z: float32 (N, D), the input of the head; None where no head was found.
+    """
+
+    logits: np.ndarray
+    z: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model makes of a benchmark.
+
+    Args:
+        images: of the split that is audited.
+        fit: of the split that the probes are fitted on.
+        pairs: of side a and side b of each held-out pair set.
+        weight: W of the head, float64 (C, D), or None.
+        facts: of the model, for the report; `no_head` is the reason where it has no head that can be used.
+    """
+
+    images: Outputs
+    fit: Outputs
+    pairs: dict[str, tuple[Outputs, Outputs]]
+    weight: np.ndarray | None
+    facts: dict[str, Any]
+
+
+def audit(
+    models: Mapping[str, tuple[str, nn.Module, Any]],
+    data: Benchmark,
+    *,
+    split: str = "test",
+    dataset: str = "",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> tuple[dict[str, Any], dict[str, list[ShownPair]]]:
+    """Measures one or two classifiers on a split of a benchmark; nothing is written.
+
+    Args:
+        models: name -> folder or Hub id, classifier, image processor; a second model stands beside the first.
+        data: the benchmark; its labels are classes. Probes are fitted on the other one of validation and test.
+        split: `"test"` or `"validation"`.
+        dataset: name of the benchmark, for the report.
+        seed: non-negative; seed of the bootstrap and of the rows that are drawn.
+        device: where the models run.
+        batch_size: images a forward.
+        num_workers: processes that load images.
+
+    Returns:
+        The report, plain values alone (see [`~audit_page.write_report`]), and for each of its cards of pairs, by pair
+        set, the pictures.
+
+    Raises:
+        ValueError: the labels are no classes; a model gives NaN, or has the same labels in another order.
+    """
+    kind = data.train.features["label"]
+    if not isinstance(kind, datasets.ClassLabel):
+        raise ValueError(
+            f"an audit counts right and wrong classes, but the labels of {dataset or 'this benchmark'} are numbers "
+            "(a regression): ipg evaluate without --report gives the errors by group."
+        )
+    for place, model, _ in models.values():
+        _check_order(place, getattr(model, "config", None), kind.names)
+    held_out = {k: v for k, v in named_sets(getattr(data, f"{split}_pairs")).items() if v is not None}
+    sets = {"images": getattr(data, split), "fit": data.test if split == "validation" else data.validation}
+    settings = {"device": device, "batch_size": batch_size, "num_workers": num_workers}
+    measured = {
+        name: _measure(model, processor, sets, held_out, **settings) for name, (_, model, processor) in models.items()
+    }
+    metrics = GroupMetrics(data.train)
+    truth = {
+        key: tuple(np.asarray(part[column][:], np.int64) for column in ("label", "attribute"))
+        for key, part in sets.items()
+    }
+    entries = []
+    for name, (place, _, _) in models.items():
+        entry = {"name": name, "model": place, **measured[name].facts}
+        entry |= _accuracies(measured[name].images.logits, *truth["images"], metrics)
+        entry["pairs"] = {key: _pair_figures(*sides) for key, sides in measured[name].pairs.items()}
+        entry |= _features(measured[name], truth, seed, kind.names)
+        entries.append(entry | {"training": training_course(place)})
+    cards, pictures = {}, {}
+    for key, pairs in held_out.items():
+        scores = {name: _scores(*outputs.pairs[key]) for name, outputs in measured.items()}
+        cards[key], pictures[key] = _worst_pairs(pairs, scores, kind.names)
+    result = {
+        "dataset": dataset,
+        "split": split,
+        "seed": seed,
+        "draws": DRAWS,
+        "images": len(sets["images"]),
+        "labels": kind.names,
+        "attributes": [str(name) for name in _attribute_names(metrics)],
+        "fit_split": "test" if split == "validation" else "validation",
+        "models": entries,
+        "difference": _difference(measured, truth["images"], metrics, seed) if len(models) == 2 else None,
+        "pairs": {key: {"sides": _sides(pairs), "cards": cards[key]} for key, pairs in held_out.items()},
+        "versions": report.versions(),
+        "commit": report.commit(),
+    }
+    return result, pictures
+
+
+def named_models(places: Sequence[str]) -> dict[str, str]:
+    """Folders or Hub ids by names that differ: their last parts, or else all of them, or else numbered."""
+    for names in ([Path(place).resolve().name for place in places], places):
+        if len({*names}) == len(places):
+            return dict(zip(names, places, strict=True))
+    return {f"{place} ({number + 1})": place for number, place in enumerate(places)}
+
+
+def _check_order(place: str, config: Any, names: Sequence[str]) -> None:
+    known = getattr(config, "id2label", None) or {}
+    own = [known.get(number) for number in range(len(names))]
+    if own != [*names] and {*own} == {*names}:
+        raise ValueError(
+            f"{place} orders its labels {own}, the data {[*names]}: every answer would be counted as another. Give the "
+            "data's ClassLabel the model's order (cast_column), or the model's head and id2label the data's."
+        )
+
+
+# ---- Forwards ----
+
+
+def _measure(
+    model: nn.Module, processor: Any, sets: Mapping[str, Any], pairs: Mapping[str, Any], **settings: Any
+) -> Measured:
+    # half-precision weights give half-precision features: intervals and shares are computed in float64
+    model = model.to(settings["device"])
+    rows = ImageRows(sets["images"].select(range(min(2, len(sets["images"])))), processor, {"image": _main(model)})
+    head, problem = _proven_head(
+        model, _inputs(model, next(iter(DataLoader(rows, 2, generator=torch.Generator()))), settings["device"])
+    )
+    with torch.no_grad(), inference(model), seeded(0):
+        outputs = {key: _run(model, head, processor, part, "image", **settings) for key, part in sets.items()}
+        sides = {
+            key: tuple(_run(model, head, processor, part, f"image_{side}", **settings) for side in "ab")
+            for key, part in pairs.items()
+        }
+    facts = {
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "head": ", ".join(head.paths) if head else None,
+        "features": head.weight.shape[1] if head else None,
+        "no_head": problem,
+    }
+    weight = head.weight.detach().double().cpu().numpy() if head else None
+    return Measured(**outputs, pairs=sides, weight=weight, facts=facts)
+
+
+def _main(model: nn.Module) -> str:
+    return forward_inputs(model)[0]
+
+
+def _proven_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[ClassifierHead | None, str | None]:
+    try:
+        head = find_head(model, None, inputs)
+        head.verify(model, inputs)
+    except ValueError as failure:
+        return None, str(failure)
+    return head, None
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
+    dtype = next(model.parameters()).dtype
+    return {
+        name: batch[name].to(device, dtype if batch[name].is_floating_point() else None)
+        for name in forward_inputs(model)
+        if name in batch
+    }
+
+
+def _run(
+    model: nn.Module,
+    head: ClassifierHead | None,
+    processor: Any,
+    dataset: datasets.Dataset,
+    column: str,
+    *,
+    device: Any,
+    batch_size: int,
+    num_workers: int,
+) -> Outputs:
+    raw = dataset.with_format(None).select_columns([column])
+    rows = ImageRows(
+        raw if column == "image" else raw.rename_column(column, "image"), processor, {"image": _main(model)}
+    )
+    loader = DataLoader(rows, batch_size, num_workers=num_workers, generator=torch.Generator())
+    logits, features = [], []
+    for batch in loader:
+        batch = _inputs(model, batch, device)
+        values, z = head.run(model, batch) if head else (logits_of(model(**batch)), None)
+        logits.append(values.double().cpu())
+        features += [] if z is None else [z.float().cpu()]
+    return Outputs(torch.cat(logits).numpy(), torch.cat(features).numpy() if features else None)
+
+
+# ---- Figures of one model ----
+
+
+def _attribute_names(metrics: GroupMetrics) -> Sequence[Any]:
+    return metrics.settings["attribute_names"] or range(metrics.settings["num_attributes"])
+
+
+def _accuracies(
+    logits: np.ndarray, labels: np.ndarray, attributes: np.ndarray, metrics: GroupMetrics
+) -> dict[str, Any]:
+    # the metrics that training and ipg evaluate give; they check the values too
+    summary = metrics(SimpleNamespace(predictions=logits, label_ids=(labels, attributes)))
+    names = metrics.settings["label_names"], [str(name) for name in _attribute_names(metrics)]
+    shape = tuple(map(len, names))
+    counts = group_counts(labels, attributes, *shape)
+    right = group_counts(labels, attributes, *shape, weights=logits.argmax(1) == labels)
+    groups = []
+    for label, attribute in np.argwhere(counts > 0):
+        part = _share(int(right[label, attribute]), int(counts[label, attribute]), "accuracy")
+        trained = int(metrics.settings["train_group_counts"][label, attribute])
+        groups.append({"label": names[0][label], "attribute": names[1][attribute], **part, "n_train": trained})
+    plain = ("accuracy", "worst_group_accuracy", "adjusted_accuracy")
+    return {
+        "metrics": {key: summary[key] for key in plain if key in summary},
+        "accuracy": _share(int(right.sum()), len(labels), "accuracy"),
+        "adjusted": _adjusted(summary, groups),
+        "worst_group": min(groups, key=lambda group: group["accuracy"]),
+        "groups": groups,
+        "empty_groups": int((counts == 0).sum()),
+    }
+
+
+def _adjusted(summary: Mapping[str, float], groups: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    trained = sum(group["n_train"] for group in groups)
+    if "adjusted_accuracy" not in summary:
+        return None
+    low, high = combined_interval(
+        *([group[key] for group in groups] for key in ("count", "n")),
+        [group["n_train"] / trained for group in groups],
+    )
+    return {"accuracy": summary["adjusted_accuracy"], "low": low, "high": high}
+
+
+def _share(count: int, total: int, name: str) -> dict[str, Any]:
+    low, high = wilson_interval(count, total)
+    return {"n": total, "count": count, name: count / total, "low": low, "high": high}
+
+
+def _scores(a: Outputs, b: Outputs) -> dict[str, np.ndarray]:
+    """Of each pair: `divergence`, `flipped`, and for both sides the `class_*` and its `probability_*`."""
+    by_row = torch.vmap(lambda a, b: invariance_divergence(a[None], b[None]))
+    scores = {"divergence": by_row(*(torch.from_numpy(side.logits) for side in (a, b))).numpy()}
+    for side, outputs in (("a", a), ("b", b)):
+        scores[f"class_{side}"] = outputs.logits.argmax(1)
+        scores[f"probability_{side}"] = torch.from_numpy(outputs.logits).softmax(-1).amax(-1).numpy()
+    return scores | {"flipped": scores["class_a"] != scores["class_b"]}
+
+
+def _pair_figures(a: Outputs, b: Outputs) -> dict[str, Any]:
+    scores = _scores(a, b)
+    return {
+        **_share(int(scores["flipped"].sum()), len(scores["flipped"]), "flip_rate"),
+        "divergence": float(scores["divergence"].mean()),
+    }
+
+
+def _features(
+    measured: Measured, truth: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int, names: Sequence[str]
+) -> dict[str, Any]:
+    """What the input of the head tells: probes, projection and rationale differences; None without a head."""
+    if measured.weight is None:
+        return {"probes": None, "projection": None, "rationales": None}
+    z, fit_z = measured.images.z, measured.fit.z
+    labels, attributes = truth["images"]
+    probes = {
+        "label": linear_probe((fit_z, *truth["fit"]), (z, labels, attributes), seed=seed),
+        "attribute": linear_probe((fit_z, *truth["fit"][::-1]), (z, attributes, labels), seed=seed),
+    }
+    rationales = {
+        key: rationale_differences(measured.weight, a.z, b.z, names) for key, (a, b) in measured.pairs.items()
+    }
+    return {"probes": probes, "projection": projection(z, labels, attributes, seed=seed), "rationales": rationales}
+
+
+# ---- Two models, and pairs ----
+
+
+def _difference(
+    measured: Mapping[str, Measured], truth: tuple[np.ndarray, np.ndarray], metrics: GroupMetrics, seed: int
+) -> dict[str, dict[str, float]]:
+    """First model minus second, of the same images and the same pairs."""
+    first, second = measured.values()
+    groups = truth[0] * len(_attribute_names(metrics)) + truth[1]
+    right = [outputs.images.logits.argmax(1) == truth[0] for outputs in (first, second)]
+    found = paired_difference(*right, groups, seed=seed)
+    for key in first.pairs:
+        flips = [_scores(*outputs.pairs[key])["flipped"] for outputs in (first, second)]
+        alone = paired_difference(*flips, np.zeros(len(flips[0]), np.int64), seed=seed)["accuracy"]
+        found[f"flip_rate/{key}" if key else "flip_rate"] = alone
+    return found
+
+
+def _sides(pairs: datasets.Dataset) -> list[str] | None:
+    """The attribute values of side a and side b, where each side has one alone."""
+    found = []
+    for column in ("attribute_a", "attribute_b"):
+        kind = pairs.features.get(column)
+        values = np.unique(pairs[column][:]) if kind is not None else []
+        if len(values) != 1:
+            return None
+        found.append(kind.names[values[0]] if isinstance(kind, datasets.ClassLabel) else str(values[0]))
+    return found
+
+
+def _worst_pairs(
+    pairs: datasets.Dataset, scores: Mapping[str, Mapping[str, np.ndarray]], names: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[ShownPair]]:
+    """The pairs of largest divergence under each model, as cards of the report, and their pictures."""
+    chosen: dict[int, str] = {}
+    for name, values in scores.items():
+        rest = [row for row in np.argsort(-values["divergence"], kind="stable").tolist() if row not in chosen]
+        chosen |= dict.fromkeys(rest[:WORST_PAIRS], name)
+    cards, pictures = [], []
+    for (row, name), pair in zip(chosen.items(), shown_pairs(pairs, [*chosen]), strict=True):
+        predictions = {}
+        for model, values in scores.items():
+            sides = {side: {"class": names[values[f"class_{side}"][row]]} for side in "ab"}
+            for side in "ab":
+                sides[side]["probability"] = float(values[f"probability_{side}"][row])
+            predictions[model] = {**sides, "divergence": float(values["divergence"][row])}
+        flipped = bool(scores[name]["flipped"][row])
+        told = {model: _told(part) for model, part in predictions.items()}
+        pair = replace(pair, facts={**pair.facts, **told}, flipped=flipped)
+        texts = {key: getattr(pair, key) for key in ("row", "label", "place", "captions", "notes", "facts", "flipped")}
+        cards.append({"worst_of": name, **texts, "predictions": predictions})
+        pictures.append(pair)
+    return cards, pictures
+
+
+def _told(prediction: Mapping[str, Any]) -> str:
+    sides = [f"{prediction[side]['class']} {prediction[side]['probability']:.3f}" for side in "ab"]
+    return f"{' → '.join(sides)}, divergence {prediction['divergence']:.3g}"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The audit report as a page, its figures and its numbers, in a folder."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .audit_figures import Drawn, draw_figures
+from .pairs.picture import SMALL, ShownPair, draw_sheet, frame_ratio
+from .pairs.preview import rendered, write_files
+from .report import summary_table
+
+PAGE, NUMBERS = "report.html", "report.json"
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raises FileExistsError where a folder holds a report."""
+    for name in (PAGE, NUMBERS):
+        if (Path(folder) / name).exists():
+            raise FileExistsError(f"{folder} holds another report ({name}): remove it, or give another folder.")
+
+
+def write_report(
+    report: Mapping[str, Any], pictures: Mapping[str, Sequence[ShownPair]], folder: str | os.PathLike
+) -> list[Path]:
+    """Writes a report: `report.html`, one page that needs no other file, `report.json` and the figures as PNG.
+
+    Everything that the page and the figures say is read from what `report.json` holds.
+
+    Args:
+        report: as `audit.audit` gives it. Numbers that are not finite become null.
+        pictures: by pair set, those of the cards of pairs, in their order.
+        folder: made where it is missing.
+
+    Returns:
+        The files; the page first.
+
+    Raises:
+        FileExistsError: the folder holds a report.
+    """
+    check_folder(folder)
+    numbers = json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
+    report = json.loads(numbers)
+    figures = draw_figures(report)
+    files = {PAGE: _page(report, pictures, figures).encode(), NUMBERS: numbers.encode()}
+    for drawn in (figure for parts in figures.values() for part in parts for figure in part):
+        files[f"{drawn.name}.png"] = drawn.images["light"]
+    for number, (key, pairs) in enumerate(pictures.items()):
+        if pairs:
+            title = f"Pairs of largest divergence{f': {key}' if key else ''}"
+            name = f"pairs-{number + 1}.png" if len(pictures) > 1 else "pairs.png"
+            files[name] = draw_sheet(title, {"models": ", ".join(_names(report))}, [], pairs)
+    written = {Path(folder) / name: content for name, content in files.items()}
+    write_files(written)
+    return [*written]
+
+
+def audit_table(result: Mapping[str, Any]) -> str:
+    """The numbers of a report for a terminal: summary, groups with intervals, flips, probes, differences."""
+    models = result["models"]
+    columns = {entry["name"]: dict(entry["metrics"]) for entry in models}
+    for entry in models:
+        if entry["pairs"]:
+            columns[entry["name"]]["flip_rate"] = max(part["flip_rate"] for part in entry["pairs"].values())
+    lines = [summary_table(columns, result["split"]), ""]
+    names = [f"{group['label']}/{group['attribute']}" for group in models[0]["groups"]]
+    wide, cell = max([15, *map(len, names)]) + 2, max([26, *(len(entry["name"]) + 2 for entry in models)])
+    lines.append(f"{'label/attribute':<{wide}}{'n':>7}" + "".join(f"{entry['name']:>{cell}}" for entry in models))
+    for number, name in enumerate(names):
+        groups = [entry["groups"][number] for entry in models]
+        cells = "".join(f"{_spread(group['accuracy'], group):>{cell}}" for group in groups)
+        lines.append(f"{name:<{wide}}{groups[0]['n']:>7}{cells}")
+    for key in models[0]["pairs"]:
+        parts = [entry["pairs"][key] for entry in models]
+        title = f"flip rate {key}".strip()
+        cells = "".join(f"{_spread(part['flip_rate'], part):>{cell}}" for part in parts)
+        lines.append(f"{title:<{wide}}{parts[0]['n']:>7}{cells}")
+    for target in ("label", "attribute"):
+        probes = [entry["probes"][target] for entry in models if entry["probes"]]
+        if len(probes) == len(models) and all("score" in probe for probe in probes):
+            cells = "".join(f"{_spread(probe['score'], probe):>{cell}}" for probe in probes)
+            lines.append(f"{f'{target} in z':<{wide}}{probes[0]['scored_on']:>7}{cells}")
+    for key, part in (result["difference"] or {}).items():
+        lines.append(f"difference of {key.replace('_', ' ').replace('/', ', ')}: {_spread(part['difference'], part)}")
+    return "\n".join(lines)
+
+
+def _spread(value: float, part: Mapping[str, float]) -> str:
+    return f"{value:.3f} [{part['low']:.3f}, {part['high']:.3f}]"
+
+
+def _names(report: Mapping[str, Any]) -> list[str]:
+    return [entry["name"] for entry in report["models"]]
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: numpy's numbers as Python's, and None for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(part) for part in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | None, form: str, factor: float = 1, unit: str = "") -> str:
+    text = "–" if value is None else f"{format(factor * value, form)}{unit}"
+    return f"−{text[1:]}" if text.startswith("-") else text
+
+
+def _page(
+    report: Mapping[str, Any],
+    pictures: Mapping[str, Sequence[ShownPair]],
+    figures: Mapping[str, Sequence[Sequence[Drawn]]],
+) -> str:
+    filters = {
+        "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),
+        "three": partial(_number, form=".3f"),
+        "short": partial(_number, form=".3g"),
+        "signed": partial(_number, form="+.3f"),
+        "percent": partial(_number, form=".1f", factor=100, unit=" %"),
+    }
+    return rendered(
+        "audit.html",
+        filters,
+        report=report,
+        models=report["models"],
+        names=_names(report),
+        pictures=pictures,
+        figures=figures,
+        ratio=frame_ratio([pair for pairs in pictures.values() for pair in pairs]),
+        small=SMALL,
+    )
