@@ -10,9 +10,12 @@ from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
+from .objectives import Objective, PairObjective
+
 RationaleReduction = Literal["mean", "pair"]
 RationaleNorm = Literal["spectral", "frobenius"]
 PairCombination = Literal["mean", "sum"]
+CorrectionSchedule = Literal["always", "violated"]
 
 
 @dataclass
@@ -39,12 +42,35 @@ class IPGConfig(TrainingArguments):
             is an inference forward: this bounds its memory instead.
         pair_combination (`str`, *optional*, defaults to `"mean"`):
             With several pair sets, the corrective gradient is the `"mean"` or the `"sum"` of theirs.
+        correction_interval (`int`, *optional*, defaults to `1`):
+            Correct at every so many-th optimizer step only (ours). In between no pair is read, and the task gradient is
+            scaled by what was measured last.
+        correction_schedule (`str`, *optional*, defaults to `"always"`):
+            `"always"`: a corrective update at every `correction_interval`-th step. `"violated"` (ours): a pair set
+            whose divergence is at most the threshold corrects nothing; the pairs are looked at again
+            `correction_interval` steps after they all agreed, and at every step before that.
         freeze_norm (`bool`, *optional*, defaults to `False`):
             Keep batch-norm layers on their running statistics in the task forward too, as they are in the pair forward
             and at inference. Advised for pretrained networks with batch norm.
         shared_optimizer_state (`bool`, *optional*, defaults to `True`):
             Whether the corrective and the task update share the optimizer's state (momentum, Adam moments). `False` is
             an ablation; such a run cannot be resumed.
+        pair_objective (`str`, *optional*, defaults to `"ipg"`):
+            `"ipg"`: the method. For comparison, a penalty on the same pairs that is added to the loss, with one update
+            a step: `"kl"` (symmetric KL of the outputs), `"features"` (squared distance of the features),
+            `"rationales"` (of the rationales) or `"augmentation"` (the loss of both sides, whose `label` column the
+            pairs then need). See `objectives.pair_penalty`.
+        pair_penalty_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of that penalty, above 0.
+        objective (`str`, *optional*, defaults to `"erm"`):
+            What the task update minimises: `"erm"`, the mean loss; with an `attribute` column `"group_dro"` (the worst
+            group's, online) or `"reweight"` (groups of equal weight); with an `environment` column `"irm"` or `"vrex"`.
+        group_dro_step_size (`float`, *optional*, defaults to `0.01`):
+            Step size η_q of GroupDRO's group weights, at least 0.
+        environment_penalty_weight (`float`, *optional*, defaults to `1.0`):
+            Factor of the penalty of IRM and V-REx, at least 0. Where it is above 1 the loss is divided by it.
+        environment_penalty_start (`int`, *optional*, defaults to `0`):
+            Optimizer step from which that factor holds; before, it is at most 1, as in IRM's code.
         pair_seed (`int`, *optional*):
             Seed of the order and the augmentation of pairs. Defaults to `data_seed`, else `seed`.
         pair_num_workers (`int`, *optional*):
@@ -76,12 +102,24 @@ class IPGConfig(TrainingArguments):
     pair_combination: PairCombination = field(
         default="mean", metadata={"help": "How the corrective gradients of several pair sets combine."}
     )
+    correction_interval: int = field(default=1, metadata={"help": "Correct at every so many-th optimizer step."})
+    correction_schedule: CorrectionSchedule = field(
+        default="always", metadata={"help": "Correct always, or only while the pairs' outputs disagree (violated)."}
+    )
     freeze_norm: bool = field(
         default=False, metadata={"help": "Keep batch-norm layers on their running statistics in the task forward."}
     )
     shared_optimizer_state: bool = field(
         default=True, metadata={"help": "Share the optimizer's state between the two updates (False: an ablation)."}
     )
+    pair_objective: PairObjective = field(
+        default="ipg", metadata={"help": "What the pairs do: the method, or a penalty to compare it with."}
+    )
+    pair_penalty_weight: float = field(default=1.0, metadata={"help": "Factor of the penalty on pairs."})
+    objective: Objective = field(default="erm", metadata={"help": "What the task update minimises."})
+    group_dro_step_size: float = field(default=0.01, metadata={"help": "Step size of GroupDRO's group weights."})
+    environment_penalty_weight: float = field(default=1.0, metadata={"help": "Factor of IRM's and V-REx's penalty."})
+    environment_penalty_start: int = field(default=0, metadata={"help": "Step from which that factor is above 1."})
     pair_seed: int | None = field(default=None, metadata={"help": "Seed of the pairs' order and augmentation."})
     pair_num_workers: int | None = field(default=None, metadata={"help": "Worker processes that load pairs."})
     check_pairs: bool = field(default=True, metadata={"help": "Look at every pair before training."})
@@ -96,6 +134,10 @@ class IPGConfig(TrainingArguments):
         self._require("invariance_threshold", self.invariance_threshold >= 0, "0 or more, and not NaN")
         self._require("per_device_pair_batch_size", self.per_device_pair_batch_size >= 1, "1 or more")
         self._require("random_crop_scale", 0 < self.random_crop_scale <= 1, "in (0, 1]")
+        self._require("correction_interval", self.correction_interval >= 1, "1 or more")
+        for name in ("group_dro_step_size", "environment_penalty_weight", "environment_penalty_start"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        self._require("pair_penalty_weight", 0 < self.pair_penalty_weight < math.inf, "a finite number above 0")
         chunk = self.pair_chunk_size
         self._require("pair_chunk_size", chunk is None or chunk >= 1, "1 or more, or None")
         workers = self.pair_num_workers
@@ -104,6 +146,9 @@ class IPGConfig(TrainingArguments):
             ("rationale_reduction", RationaleReduction),
             ("rationale_norm", RationaleNorm),
             ("pair_combination", PairCombination),
+            ("correction_schedule", CorrectionSchedule),
+            ("pair_objective", PairObjective),
+            ("objective", Objective),
         ):
             self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
 

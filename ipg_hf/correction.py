@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
@@ -16,13 +15,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers.utils import logging
 
 from .guidance import Norm, ProblemType, Reduction, invariance_divergence, rationale_distance
 from .heads import ClassifierHead
-from .trial import inference, logits_of
-
-logger = logging.get_logger(__name__)
+from .objectives import PairObjective, pair_penalty
+from .trial import inference
 
 PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 GRADIENT = "gradient of z"  # no model input has such a name
@@ -72,22 +69,6 @@ def scale_gradients(model: nn.Module, factor: Tensor) -> None:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     # a factor that every process has whole scales a shard as it scales the whole
     torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
-
-
-def norm_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that normalise by running statistics (batch norm of any kind) at inference."""
-    kind = nn.modules.batchnorm._NormBase
-    return [layer for layer in model.modules() if isinstance(layer, kind) and layer.running_mean is not None]
-
-
-def warn_of_batch_statistics(model: nn.Module) -> None:
-    """Warns where a model normalises by its batch's statistics in training and by others at inference."""
-    if norm_layers(model):
-        logger.warning(
-            f"{type(model).__name__} has batch-norm layers that hold statistics, and freeze_norm is off: what the "
-            "pairs teach under the running statistics may not reach the task forward, which uses its batch's. Set "
-            "freeze_norm=True when fine-tuning a pretrained network."
-        )
 
 
 def pair_measures(
@@ -182,6 +163,7 @@ def pair_backward(
     *,
     weight: float = 1.0,
     chunk_size: int | None = None,
+    floor: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the gradient of `weight` · distance of a pair batch to the parameters' gradients.
@@ -202,6 +184,7 @@ def pair_backward(
         accelerator: the processes.
         weight: of this pair set among several.
         chunk_size: pairs whose graph is held at a time; by default all.
+        floor: a divergence up to which there is no gradient; by default there is always one.
         **settings: see [`pair_measures`].
 
     Returns:
@@ -217,13 +200,16 @@ def pair_backward(
             distance, divergence = pair_measures(head, logits, z, accelerator, **settings)
             if not distance.requires_grad:
                 raise ValueError(NOTHING_TO_CORRECT)
-            accelerator.backward(weight * distance)
+            if floor is None or divergence > floor:
+                accelerator.backward(weight * distance)
         return distance.detach(), divergence, logits.detach()
     with torch.no_grad(), inference(model):
         chunks = _chunks_of_pairs(batch, chunk_size)
         parts = [[value.chunk(2) for value in forward(model, chunk)] for chunk in chunks]
     logits, z = (torch.cat([part[i][side] for side in (0, 1) for part in parts]) for i in (0, 1))
     distance, divergence = pair_measures(head, logits, z.requires_grad_(), accelerator, **settings)
+    if floor is not None and not divergence > floor:
+        return distance.detach(), divergence, logits
     accelerator.backward(weight * distance)
     for chunk in _chunks_of_pairs({**batch, GRADIENT: z.grad}, chunk_size):
         gradient = chunk.pop(GRADIENT)
@@ -259,6 +245,61 @@ def pair_gradients(model: nn.Module, accelerator: Accelerator) -> Iterator[None]
     finally:
         if waiting:
             model.set_requires_gradient_sync(False)
+
+
+def penalty_backward(
+    forward: PairForward,
+    head: ClassifierHead,
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    accelerator: Accelerator,
+    *,
+    kind: PairObjective,
+    problem_type: ProblemType,
+    weight: float = 1.0,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds the gradient of `weight` · a penalty on a pair batch to the parameters' gradients.
+
+    A penalty is a mean over pairs, so that chunks need no second forward. The forward is the inference forward, as in
+    [`pair_backward`].
+
+    Args:
+        forward: as in [`pair_backward`], and so the next four.
+        head: the head.
+        model: the model.
+        batch: inputs of its forward.
+        accelerator: the processes.
+        kind: see `objectives.pair_penalty`; for `"augmentation"` the batch holds `labels`.
+        problem_type: see `guidance.invariance_divergence`.
+        weight: factor of the penalty.
+        chunk_size: pairs whose graph is held at a time; by default all.
+
+    Returns:
+        penalty and divergence, of the pairs of all processes, detached scalars, and this process's logits, shape
+        (2P, C), detached, chunk by chunk.
+
+    Raises:
+        ValueError: the penalty depends on no trainable parameter.
+    """
+    pairs = len(next(iter(batch.values()))) // 2
+    parts, outputs = [], []
+    for chunk in _chunks_of_pairs(batch, chunk_size or pairs):
+        labels = chunk.pop("labels", None)
+        share = len(next(iter(chunk.values()))) / (2 * pairs)
+        with inference(model):
+            logits, z = forward(model, chunk)
+            penalty = pair_penalty(kind, logits, z, head.weight, problem_type=problem_type, labels=labels)
+            if not penalty.requires_grad:
+                raise ValueError("the penalty depends on no trainable parameter: unfreeze the head or network.")
+            accelerator.backward(weight * share * penalty)
+        divergence = invariance_divergence(*logits.detach().chunk(2), problem_type=problem_type)
+        parts.append(share * torch.stack([penalty.detach(), divergence.to(penalty.dtype)]))
+        outputs.append(logits.detach())
+    measures = torch.stack(parts).sum(0)
+    if accelerator.num_processes > 1:
+        measures = accelerator.reduce(measures, "mean")
+    return *measures, torch.cat(outputs)
 
 
 def _chunks_of_pairs(batch: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
@@ -350,50 +391,3 @@ def _without_weight_decay(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for group, decay in zip(groups, decays, strict=True):
             group["weight_decay"] = decay
-
-
-def find_problem_type(model: nn.Module, labels: Tensor | None) -> ProblemType:
-    """The model's problem type, inferred as transformers' loss infers it where the config names none.
-
-    Args:
-        model: a classifier with a transformers config.
-        labels: a batch of its labels, any shape; floating point ones make it multi-label.
-    """
-    config = getattr(model, "config", None)
-    named = getattr(config, "problem_type", None)
-    if named is not None:
-        return named
-    if getattr(config, "num_labels", None) == 1:
-        return "regression"
-    floating = labels is not None and labels.is_floating_point()
-    return "multi_label_classification" if floating else "single_label_classification"
-
-
-def classification_loss(
-    model: nn.Module,
-    outputs: Any,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    *,
-    smoothing: float = 0.0,
-) -> Tensor:
-    """The loss of a model whose forward takes no labels, as transformers' classifiers compute theirs.
-
-    Args:
-        model: the model, whose config may name a problem type.
-        outputs: what its forward returned.
-        labels: shape (N,), class indices (-100 is ignored); (N, C) for multi-label; (N,) or (N, C) for regression.
-        num_items_in_batch: number of labels that the loss is divided by; by default those of this batch.
-        smoothing: label smoothing, in [0, 1).
-
-    Returns:
-        A scalar: cross entropy, binary cross entropy or squared error by the problem type.
-    """
-    logits, kind = logits_of(outputs), find_problem_type(model, labels)
-    if kind == "single_label_classification":
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    elif kind == "multi_label_classification":
-        total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
-    else:
-        total = F.mse_loss(logits, labels.view_as(logits).to(logits.dtype), reduction="sum")
-    return total / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -247,7 +247,7 @@ class GroupMetrics:
         self.settings: dict[str, Any] = {}
         if train_dataset is None:
             return
-        counts = _train_counts(train_dataset)
+        counts = training_group_counts(train_dataset)
         self.settings = {f"{column}_names": _names(train_dataset, column) for column in ("label", "attribute")}
         self.settings["train_group_counts"] = counts
         self.settings["num_attributes"] = None if counts is None else counts.shape[1]
@@ -327,8 +327,16 @@ class GroupErrors:
         return metrics | {f"group_n/{name}": float(len(values)) for name, values in groups.items()}
 
 
-def _train_counts(dataset: datasets.Dataset) -> np.ndarray | None:
-    """Rows per group, shape (num_labels, num_attributes); None without attributes."""
+def training_group_counts(dataset: datasets.Dataset) -> np.ndarray | None:
+    """Rows per group of a training set with columns `label` (-100 is ignored) and `attribute`.
+
+    Returns:
+        float64, shape (num_labels, num_attributes); `None` without a column `attribute`.
+
+    Raises:
+        ValueError: the set is no `datasets.Dataset` with a column `label`, has no labelled row, or a value is out of
+            the range of its ClassLabel.
+    """
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
         found = dataset.column_names if isinstance(dataset, datasets.Dataset) else type(dataset).__name__
         raise ValueError(f"train_dataset must be a datasets.Dataset with a column 'label', but is {found}.")

@@ -19,6 +19,36 @@ logger = logging.get_logger(__name__)
 CONSTANT_SPREAD = 1e-3
 
 
+def restored(kind: type, callbacks: list[TrainerCallback], state: TrainerState) -> tuple[Any, bool]:
+    """The trainer's callback of a kind, as the checkpoint that `state` comes from left it, or anew.
+
+    Returns:
+        The callback, and whether a run goes on whose checkpoint has nothing of it.
+    """
+    # Trainer may have replaced the callback by a restored copy, and a checkpoint of another trainer has no entry
+    callback = next(callback for callback in callbacks if isinstance(callback, kind))
+    saved = state.stateful_callbacks.get(kind.__name__) if state.global_step else None
+    lost = bool(state.global_step and not (saved or {}).get("attributes"))
+    callback.restore(None if lost else saved)
+    state.stateful_callbacks[kind.__name__] = callback.state()
+    return callback, lost
+
+
+class GroupShares(TrainerCallback, ExportableState):
+    """GroupDRO's group weights q, as plain numbers in `trainer_state.json`; none before the first step."""
+
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        """As `PairProgress.state`."""
+        return {"args": {}, "attributes": {"shares": list(self.shares)}}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Goes on from what `state()` gave, or from nothing."""
+        self.shares = list(state["attributes"]["shares"]) if state else []
+
+
 class PairProgress(TrainerCallback, ExportableState):
     """Sums of the guidance metrics since the last log line, and the place reached in each pair set.
 
@@ -33,18 +63,15 @@ class PairProgress(TrainerCallback, ExportableState):
         self.skipped = 0
         self.peak_spread = 0.0
         self.warned = False
+        self.wait = 0  # optimizer steps until the pairs are looked at again
+        self.held: dict[str, Tensor | float] = {}  # what was measured when they were last
 
     @classmethod
     def resumed(cls, callbacks: list[TrainerCallback], state: TrainerState) -> PairProgress:
         """The trainer's instance among its callbacks, as the checkpoint that `state` comes from left it, or anew."""
-        # Trainer may have replaced the callback by a restored copy, and a checkpoint of another trainer has no entry
-        progress = next(callback for callback in callbacks if isinstance(callback, cls))
-        saved = state.stateful_callbacks.get(cls.__name__) if state.global_step else None
-        if state.global_step and not (saved or {}).get("attributes"):
+        progress, lost = restored(cls, callbacks, state)
+        if lost:
             logger.warning("The checkpoint holds no position in the pairs: they are drawn from the start.")
-            saved = None
-        progress.restore(saved)
-        state.stateful_callbacks[cls.__name__] = progress.state()
         return progress
 
     def state(self) -> dict[str, Any]:
@@ -56,6 +83,8 @@ class PairProgress(TrainerCallback, ExportableState):
             "skipped": self.skipped,
             "peak_spread": self.peak_spread,
             "warned": self.warned,
+            "wait": self.wait,
+            "held": {name: float(value) for name, value in self.held.items()},
         }
         return {"args": {}, "attributes": attributes}
 
@@ -64,6 +93,24 @@ class PairProgress(TrainerCallback, ExportableState):
         attributes = (state or PairProgress().state())["attributes"]
         for name, value in attributes.items():
             setattr(self, name, value)
+
+    def is_due(self) -> bool:
+        """Whether the pairs are to be looked at in this optimizer step; counts down to that."""
+        self.wait = max(0, self.wait - 1) if self.held else 0
+        return self.wait == 0
+
+    def hold(self, metrics: dict[str, Tensor], interval: int, schedule: str) -> None:
+        """Keeps what was measured for the steps until the pairs are looked at again.
+
+        Args:
+            metrics: of the step (detached scalars), with `violated`.
+            interval: optimizer steps from one look to the next.
+            schedule: `"always"`, or `"violated"`: the next look is at the next step while the pairs disagree.
+        """
+        if interval > 1:
+            self.held, self.wait = metrics, interval
+            if schedule == "violated" and metrics["violated"]:
+                self.wait = 1
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds the metrics of one optimizer step (detached scalars)."""

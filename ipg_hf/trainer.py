@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,15 +22,19 @@ from transformers.utils import logging
 from . import correction
 from .checkpoints import SaveAtStepEnd, newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
-from .guidance import ProblemType, loss_gradient_scale
+from .guidance import ProblemType
+from .guided import GuidedStep, pair_settings
 from .heads import ClassifierHead, CompiledRun, find_head
-from .models import check_all_loaded, forward_inputs, takes_labels
+from .models import check_all_loaded, forward_inputs, norm_layers, takes_labels, warn_of_batch_statistics
+from .objectives import classification_loss, find_problem_type
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set, check_pair_stream, named_sets, title_of
-from .pairs.loader import PairCollator, PairLoader, loader_of
+from .pairs.loader import PairCollator, PairLoader, is_stream, loader_of
 from .pairs.transforms import as_model_inputs
-from .progress import PairProgress, RowEpochs, output_spread
+from .progress import GroupShares, PairProgress, RowEpochs, restored
 from .publish import PublishingTrainer
+from .task import COLUMN, TaskObjective
+from .trial import logits_of
 
 logger = logging.get_logger(__name__)
 
@@ -108,6 +111,7 @@ class IPGTrainer(PublishingTrainer):
         self.head_path = head
         self._resumed_from: str | None = None
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
+        self._task_state = None  # likewise of the objective's group weights
         self._pair_loaders: dict[str, PairLoader | AdversarialLoader] = {}
         self._at_end = ExitStack()
 
@@ -125,19 +129,29 @@ class IPGTrainer(PublishingTrainer):
         for name, dataset in named_sets(eval_dataset).items():
             check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
+        self._row_columns = [ATTRIBUTE, *({COLUMN.get(args.objective, ATTRIBUTE)} - {ATTRIBUTE})]
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
         if self._computes_loss:
             # of the model that is trained then: model_init makes others
-            self.compute_loss_func = lambda *outputs_and_labels, **kwargs: correction.classification_loss(
+            self.compute_loss_func = lambda *outputs_and_labels, **kwargs: classification_loss(
                 self.model, *outputs_and_labels, **kwargs, smoothing=args.label_smoothing_factor
             )
             self.label_names = self.label_names or ["labels"]
+        self._task: TaskObjective | None = None
+        if args.objective != "erm":
+            if self.compute_loss_func is not None and not self._computes_loss:
+                raise ValueError(f"objective={args.objective!r} computes the loss: leave compute_loss_func out.")
+            self._task = TaskObjective(args, self.model, train_dataset)
+            self.add_callback(GroupShares())
+            self.model_accepts_loss_kwargs = True  # its loss is that of the whole step: nothing more is to be divided
         if self.pair_datasets:
             self._prepare_guidance()
 
     def _prepare_guidance(self) -> None:
         correction.check_launcher(self.accelerator, self.args.n_gpu, self.is_model_parallel)
+        labels = self.args.pair_objective == "augmentation"
+        self._with_labels = PairCollator(self._inputs, self._inputs[0], labels=labels)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
             title = title_of("pair_dataset", name)
@@ -150,7 +164,9 @@ class IPGTrainer(PublishingTrainer):
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
         if not self.args.freeze_norm:
-            correction.warn_of_batch_statistics(self.model)
+            warn_of_batch_statistics(self.model)
+            if self._with_labels.labels and not is_stream(dataset):
+                self._with_labels([dataset[0]])
         self.head = self._proven_head(next(iter(self.pair_datasets.values())))
         self.progress = PairProgress()
         self.add_callback(self.progress)
@@ -167,7 +183,7 @@ class IPGTrainer(PublishingTrainer):
             return dataset
         draws = {"random_flip": self.args.random_flip, "random_crop_scale": self.args.random_crop_scale}
         draws = draws if is_training else {}
-        main_input, keep = self._pair_collator.main_input, ("label", "labels", "label_ids", ATTRIBUTE)
+        main_input, keep = self._pair_collator.main_input, ("label", "labels", "label_ids", *self._row_columns)
         return as_model_inputs(dataset, self.processing_class, main_input, keep=keep, **draws, seed=seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
@@ -176,24 +192,19 @@ class IPGTrainer(PublishingTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if ATTRIBUTE not in self._signature_columns:
-            self._signature_columns.append(ATTRIBUTE)
+        self._signature_columns += [name for name in self._row_columns if name not in self._signature_columns]
 
-    def _pair_loader(self, name: str, module: nn.Module) -> PairLoader | AdversarialLoader:
-        loader = loader_of(self.args, self.pair_datasets[name], self._pair_collator, name)
+    def _pair_loader(self, name: str, module: nn.Module, problem_type: ProblemType) -> PairLoader | AdversarialLoader:
+        loader = loader_of(self.args, self.pair_datasets[name], self._with_labels, name)
         self._at_end.callback(loader.close)
         loader.position = self.progress.positions.get(name, 0)
         if not isinstance(loader.dataset, Twins):
             return loader
-        search = partial(search_partners, self.head.run, module, problem_type=self._measures["problem_type"])
+        search = partial(search_partners, self.head.run, module, problem_type=problem_type)
         searching = AdversarialLoader(loader, search, self, chunk_size=self.args.pair_chunk_size)
         if self._resumed_from:
             searching.load(self._resumed_from, name)
         return searching
-
-    def _settings(self, problem_type: ProblemType) -> dict[str, Any]:
-        args = self.args
-        return {"reduction": args.rationale_reduction, "norm": args.rationale_norm, "problem_type": problem_type}
 
     def _proven_head(self, dataset: Any) -> ClassifierHead:
         # by a loader: random transforms must not draw from the global generators, whose state a resume restores
@@ -228,99 +239,58 @@ class IPGTrainer(PublishingTrainer):
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self._guided_state = None
+            self._guided_state = self._task_state = None
             self._at_end.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `Trainer.training_step`; the corrective update comes before the first micro-batch of an optimizer step,
         the scaling of the loss gradient after the last."""
-        if not self.pair_datasets:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if self._guided_state is not self.state:
-            self._begin_guidance(model, inputs)
-        if self._correction is None:
-            self._correction = self._correct(model)
+        if self.pair_datasets:
+            if self._guided_state is not self.state:
+                self._begin_guidance(model, inputs)
+            self._guided_step.begin(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._scale_loss_gradient(model)
+            if self.pair_datasets:
+                self._guided_step.end(model)
+            if self._task is not None:
+                self._task.end_step(self.accelerator)
         return loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """As `Trainer.get_batch_samples`; an objective over groups counts the step's rows of each."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self._task is not None and batches:
+            if self._task_state is not self.state:
+                self._task.shares = restored(GroupShares, self.callback_handler.callbacks, self.state)[0]
+                self._task_state = self.state
+            self._task.begin_step(batches, self.accelerator)
+        return batches, count
 
     def _begin_guidance(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
-        self._measures = {"chunk_size": self.args.pair_chunk_size}
-        self._measures |= self._settings(correction.find_problem_type(self.model, inputs.get("labels")))
+        problem_type = find_problem_type(self.model, inputs.get("labels"))
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._pair_loaders = {name: self._pair_loader(name, module) for name in self.pair_datasets}
-        self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
-        self._correction: dict[str, Tensor] | None = None
+        self._pair_loaders = {name: self._pair_loader(name, module, problem_type) for name in self.pair_datasets}
         compiler = self.accelerator.state.dynamo_plugin
-        self._pair_forward: Callable[..., tuple[Tensor, Tensor]] = self.head.run
+        forward: Callable[..., tuple[Tensor, Tensor]] = self.head.run
         if compiler.backend != DynamoBackend.NO:
-            self._pair_forward = CompiledRun(self.head, **compiler.to_kwargs())
-            self._at_end.callback(self._pair_forward.close)
+            forward = CompiledRun(self.head, **compiler.to_kwargs())
+            self._at_end.callback(forward.close)
+        self._guided_step = GuidedStep(self, forward, self._pair_loaders, problem_type)
         self._guided_state = self.state
-
-    def _correct(self, model: nn.Module) -> dict[str, Tensor]:
-        """Steps 1 and 2 of the method: θ ← σ(θ, η, ∇d). Returns the step's metrics, none where it is skipped."""
-        module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        weight = 1.0 if self.args.pair_combination == "sum" else 1 / len(self._pair_loaders)
-        metrics: dict[str, Tensor] = {}
-        distances, divergences, spreads = [], [], []
-        with correction.pair_gradients(module, self.accelerator):
-            for name, loader in self._pair_loaders.items():
-                batch = self._prepare_inputs(next(loader))
-                self.progress.positions[name] = loader.position
-                with self.compute_loss_context_manager():
-                    distance, divergence, logits = correction.pair_backward(
-                        self._pair_forward, self.head, module, batch, self.accelerator, weight=weight, **self._measures
-                    )
-                distances.append(weight * distance)
-                divergences.append(divergence)
-                spreads.append(output_spread(logits))
-                parts = {"distance": distance, "divergence": divergence} if name else {}
-                parts |= {key: torch.tensor(value) for key, value in loader.cost.items()}
-                metrics |= {f"{name}/{key}" if name else key: value for key, value in parts.items()}
-        metrics["distance"] = torch.stack(distances).sum()
-        metrics["divergence"] = torch.stack(divergences).max()
-        if self._measures["problem_type"] == "single_label_classification":
-            metrics["spread"] = torch.stack(spreads).max()
-        norm = correction.corrective_update(
-            module, self.optimizer, self.accelerator, self.args.max_grad_norm, self._own_state
-        )
-        if torch.isfinite(norm):
-            return metrics | {"corrective_grad_norm": norm}
-        self.progress.skipped += 1
-        return {}
-
-    def _scale_loss_gradient(self, model: nn.Module) -> None:
-        """Step 4 of the method, once an optimizer step, on the accumulated gradient."""
-        metrics, self._correction = self._correction, None
-        if not metrics:
-            correction.skip_update(model, self.accelerator)
-            return
-        metrics["loss_grad_norm"] = correction.gradient_norm(model) / correction.loss_scale_of(self.accelerator)
-        if self.accelerator.scaler is not None and not torch.isfinite(metrics["loss_grad_norm"]):
-            self.progress.skipped += 1  # the scaler will see it too, and leave the second update out
-            return
-        metrics["loss_scale"] = loss_gradient_scale(
-            metrics["corrective_grad_norm"],
-            metrics["loss_grad_norm"],
-            metrics["divergence"],
-            alpha=self.args.alpha,
-            threshold=self.args.invariance_threshold,
-        )
-        correction.scale_gradients(model, metrics["loss_scale"])
-        metrics["violated"] = (metrics["divergence"] > self.args.invariance_threshold).float()
-        self.progress.add(metrics)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`, without the `attribute` column; with pairs, exact under accumulation (R6)."""
-        if ATTRIBUTE not in self._inputs:
-            inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
+        given, inputs = inputs, self._of_the_model(inputs)
         if self.args.freeze_norm and model.training:
-            for module in correction.norm_layers(self.model):
+            for module in norm_layers(self.model):
                 module.eval()
+        if self._task is not None and model.training:
+            outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            loss = self._task.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)
+            return (loss, outputs) if return_outputs else loss
         if not self.pair_datasets or self.compute_loss_func is not None or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
@@ -331,12 +301,15 @@ class IPGTrainer(PublishingTrainer):
             loss = loss * (count / num_items_in_batch * processes)
         return (loss, outputs) if return_outputs else loss
 
+    def _of_the_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name in self._inputs or name not in self._row_columns}
+
     # ---- Evaluation ----
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As `Trainer.prediction_step`; with an `attribute` column the labels are (labels, attributes)."""
         attributes = inputs.get(ATTRIBUTE)
-        inputs = {name: value for name, value in inputs.items() if name != ATTRIBUTE}
+        inputs = self._of_the_model(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         logits = logits[0] if self._computes_loss and isinstance(logits, tuple) else logits
         if attributes is not None and labels is not None:
@@ -359,7 +332,7 @@ class IPGTrainer(PublishingTrainer):
         check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
         own = torch.Generator()  # measuring during training must not draw from the global one
         batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=own)
-        head, settings = self._proven_head(dataset), self._settings(correction.find_problem_type(self.model, None))
+        head, settings = self._proven_head(dataset), pair_settings(self.args, find_problem_type(self.model, None))
         with self.compute_loss_context_manager():
             measured = correction.evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
         return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}

@@ -150,3 +150,6 @@ if __name__ == "__main__":
         target = Path(sys.argv[1]) / name
         target.mkdir(parents=True, exist_ok=True)
         train(str(target), name)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # left to the interpreter's end, gloo's threads may abort the process

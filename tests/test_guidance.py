@@ -194,7 +194,8 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_spectral_value_of_hard_spectra(spectrum, shape):
     weight = with_singular_values(*shape, SPECTRA[spectrum](min(shape)))
-    assert relative_error(weight, torch.ones(shape[1])) < 1e-6
+    # float32 sums of 300 products, which processors order differently: 16 units in the last place
+    assert relative_error(weight, torch.ones(shape[1])) < 2e-6
 
 
 def test_rows_that_converge_early_keep_their_value_while_others_go_on():

@@ -25,14 +25,16 @@ class PairCollator:
     Args:
         input_names: the names that the model's forward accepts; `<name>_a` and `<name>_b` of a row become `<name>`.
         main_input: the input that every row must have.
+        labels: whether a batch holds `labels` too, of both halves, from the rows' column `label`.
 
     A call takes n rows and returns `{name: tensor (2n, ...)}`. ValueError: the columns are missing, the sides differ in
     shape or dtype, or a value is NaN or infinite.
     """
 
-    def __init__(self, input_names: Collection[str], main_input: str = "pixel_values"):
+    def __init__(self, input_names: Collection[str], main_input: str = "pixel_values", *, labels: bool = False):
         self.input_names = frozenset(input_names)
         self.main_input = main_input
+        self.labels = labels
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = {}
@@ -58,6 +60,12 @@ class PairCollator:
                     f"the pair set has NaN or infinite values in {name!r}, row {number} of the batch"
                     f"{source_of(rows[number])}. Remove or mend that row."
                 )
+        if self.labels:
+            if any("label" not in row for row in rows):
+                raise ValueError(
+                    f"the pairs need a column 'label' where their sides' loss is minimised, but have {sorted(rows[0])}."
+                )
+            batch["labels"] = torch.stack([torch.as_tensor(row["label"]) for row in rows] * 2)
         return batch
 
     def names(self, row: Mapping[str, Any]) -> list[str]:
