@@ -74,10 +74,12 @@ class GuidedStep:
         if self.accelerator.scaler is not None and not torch.isfinite(metrics["loss_grad_norm"]):
             self.progress.skipped += 1  # the scaler will see it too, and leave the second update out
             return
+        # what a checkpoint held comes in float64
+        metrics = {name: value.to(metrics["loss_grad_norm"]) for name, value in metrics.items()}
         metrics["loss_scale"] = loss_gradient_scale(
-            torch.as_tensor(metrics["corrective_grad_norm"]),
+            metrics["corrective_grad_norm"],
             metrics["loss_grad_norm"],
-            torch.as_tensor(metrics["divergence"]),
+            metrics["divergence"],
             alpha=self.args.alpha,
             threshold=self.args.invariance_threshold,
         )

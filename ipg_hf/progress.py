@@ -64,7 +64,7 @@ class PairProgress(TrainerCallback, ExportableState):
         self.peak_spread = 0.0
         self.warned = False
         self.wait = 0  # optimizer steps until the pairs are looked at again
-        self.held: dict[str, Tensor | float] = {}  # what was measured when they were last
+        self.held: dict[str, Tensor] = {}  # what was measured when they were last
 
     @classmethod
     def resumed(cls, callbacks: list[TrainerCallback], state: TrainerState) -> PairProgress:
@@ -93,6 +93,7 @@ class PairProgress(TrainerCallback, ExportableState):
         attributes = (state or PairProgress().state())["attributes"]
         for name, value in attributes.items():
             setattr(self, name, value)
+        self.held = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.held.items()}
 
     def is_due(self) -> bool:
         """Whether the pairs are to be looked at in this optimizer step; counts down to that."""
@@ -108,7 +109,7 @@ class PairProgress(TrainerCallback, ExportableState):
             schedule: `"always"`, or `"violated"`: the next look is at the next step while the pairs disagree.
         """
         if interval > 1:
-            self.held, self.wait = metrics, interval
+            self.held, self.wait = dict(metrics), interval
             if schedule == "violated" and metrics["violated"]:
                 self.wait = 1
 

@@ -3,6 +3,8 @@
 
 import inspect
 
+import datasets
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -134,6 +136,25 @@ def rows(n, num_labels=2, seed=0, dtype=torch.float32, attribute=False):
         }
         for i in range(n)
     ]
+
+
+def grouped(n=24, attribute="attribute", seed=0):
+    """Labels alternate; the attribute is the label in three rows of four."""
+    images_of = rows(n, dtype=torch.float64, seed=seed)
+    extra = [(i % 2) ^ (i % 4 == 3 or i % 8 == 4) for i in range(n)]
+    table = {"pixel_values": [row["pixel_values"].tolist() for row in images_of], "label": [i % 2 for i in range(n)]}
+    features = datasets.Features(
+        {
+            "pixel_values": datasets.Array3D((3, SIZE, SIZE), "float64"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            attribute: datasets.Value("int64"),
+        }
+    )
+    stored = datasets.Dataset.from_dict(table | {attribute: extra}, features=features)
+    # the format "torch" would make float32 of the pixels
+    return stored.with_transform(
+        lambda batch: {name: torch.tensor(np.asarray(values)) for name, values in batch.items()}
+    )
 
 
 def pairs(n, seed=1, dtype=torch.float32, same=False):
