@@ -25,7 +25,7 @@ from .audit import audit, named_models
 from .audit_page import audit_table, check_folder, write_report
 from .checkpoints import newest_checkpoint
 from .config import IPGConfig
-from .data import ABOUT, Benchmark
+from .data import ABOUT, Benchmark, describe
 from .metrics import GroupErrors, GroupMetrics
 from .model_card import model_card
 from .models import load_image_classifier
@@ -188,7 +188,7 @@ def _train_one(
         "commit": commit,
         "hardware": report.hardware(),
         "base_model": hub_id(recipe.model_name_or_path),
-        "about": {**asdict(ABOUT[recipe.dataset]), **recipe.about},
+        "about": {**asdict(describe(recipe.dataset, recipe.dataset_options)), **recipe.about},
         "data": data_facts(trainer),
     }
     trainer.save_whole()

@@ -15,7 +15,7 @@ from dataclasses import asdict
 import yaml
 from table import FOLDER, records
 
-from ipg_hf.data import ABOUT
+from ipg_hf.data import describe
 from ipg_hf.model_card import model_card
 from ipg_hf.record import hub_id
 
@@ -24,7 +24,8 @@ CARDS = FOLDER.parent / "model_cards"
 
 def completed(record, recipe):
     """A record with what the recipe says of the data and of the model it starts from."""
-    about = {**asdict(ABOUT[record["config"]["dataset"]]), **recipe.get("about", {})}
+    known = describe(record["config"]["dataset"], record["config"].get("dataset_options"))
+    about = {**asdict(known), **recipe.get("about", {})}
     base = recipe.get("model_name_or_path")  # the record's may be a copy of it on the machine that ran it
     config = {**record["config"], **({"model_name_or_path": base} if base else {})}
     return {"about": about, "base_model": hub_id(base), **record, "config": config}

@@ -3,17 +3,23 @@
 
 from collections.abc import Callable
 
-from .about import ABOUT, About
+from .about import ABOUT, About, describe
+from .celeba import load_celeba
 from .colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification, load_colored_mnist
 from .digit_variants import load_marked_digits, load_stroke_mass
 from .digits import Benchmark, load_digits
 from .files import load_files
+from .scenes import load_scenes
+from .waterbirds import load_waterbirds
 
 LOADERS: dict[str, Callable[..., Benchmark]] = {
     "digits": load_digits,
     "marked_digits": load_marked_digits,
     "stroke_mass": load_stroke_mass,
     "colored_mnist": load_colored_mnist,
+    "waterbirds": load_waterbirds,
+    "celeba": load_celeba,
+    "scenes": load_scenes,
     "files": load_files,
 }
 
@@ -24,9 +30,13 @@ __all__ = [
     "Benchmark",
     "ColoredMnistMLPConfig",
     "ColoredMnistMLPForImageClassification",
+    "describe",
+    "load_celeba",
     "load_colored_mnist",
     "load_digits",
     "load_files",
     "load_marked_digits",
+    "load_scenes",
     "load_stroke_mass",
+    "load_waterbirds",
 ]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,37 @@ ABOUT = {
         source="MNIST (LeCun, Cortes, Burges), coloured as in arXiv 1907.02893",
         hub_set="ylecun/mnist",
     ),
+    "waterbirds": About(
+        title="Waterbirds",
+        attribute="the place behind a bird",
+        shortcut="The place goes with the kind of bird in 95 % of the training images; validation and test have each "
+        "kind half on land, half on water.",
+        pairs="the bird of one training image, by its mask, on land (side a) and on water (side b)",
+        num_pairs=300,
+        license="non-commercial research and education only",
+        source="Waterbirds (Sagawa et al., arXiv 1911.08731), of CUB-200-2011 and Places",
+        hub_set="grodino/waterbirds",
+    ),
+    "celeba": About(
+        title="CelebA, blond hair",
+        attribute="whether a person is labelled male",
+        shortcut="Blond men are few, 1,387 of 162,770 training images; the test set has about the same shares.",
+        pairs=None,
+        num_pairs=None,
+        license="non-commercial research only",
+        source="CelebA (Liu et al., ICCV 2015), labels as in arXiv 1911.08731",
+        hub_set="flwrlabs/celeba",
+    ),
+    "scenes": About(
+        title="Scenes, birds cut from photographs on land or on water",
+        attribute="the place behind a bird",
+        shortcut="The place goes with the kind of bird in 95 % of the training images; validation and test are "
+        "balanced by group.",
+        pairs="the bird of one training image on land (side a) and on water (side b)",
+        num_pairs=960,
+        license="not for redistribution",
+        source="CUB-200-2011 (research and education only) and Intel image classification, composed by masks",
+    ),
     "files": About(
         title="A folder of image files",
         attribute=None,
@@ -83,3 +116,53 @@ ABOUT = {
         source="a folder of the user's own",
     ),
 }
+
+ALL_ALIGNED = "The place goes with the kind of bird in every training image; validation and test are balanced by place."
+FASHION = "Fashion-MNIST (Zalando Research)"
+# benchmark, options of its loader, what is different with them; all that apply, in this order
+VARIANTS: tuple[tuple[str, dict[str, str], dict[str, Any]], ...] = (
+    (
+        "colored_mnist",
+        {"protocol": "domainbed"},
+        {
+            "title": "ColoredMNIST, protocol of DomainBed",
+            "source": "MNIST (LeCun, Cortes, Burges), coloured as in DomainBed (arXiv 2007.01434)",
+        },
+    ),
+    (
+        "colored_mnist",
+        {"images": "fashion_mnist"},
+        {
+            "title": "Coloured Fashion-MNIST, protocol of IRM",
+            "attribute": "the colour of a garment",
+            "pairs": "one training image in red (side a) and in green (side b)",
+            "license": "MIT",
+            "source": f"{FASHION}, coloured as MNIST is in arXiv 1907.02893",
+            "hub_set": "zalando-datasets/fashion_mnist",
+        },
+    ),
+    (
+        "colored_mnist",
+        {"images": "fashion_mnist", "protocol": "domainbed"},
+        {
+            "title": "Coloured Fashion-MNIST, protocol of DomainBed",
+            "source": f"{FASHION}, coloured as MNIST is in DomainBed (arXiv 2007.01434)",
+        },
+    ),
+    ("waterbirds", {"correlation": "100"}, {"title": "Waterbirds without minority groups", "shortcut": ALL_ALIGNED}),
+    ("scenes", {"correlation": "100"}, {"shortcut": ALL_ALIGNED}),
+)
+
+
+def describe(dataset: str, options: Mapping[str, Any] | None = None) -> About:
+    """What is known of a benchmark loaded with certain options.
+
+    Args:
+        dataset: its name in `ABOUT`.
+        options: of its loader.
+    """
+    about = ABOUT[dataset]
+    for name, given, changes in VARIANTS:
+        if name == dataset and all(str((options or {}).get(key)) == value for key, value in given.items()):
+            about = replace(about, **changes)
+    return about

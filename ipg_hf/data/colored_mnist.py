@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ColoredMNIST by the protocol of IRM, and the multi-layer perceptron that goes with it.
+"""ColoredMNIST by the protocols of IRM and of DomainBed, of MNIST or Fashion-MNIST, and IRM's perceptron.
 
-Source: Arjovsky et al., "Invariant Risk Minimization", arXiv 1907.02893, and its code. Numbers of other protocols
-(DomainBed's, say) do not compare with those of this one.
+Sources: Arjovsky et al., "Invariant Risk Minimization", arXiv 1907.02893, and its code; Gulrajani and Lopez-Paz, "In
+Search of Lost Domain Generalization", arXiv 2007.01434, and its code (`domainbed/datasets.py`, `scripts/train.py`).
+Numbers of one protocol do not compare with those of the other.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -23,142 +25,250 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple, logging
 
 from ..pairs.makers import draw_rows, draw_swap
-from .digits import Benchmark, classification_set, colored_pairs, encode_colored
+from .digits import LABEL, Benchmark, classification_set, colored_pairs, encode_colored
+from .locate import VARIABLE
 
 logger = logging.get_logger(__name__)
+
+Protocol = Literal["irm", "domainbed"]
 
 LABEL_NOISE = 0.25
 TRAIN_FLIPS = (0.2, 0.1)  # the two environments
 VALIDATION_FLIP = 0.5
 TEST_FLIP = 0.9
+DOMAINBED_FLIPS = (0.1, 0.2, 0.9)  # its three environments; the last is the test
+DOMAINBED_HOLDOUT = 0.2
 NUM_PAIRS = 20_000
 
-FILE = "mnist.npz"
-HUB_SET = "ylecun/mnist"
-VARIABLE = "IPG_DATA"
 SHAPES = {"xtr": (28, 28), "ytr": (), "xte": (28, 28), "yte": ()}
 FULL = {"xtr": 60_000, "xte": 10_000}
 
 
-def load_colored_mnist(
-    *, data_dir: str | None = None, seed: int = 0, num_pairs: int | None = None, oriented_pairs: bool = True
-) -> Benchmark:
-    """Makes ColoredMNIST (IRM protocol) of MNIST (LeCun, Cortes and Burges).
-
-    - Image: RGB, 28×28 pixels; the digit in the red or the green channel, the others 0. IRM keeps every second pixel:
-      [`ColoredMnistMLPForImageClassification`] does that.
-    - Label: digit >= 5 (0 "small", 1 "large"), flipped in 25 % of the rows of every split: no classifier that ignores
-      colour can expect more than 0.75. Attribute: 0 "red", 1 "green" = noisy label xor Bernoulli(flip).
-    - Training: the first 50,000 images of MNIST's training file, shuffled and dealt out to two environments (column
-      `environment`) with flip 0.2 (0) and 0.1 (1), merged.
-    - Test: the last 10,000 images of the training file, as in IRM's code, with flip 0.9.
-    - Validation: every second image of MNIST's own test file, 5,000, with flip 0.5, so that the four groups are of like
-      size and the worst of them can choose a checkpoint. This split is ours: the IRM code chooses on the test rows.
-      Here no test row is used for choosing.
-    - Pairs: training images, side a red and side b green, with the noisy label. `source_id` is the number of the image
-      in the training file, or for the test file 60,000 (the size of the former) + its number in that.
-
-    The images are looked for in `data_dir`, or else in the folder that the environment variable IPG_DATA names (a file
-    `mnist.npz` with the uint8 arrays xtr (60000, 28, 28), ytr (60000,), xte (10000, 28, 28), yte (10000,)); where there
-    is no `data_dir` and no such file, the Hub set `ylecun/mnist` is loaded. A file of other sizes is split in the same
-    proportions, with a warning.
+@dataclass(frozen=True)
+class Images:
+    """A set of 70,000 images of 28×28 pixels in ten classes.
 
     Args:
-        data_dir: folder of `mnist.npz`.
+        title: its name.
+        file: name of the file that holds it.
+        hub_set: its id on the Hub.
+        label: names of classes 0 to 4 and of classes 5 to 9.
+    """
+
+    title: str
+    file: str
+    hub_set: str
+    label: datasets.ClassLabel
+
+
+FIVES = datasets.ClassLabel(names=["first_five", "last_five"])
+IMAGES = {
+    "mnist": Images("MNIST", "mnist.npz", "ylecun/mnist", LABEL),
+    "fashion_mnist": Images("Fashion-MNIST", "fashion_mnist.npz", "zalando-datasets/fashion_mnist", FIVES),
+}
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Rows of a protocol's splits, numbers in training file and test file together, and their flips, all 1-d."""
+
+    train: np.ndarray
+    environment: np.ndarray
+    train_flips: np.ndarray
+    validation: np.ndarray
+    validation_flips: np.ndarray
+    test: np.ndarray
+    test_flips: np.ndarray
+
+
+def load_colored_mnist(
+    *,
+    data_dir: str | None = None,
+    seed: int = 0,
+    num_pairs: int | None = None,
+    oriented_pairs: bool = True,
+    images: Literal["mnist", "fashion_mnist"] = "mnist",
+    protocol: Protocol = "irm",
+) -> Benchmark:
+    """Makes ColoredMNIST of MNIST (LeCun, Cortes and Burges; CC BY-SA 3.0) or of Fashion-MNIST (Zalando; MIT).
+
+    - Image: RGB, 28×28 pixels; the digit in the red or the green channel, the others 0. IRM keeps every second pixel:
+      [`ColoredMnistMLPForImageClassification`] does that. DomainBed keeps all.
+    - Label: digit >= 5 (0 "small", 1 "large"; of Fashion-MNIST class >= 5, 0 "first_five", 1 "last_five"), flipped in
+      25 % of the rows of every split: no classifier that ignores colour can expect more than 0.75. Attribute: 0 "red",
+      1 "green" = noisy label xor Bernoulli(flip). Group: 2·label + attribute.
+    - Pairs: training images, side a red and side b green, with the noisy label. `source_id` is the number of the image
+      in the training file, or for the test file 60,000 (the size of the former) + its number in that. Held-out pairs:
+      all images of validation and test in both colours.
+
+    Protocol `"irm"`:
+
+    - Training: the first 50,000 images of the training file, shuffled and dealt out to two environments (column
+      `environment`) with flip 0.2 (0) and 0.1 (1), merged.
+    - Test: the last 10,000 images of the training file, as in IRM's code, with flip 0.9.
+    - Validation: every second image of the test file, 5,000, with flip 0.5, so that the four groups are of like
+      size and the worst of them can choose a checkpoint. This split is ours: the IRM code chooses on the test rows.
+      Here no test row is used for choosing.
+
+    Protocol `"domainbed"`, its ColoredMNIST with the test environment "-90%":
+
+    - All 70,000 images of both files, shuffled and dealt out in turn to three environments with flip 0.1, 0.2 and 0.9.
+    - Training: 80 % of the first two, merged (column `environment`, 0 and 1), 37,335 images.
+    - Validation: the other 20 % of these, 9,332, coloured as in training: DomainBed's training-domain validation set.
+      That the worst group chooses on it is ours (DomainBed takes the mean accuracy); it can, since colour follows the
+      noisy label, so that a group's expected accuracy does not depend on the flip, and the smallest of the four groups
+      has some 700 images. No row of the test environment is used for choosing, as DomainBed's oracle does.
+    - Test: the whole third environment, 23,333 images (DomainBed reports on 80 % of it).
+    - Further differences from DomainBed: its label is 1 for digits below 5 (names alone), its images have two channels,
+      and its random numbers are others.
+
+    The images are looked for in `data_dir`, or else in the folder that the environment variable IPG_DATA names (a file
+    `mnist.npz` or `fashion_mnist.npz` with the uint8 arrays xtr (60000, 28, 28), ytr (60000,), xte (10000, 28, 28), yte
+    (10000,)); where there is no `data_dir` and no such file, the Hub set `ylecun/mnist` or
+    `zalando-datasets/fashion_mnist` is loaded. A file of other sizes is split in the same proportions, with a warning.
+
+    Args:
+        data_dir: folder of the file.
         seed: non-negative; seed of the shuffling, label noise, colours, and of the pairs that are drawn.
-        num_pairs: number of training pairs, 1 to 50,000; `None` is 20,000. Fewer pairs are a subset of more.
+        num_pairs: number of training pairs, 1 to the number of training images; `None` is 20,000. Fewer pairs are a
+            subset of more.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs.
+        images: what is coloured.
+        protocol: how it is split and coloured.
 
     Raises:
         FileNotFoundError: no images are found; the message says how to get them.
-        ValueError: the file is damaged or holds other arrays; more pairs than training images, or fewer than 1.
+        ValueError: an option is unknown; the file is damaged or holds other arrays; more pairs than training images, or
+            fewer than 1.
     """
-    mnist = _find_mnist(data_dir)
-    gray, digits = mnist["xtr"], mnist["ytr"]
-    num_train = len(gray) * 5 // 6
-    available = min(NUM_PAIRS, num_train) if num_pairs is None else num_pairs
-    pair_rows = draw_rows(num_train, available, seed=seed, of="training images")
-    order = np.random.default_rng((seed, 2)).permutation(num_train)
-    environment = np.arange(num_train) % 2
-    labels, colors = _noisy(digits[order], np.take(TRAIN_FLIPS, environment), np.random.default_rng((seed, 3)))
-    images = encode_colored(gray[order], colors)
+    for name, value, known in (("images", images, IMAGES), ("protocol", protocol, get_args(Protocol))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(known)}.")
+    arrays, label = _find(data_dir, IMAGES[images]), IMAGES[images].label
+    dealt = (_deal_irm if protocol == "irm" else _deal_domainbed)(len(arrays["xtr"]), len(arrays["xte"]), seed)
+    gray, digits = (np.concatenate([arrays[f"{kind}tr"], arrays[f"{kind}te"]]) for kind in "xy")
+    available = min(NUM_PAIRS, len(dealt.train)) if num_pairs is None else num_pairs
+    pair_rows = draw_rows(len(dealt.train), available, seed=seed, of="training images")
+    labels, colors = _noisy(digits[dealt.train], dealt.train_flips, np.random.default_rng((seed, 3)))
+    encoded = encode_colored(gray[dealt.train], colors)
     swap = None if oriented_pairs else draw_swap(len(pair_rows), seed)
-    others = encode_colored(gray[order[pair_rows]], 1 - colors[pair_rows])
+    pair_numbers = dealt.train[pair_rows]
+    others = encode_colored(gray[pair_numbers], 1 - colors[pair_rows])
     # of the two sides of a pair, the one in the training image's own colour is encoded already
-    sides = [(images[row], other)[:: 1 - 2 * colors[row]] for row, other in zip(pair_rows, others, strict=True)]
-    validation, validation_pairs = _evaluation_split(
-        mnist["xte"][::2], mnist["yte"][::2], VALIDATION_FLIP, len(gray) + np.arange(0, len(mnist["xte"]), 2), (seed, 4)
-    )
-    test, test_pairs = _evaluation_split(
-        gray[num_train:], digits[num_train:], TEST_FLIP, np.arange(num_train, len(gray)), (seed, 5)
-    )
+    sides = [(encoded[row], other)[:: 1 - 2 * colors[row]] for row, other in zip(pair_rows, others, strict=True)]
+
+    def split(rows: np.ndarray, flips: np.ndarray, stream: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+        return _evaluation_split(gray[rows], digits[rows], flips, rows, (seed, stream), label)
+
+    validation, validation_pairs = split(dealt.validation, dealt.validation_flips, 4)
+    test, test_pairs = split(dealt.test, dealt.test_flips, 5)
     return Benchmark(
-        train=classification_set(images, labels, colors, environment=environment),
+        train=classification_set(encoded, labels, colors, label, environment=dealt.environment),
         validation=validation,
         test=test,
-        pairs=colored_pairs(*zip(*sides, strict=True), labels[pair_rows], order[pair_rows], swap),
+        pairs=colored_pairs(*zip(*sides, strict=True), labels[pair_rows], pair_numbers, swap, label),
         validation_pairs=validation_pairs,
         test_pairs=test_pairs,
     )
 
 
-def _noisy(digits: np.ndarray, flip: np.ndarray | float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _deal_irm(in_train_file: int, in_test_file: int, seed: int) -> Dealt:
+    num_train = in_train_file * 5 // 6
+    environment = np.arange(num_train) % 2
+    validation = in_train_file + np.arange(0, in_test_file, 2)
+    test = np.arange(num_train, in_train_file)
+    return Dealt(
+        train=np.random.default_rng((seed, 2)).permutation(num_train),
+        environment=environment,
+        train_flips=np.take(TRAIN_FLIPS, environment),
+        validation=validation,
+        validation_flips=np.full(len(validation), VALIDATION_FLIP),
+        test=test,
+        test_flips=np.full(len(test), TEST_FLIP),
+    )
+
+
+def _deal_domainbed(in_train_file: int, in_test_file: int, seed: int) -> Dealt:
+    order = np.random.default_rng((seed, 2)).permutation(in_train_file + in_test_file)
+    *training, test = (order[start :: len(DOMAINBED_FLIPS)] for start in range(len(DOMAINBED_FLIPS)))
+    held = [int(len(rows) * DOMAINBED_HOLDOUT) for rows in training]
+    kept = [len(rows) - count for rows, count in zip(training, held, strict=True)]
+    return Dealt(
+        train=np.concatenate([rows[count:] for rows, count in zip(training, held, strict=True)]),
+        environment=np.repeat(np.arange(len(kept)), kept),
+        train_flips=np.repeat(DOMAINBED_FLIPS[:-1], kept),
+        validation=np.concatenate([rows[:count] for rows, count in zip(training, held, strict=True)]),
+        validation_flips=np.repeat(DOMAINBED_FLIPS[:-1], held),
+        test=test,
+        test_flips=np.full(len(test), DOMAINBED_FLIPS[-1]),
+    )
+
+
+def _noisy(digits: np.ndarray, flips: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Noisy labels, and the colours drawn from them (IRM's order: noise first)."""
     labels = (digits >= 5) ^ (rng.random(len(digits)) < LABEL_NOISE)
-    colors = labels ^ (rng.random(len(digits)) < flip)
+    colors = labels ^ (rng.random(len(digits)) < flips)
     return labels.astype(np.int64), colors.astype(np.int64)
 
 
 def _evaluation_split(
-    gray: np.ndarray, digits: np.ndarray, flip: float, source_id: np.ndarray, seed: tuple[int, int]
+    gray: np.ndarray,
+    digits: np.ndarray,
+    flips: np.ndarray,
+    source_id: np.ndarray,
+    seed: tuple[int, int],
+    label: datasets.ClassLabel,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    labels, colors = _noisy(digits, flip, np.random.default_rng(seed))
+    labels, colors = _noisy(digits, flips, np.random.default_rng(seed))
     sides = [encode_colored(gray, np.full(len(gray), color)) for color in range(2)]
     images = [sides[color][row] for row, color in enumerate(colors)]
-    return classification_set(images, labels, colors), colored_pairs(*sides, labels, source_id)
+    pairs = colored_pairs(*sides, labels, source_id, label_feature=label)
+    return classification_set(images, labels, colors, label), pairs
 
 
-def _find_mnist(data_dir: str | None) -> dict[str, np.ndarray]:
+def _find(data_dir: str | None, images: Images) -> dict[str, np.ndarray]:
     """The arrays of `SHAPES`, from the first source that has them."""
     ways = (
-        f"Either put {FILE} (uint8 arrays xtr (60000, 28, 28), ytr (60000,), xte (10000, 28, 28), yte (10000,)) into a "
-        f"folder and name it as data_dir or in the environment variable {VARIABLE}, or let the Hub set {HUB_SET} be "
-        "loaded: connect to the internet and give no data_dir. A benchmark that needs no data: "
+        f"Either put {images.file} (uint8 arrays xtr (60000, 28, 28), ytr (60000,), xte (10000, 28, 28), yte (10000,)) "
+        f"into a folder and name it as data_dir or in the environment variable {VARIABLE}, or let the Hub set "
+        f"{images.hub_set} be loaded: connect to the internet and give no data_dir. A benchmark that needs no data: "
         "recipes/digits/ipg_vit_tiny.yaml."
     )
     folder = data_dir if data_dir is not None else os.environ.get(VARIABLE)
-    if folder and (path := Path(folder) / FILE).is_file():
-        return _read_file(path)
+    if folder and (path := Path(folder) / images.file).is_file():
+        return _read_file(path, images)
     if data_dir is not None:
-        raise FileNotFoundError(f"data_dir={data_dir!r} has no file {FILE}. {ways}")
+        raise FileNotFoundError(f"data_dir={data_dir!r} has no file {images.file}. {ways}")
     try:
-        return _from_hub()
+        return _from_hub(images)
     except Exception as failure:
-        searched = f"{VARIABLE}={folder!r} has no file {FILE}" if folder else f"{VARIABLE} is not set"
-        raise FileNotFoundError(f"MNIST is not found: {searched}, and {HUB_SET}: {failure}. {ways}") from failure
+        searched = f"{VARIABLE}={folder!r} has no file {images.file}" if folder else f"{VARIABLE} is not set"
+        raise FileNotFoundError(
+            f"{images.title} is not found: {searched}, and {images.hub_set}: {failure}. {ways}"
+        ) from failure
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def _read_file(path: Path, images: Images) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         arrays = {name: file[name] for name in SHAPES if name in file} if isinstance(file, np.lib.npyio.NpzFile) else {}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as failure:
         raise ValueError(f"{path} cannot be read, it is damaged or cut off ({failure}). Get it anew.") from failure
-    _check_arrays(arrays, str(path))
+    _check_arrays(arrays, str(path), images)
     return arrays
 
 
-def _from_hub() -> dict[str, np.ndarray]:
-    hub = datasets.load_dataset(HUB_SET)
+def _from_hub(images: Images) -> dict[str, np.ndarray]:
+    hub = datasets.load_dataset(images.hub_set)
     arrays = {}
     for split, suffix in (("train", "tr"), ("test", "te")):
         arrays[f"x{suffix}"] = np.stack([np.asarray(image) for image in hub[split]["image"]])
         arrays[f"y{suffix}"] = np.asarray(hub[split]["label"][:], dtype=np.uint8)
-    _check_arrays(arrays, HUB_SET)
+    _check_arrays(arrays, images.hub_set, images)
     return arrays
 
 
-def _check_arrays(arrays: dict[str, np.ndarray], where: str) -> None:
+def _check_arrays(arrays: dict[str, np.ndarray], where: str, images: Images) -> None:
     missing = [name for name in SHAPES if name not in arrays]
     if missing:
         raise ValueError(f"{where} lacks the arrays {missing}; it must hold {list(SHAPES)}.")
@@ -169,14 +279,14 @@ def _check_arrays(arrays: dict[str, np.ndarray], where: str) -> None:
             wanted = ("N" if name[0] == "x" else rows, *shape)
             raise ValueError(f"{name} of {where} is {array.dtype} {array.shape}, but must be uint8 {wanted}.")
         if name[0] == "y" and array.max(initial=0) > 9:
-            raise ValueError(f"{name} of {where} has the label {array.max()}, but digits are 0 to 9.")
+            raise ValueError(f"{name} of {where} has the label {array.max()}, but classes are 0 to 9.")
         if rows < 12:
             raise ValueError(f"{name} of {where} has {rows} rows, too few to split.")
     sizes = {name: len(arrays[name]) for name in FULL}
     if sizes != FULL:
         logger.warning(
-            f"{where} has {sizes['xtr']} and {sizes['xte']} images instead of MNIST's 60000 and 10000: split in the "
-            "same proportions, but the numbers do not compare with those of ColoredMNIST. Use the whole of MNIST."
+            f"{where} has {sizes['xtr']} and {sizes['xte']} images instead of {images.title}'s 60000 and 10000: "
+            f"split in the same proportions, but the numbers do not compare. Use the whole of {images.title}."
         )
 
 

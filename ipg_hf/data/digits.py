@@ -114,19 +114,24 @@ def encode_colored(gray: np.ndarray, colors: np.ndarray) -> list[bytes]:
 
 
 def classification_set(
-    images: list[bytes], labels: np.ndarray, colors: np.ndarray, **more: np.ndarray
+    images: list[bytes],
+    labels: np.ndarray,
+    colors: np.ndarray,
+    label_feature: datasets.ClassLabel = LABEL,
+    **more: np.ndarray,
 ) -> datasets.Dataset:
     """A set with the columns `image`, `label` and `attribute`, and further ones of integers.
 
     Args:
         images: n encoded images.
-        labels: ids of [`LABEL`], shape (n,).
+        labels: ids of `label_feature`, shape (n,).
         colors: ids of [`COLOR`], shape (n,).
+        label_feature: names of the two labels.
         **more: column name -> ints, shape (n,).
     """
     columns = {
         "image": (image_column(images), datasets.Image()),
-        "label": (pa.array(labels, pa.int64()), LABEL),
+        "label": (pa.array(labels, pa.int64()), label_feature),
         "attribute": (pa.array(colors, pa.int64()), COLOR),
     }
     columns |= {name: (pa.array(values, pa.int64()), datasets.Value("int64")) for name, values in more.items()}
@@ -139,6 +144,7 @@ def colored_pairs(
     labels: np.ndarray,
     source_id: np.ndarray,
     swap: np.ndarray | None = None,
+    label_feature: datasets.ClassLabel = LABEL,
 ) -> datasets.Dataset:
     """A pair set, side a red and side b green, but for the rows where `swap` is true."""
     return pair_dataset(
@@ -148,7 +154,7 @@ def colored_pairs(
         attributes=(0, 1),
         attribute_feature=COLOR,
         label=labels,
-        label_feature=LABEL,
+        label_feature=label_feature,
         swap=swap,
     )
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import datasets
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -15,7 +16,7 @@ from transformers.utils import logging
 from ..heads import find_head
 from ..models import forward_inputs
 from ..trial import inference
-from .makers import draw_rows
+from .makers import draw_rows, encode_image
 from .transforms import ImageRows
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,8 @@ def match_pairs(
     attributes: tuple[Any, Any] | None = None,
     head: str | None = None,
     batch_size: int = 64,
+    max_per_group: int | None = None,
+    size: tuple[int, int] | None = None,
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> datasets.Dataset:
@@ -53,6 +56,10 @@ def match_pairs(
         attributes: the two values (names or ids), for side a and side b; by default the column's first two.
         head: path of the model's head, where it is not found by itself (see `find_head`).
         batch_size: images a forward.
+        max_per_group: at most so many images of each label and attribute, drawn at random, are matched; `None`: all.
+            For large sets: features are computed of the drawn images alone, and n with m images take 8·n·m bytes.
+        size: (width, height) in pixels to which the images of the pairs are scaled, cropped at the centre; `None`
+            leaves them as they are. For sets whose images differ in size: the two sides of a pair must have one.
         num_pairs: pairs to keep: the nearest ones (random ones with `"random"`); `None`: all.
         seed: non-negative; seed of the random draws.
 
@@ -63,7 +70,7 @@ def match_pairs(
 
     Raises:
         ValueError: a column is missing; features without model or processor; the values are not two different ones of
-            the column; no label has images of both; more pairs wanted than there are.
+            the column; `max_per_group` is below 1; no label has images of both; more pairs wanted than there are.
     """
     if match_on not in get_args(MatchOn):
         raise ValueError(f"match_on={match_on!r} is unknown: choose from {', '.join(get_args(MatchOn))}.")
@@ -72,28 +79,36 @@ def match_pairs(
             raise ValueError(f"the source has no column {name!r}, only {source.column_names}.")
     if match_on == "features" and (model is None or processor is None):
         raise ValueError("match_on='features' needs a model and its image processor; match_on='random' needs none.")
+    if max_per_group is not None and max_per_group < 1:
+        raise ValueError(f"max_per_group={max_per_group} must be at least 1, or None for all images.")
     plain = source.with_format(None)
     labels, values = (np.asarray(plain[name][:]) for name in ("label", attribute))
     first, second = _values(source.features[attribute], values, attribute, attributes)
     rng = np.random.default_rng((seed, 7))
-    features = None
-    if match_on == "features":
-        features = _standardised(extract_features(plain, model, processor, head=head, batch_size=batch_size))
-    matches, chance = [], []
+    drawn = {}
     for label in np.unique(labels):
         a, b = (rng.permutation(np.flatnonzero((labels == label) & (values == value))) for value in (first, second))
-        count = min(len(a), len(b))
-        if count == 0:
+        if min(len(a), len(b)):
+            drawn[label] = a[:max_per_group], b[:max_per_group]
+        else:
             logger.warning(f"no pairs of label {label}: it has {len(a)} and {len(b)} images of the two attributes.")
-            continue
+    if not drawn:
+        raise ValueError(f"no label has images with both values of {attribute!r}: there is nothing to match.")
+    features, rows = None, np.arange(len(plain))
+    if match_on == "features":
+        if max_per_group is not None:
+            rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
+        chosen = plain.select(rows)
+        features = _standardised(extract_features(chosen, model, processor, head=head, batch_size=batch_size))
+    matches, chance = [], []
+    for a, b in drawn.values():
+        count = min(len(a), len(b))
         if features is None:
             matches.append((a[:count], b[:count], np.zeros(count)))
             continue
-        rows_a, rows_b, distances, mean = _assigned(features, a, b)
-        matches.append((rows_a, rows_b, distances))
+        places_a, places_b, distances, mean = _assigned(features, *(np.searchsorted(rows, side) for side in (a, b)))
+        matches.append((rows[places_a], rows[places_b], distances))
         chance.append((mean, count))
-    if not matches:
-        raise ValueError(f"no label has images with both values of {attribute!r}: there is nothing to match.")
     a, b, distances = (np.concatenate(column) for column in zip(*matches, strict=True))
     kept = draw_rows(len(a), num_pairs, seed=seed, of="matched pairs")
     if features is not None:
@@ -105,6 +120,7 @@ def match_pairs(
             f"{len(kept)} pairs matched: mean distance {distances[kept].mean():.3g}, at random {at_random:.3g}."
         )
     pairs = _paired(plain, a[kept], b[kept], attribute)
+    pairs = _fitted(pairs, tuple(size)) if size else pairs
     return pairs.add_column("distance", distances[kept]) if features is not None else pairs
 
 
@@ -174,3 +190,14 @@ def _paired(source: datasets.Dataset, a: np.ndarray, b: np.ndarray, attribute: s
         sides.append(part.add_column("source_id" if side == "a" else "source_id_b", rows))
     order = ["image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id", "source_id_b"]
     return datasets.concatenate_datasets(sides, axis=1).select_columns(order)
+
+
+def _fitted(pairs: datasets.Dataset, size: tuple[int, int]) -> datasets.Dataset:
+    """The pairs with their images scaled and cropped to (width, height)."""
+
+    def fitted(row: dict[str, Any]) -> dict[str, Any]:
+        sides = {name: row[name].convert("RGB") for name in ("image_a", "image_b")}
+        images = {name: ImageOps.fit(image, size, Image.Resampling.BICUBIC) for name, image in sides.items()}
+        return {name: {"bytes": encode_image(image), "path": None} for name, image in images.items()}
+
+    return pairs.map(fitted, features=pairs.features, desc="Cropping pairs")
