@@ -2,6 +2,8 @@
 """The benchmarks: splits, colour statistics, columns, seeds, and the perceptron of ColoredMNIST."""
 
 import dataclasses
+import hashlib
+import inspect
 import os
 from pathlib import Path
 
@@ -14,13 +16,18 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor, pipeline
 
 from ipg_hf.data import (
+    ABOUT,
     LOADERS,
+    About,
     ColoredMnistMLPConfig,
     ColoredMnistMLPForImageClassification,
     colored_mnist,
+    describe,
     load_colored_mnist,
     load_digits,
+    load_scenes,
 )
+from ipg_hf.data.about import VARIANTS
 from ipg_hf.heads import find_head
 
 LABEL = datasets.ClassLabel(names=["small", "large"])
@@ -33,7 +40,7 @@ def digits():
     return load_digits()
 
 
-def synthetic_mnist(folder, num_train=2400, num_test=400, **changes):
+def synthetic_mnist(folder, num_train=2400, num_test=400, name="mnist.npz", **changes):
     """A file with the keys of MNIST; the first two pixels of each image hold its number."""
     rng = np.random.default_rng(0)
     arrays = {}
@@ -44,7 +51,7 @@ def synthetic_mnist(folder, num_train=2400, num_test=400, **changes):
         arrays[f"x{suffix}"] = images
         arrays[f"y{suffix}"] = rng.integers(0, 10, count).astype(np.uint8)
     arrays = {name: value for name, value in {**arrays, **changes}.items() if value is not None}
-    np.savez(folder / "mnist.npz", **arrays)
+    np.savez(folder / name, **arrays)
     return arrays
 
 
@@ -313,8 +320,152 @@ def test_hub_set_gives_the_same_arrays(mnist, monkeypatch):
         assert getattr(hub, part.name).data.table.equals(getattr(file, part.name).data.table)
 
 
+def columns_of(rows, *names):
+    return [np.array(rows[name][:]) for name in names]
+
+
+def test_the_protocol_of_irm_is_as_it_was(colored):
+    """Records of runs hold these draws: the digest of labels, colours, environments and rows of seed 0."""
+    drawn = columns_of(colored.train, "label", "attribute", "environment")
+    for rows in (colored.validation, colored.test):
+        drawn += columns_of(rows, "label", "attribute")
+    for pairs in (colored.pairs, colored.validation_pairs, colored.test_pairs):
+        drawn += columns_of(pairs, "label", "attribute_a", "source_id")
+    digest = hashlib.sha256(b"".join(values.astype("<i8").tobytes() for values in drawn)).hexdigest()
+    assert digest == "5c7a0680fd607ea36778bcb501b53df6fe7bea31d1b32fbedd699cc40994a18e"
+
+
+@pytest.fixture(scope="module")
+def domainbed(mnist):
+    return load_colored_mnist(data_dir=str(mnist[0]), num_pairs=500, protocol="domainbed")
+
+
+def test_the_rows_of_domainbed(mnist, domainbed):
+    """2,800 images of both files in three environments, 934, 933, 933; of the first two a fifth is held out."""
+    assert [len(getattr(domainbed, part)) for part in PARTS] == [748 + 747, 186 + 186, 933]
+    numbers = {part: number_of(gray(getattr(domainbed, part)["image"][:])[0].astype(int), 2400) for part in PARTS}
+    assert sorted(np.concatenate([*numbers.values()])) == list(range(2800))
+    # each part has rows of the training file and of the test file, 6 to 1
+    for part in PARTS:
+        assert np.mean(numbers[part] < 2400) == pytest.approx(6 / 7, abs=0.06), part
+    assert list(numbers["test"]) == domainbed.test_pairs["source_id"][:]
+    assert list(numbers["validation"]) == domainbed.validation_pairs["source_id"][:]
+    assert {*domainbed.pairs["source_id"]} <= {*numbers["train"].tolist()}
+    label_of = dict(zip(numbers["train"].tolist(), domainbed.train["label"][:], strict=True))
+    assert [label_of[i] for i in domainbed.pairs["source_id"]] == domainbed.pairs["label"][:]
+    assert np.bincount(domainbed.train["environment"][:]).tolist() == [748, 747]
+
+
+def test_the_colours_of_domainbed(mnist, domainbed):
+    digit = np.concatenate([mnist[1]["ytr"], mnist[1]["yte"]])
+    label, color, environment = columns_of(domainbed.train, "label", "attribute", "environment")
+    for number, flip in enumerate((0.1, 0.2)):
+        assert np.mean((label != color)[environment == number]) == pytest.approx(flip, abs=0.045)
+    for part, flip in (("validation", 0.15), ("test", 0.9)):
+        label, color = columns_of(getattr(domainbed, part), "label", "attribute")
+        assert np.mean(label != color) == pytest.approx(flip, abs=0.055), part
+        clean = digit[getattr(domainbed, f"{part}_pairs")["source_id"][:]] >= 5
+        assert np.mean(clean != label) == pytest.approx(0.25, abs=0.07), part
+
+
+def test_a_groups_expected_accuracy_does_not_depend_on_the_flip(mnist):
+    """Why the validation of DomainBed's protocol can choose by its worst group: of the true digit, which knows no
+    colour, each of the four groups gets .75 right, on validation (flips .1, .2) as on the test (.9)."""
+    digit = np.concatenate([mnist[1]["ytr"], mnist[1]["yte"]])
+    right = {part: np.zeros(4) for part in ("validation", "test")}
+    rows = {part: np.zeros(4) for part in right}
+    for seed in range(8):
+        data = load_colored_mnist(data_dir=str(mnist[0]), num_pairs=1, protocol="domainbed", seed=seed)
+        for part in right:
+            label, color = columns_of(getattr(data, part), "label", "attribute")
+            clean = digit[getattr(data, f"{part}_pairs")["source_id"][:]] >= 5
+            rows[part] += np.bincount(2 * label + color, minlength=4)
+            right[part] += np.bincount(2 * label + color, weights=clean == label, minlength=4)
+    assert rows["validation"][1:3].max() < rows["validation"][[0, 3]].min() / 3  # the minority groups
+    assert rows["test"][1:3].min() > 3 * rows["test"][[0, 3]].max()
+    for part in right:
+        np.testing.assert_allclose(right[part] / rows[part], 0.75, atol=0.1)  # over 3 standard errors
+
+
+def test_the_protocols_differ_and_are_seeded(mnist, colored, domainbed):
+    again = load_colored_mnist(data_dir=str(mnist[0]), num_pairs=500, protocol="domainbed")
+    other = load_colored_mnist(data_dir=str(mnist[0]), num_pairs=500, protocol="domainbed", seed=1)
+    for part in dataclasses.fields(domainbed):
+        table = getattr(domainbed, part.name).data.table
+        assert table.equals(getattr(again, part.name).data.table), part.name
+        assert not table.equals(getattr(other, part.name).data.table), part.name
+        assert not table.equals(getattr(colored, part.name).data.table), part.name
+
+
+@pytest.mark.parametrize("protocol", ["irm", "domainbed"])
+def test_fashion_mnist(tmp_path, mnist, monkeypatch, protocol):
+    """The same arrays under its name give the same sets, but for the names of the labels."""
+    synthetic_mnist(tmp_path, name="fashion_mnist.npz")
+    options = {"num_pairs": 20, "protocol": protocol}
+    fashion = load_colored_mnist(data_dir=str(tmp_path), images="fashion_mnist", **options)
+    digits = load_colored_mnist(data_dir=str(mnist[0]), **options)
+    for part in dataclasses.fields(digits):
+        ours, theirs = getattr(fashion, part.name), getattr(digits, part.name)
+        assert ours.features["label"].names == ["first_five", "last_five"]
+        for name in ours.column_names:
+            assert ours.data.column(name).equals(theirs.data.column(name)), (part.name, name)
+    with pytest.raises(FileNotFoundError, match=r"has no file mnist\.npz"):
+        load_colored_mnist(data_dir=str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.delenv("IPG_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"Fashion-MNIST is not found.*zalando-datasets/fashion_mnist"):
+        load_colored_mnist(images="fashion_mnist")
+
+
+@pytest.mark.parametrize("option", [{"images": "kmnist"}, {"protocol": "wilds"}])
+def test_unknown_options_of_colored_mnist(mnist, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}='.*' is unknown: choose from"):
+        load_colored_mnist(data_dir=str(mnist[0]), **option)
+
+
+def test_what_is_said_of_a_benchmark_depends_on_its_options():
+    assert describe("colored_mnist") == describe("colored_mnist", {"images": "mnist", "protocol": "irm"})
+    assert describe("colored_mnist") == ABOUT["colored_mnist"]
+    fashion = describe("colored_mnist", {"images": "fashion_mnist", "protocol": "domainbed"})
+    assert (fashion.title, fashion.license) == ("Coloured Fashion-MNIST, protocol of DomainBed", "MIT")
+    assert fashion.hub_set == "zalando-datasets/fashion_mnist"
+    assert describe("colored_mnist", {"protocol": "domainbed"}).license == "CC BY-SA 3.0"
+    for given in ("100", 100):
+        assert "every training image" in describe("waterbirds", {"correlation": given}).shortcut
+    assert "95 %" in describe("waterbirds", {"correlation": "95"}).shortcut
+    # every variant names options that its loader has
+    for name, options, changes in VARIANTS:
+        known = inspect.signature(LOADERS[name]).parameters
+        assert {*options} <= {*known} and all(known[key].default != value for key, value in options.items())
+        assert describe(name, options) != ABOUT[name] and {*changes} <= {f.name for f in dataclasses.fields(About)}
+
+
+IPG_DATA = Path(os.environ.get("IPG_DATA") or "/nonexistent")
+
+
+@pytest.mark.parametrize("images", ["mnist", "fashion_mnist"])
+def test_whole_domainbed(images):
+    if not (IPG_DATA / f"{images}.npz").is_file():
+        pytest.skip(f"IPG_DATA names no folder with {images}.npz")
+    benchmark = load_colored_mnist(images=images, protocol="domainbed")
+    sizes = [len(getattr(benchmark, field.name)) for field in dataclasses.fields(benchmark)]
+    assert sizes == [37_335, 9_332, 23_333, 20_000, 9_332, 23_333]
+    label, color = columns_of(benchmark.validation, "label", "attribute")
+    assert np.bincount(2 * label + color).min() > 600
+
+
+@pytest.mark.skipif(not (IPG_DATA / "scenes").is_dir(), reason="IPG_DATA names no folder with scenes")
+def test_whole_scenes():
+    for correlation, groups in (("95", [1092, 58, 24, 456]), ("100", [1092, 0, 0, 456])):
+        benchmark = load_scenes(correlation=correlation)
+        label, place = columns_of(benchmark.train, "label", "attribute")
+        assert np.bincount(2 * label + place, minlength=4).tolist() == groups
+        sizes = [len(getattr(benchmark, field.name)) for field in dataclasses.fields(benchmark)]
+        assert sizes[1:] == [480, 880, 960, 240, 440]
+
+
 @pytest.mark.skipif(
-    not (Path(os.environ.get("IPG_DATA") or "/nonexistent") / "mnist.npz").is_file(),
+    not (IPG_DATA / "mnist.npz").is_file(),
     reason="IPG_DATA names no folder with mnist.npz",
 )
 def test_whole_mnist():

@@ -318,6 +318,52 @@ def test_matching_by_hand():
     assert mean == pytest.approx((4 + 1 + 10**0.5 + 5) / 4)
 
 
+def test_a_cap_on_the_images_of_a_group():
+    source = photos(24)
+    groups = 2 * np.array(source["label"][:]) + source["attribute"][:]
+    assert np.bincount(groups).tolist() == [6, 6, 6, 6]
+    whole = matched_by_features(source, seed=3)
+    assert equal(whole, matched_by_features(source, seed=3, max_per_group=6))  # all there are
+    looked_at = []
+
+    class Watched(ViTImageProcessor):
+        def __call__(self, images, **kwargs):
+            looked_at.append(len(images))
+            return super().__call__(images, **kwargs)
+
+    processor = Watched(size={"height": small.SIZE, "width": small.SIZE})
+    capped = match_pairs(source, model=small.vit(), processor=processor, max_per_group=2, seed=3)
+    assert sum(looked_at) == 8  # features of the drawn images alone
+    assert len(capped) == 4 and len({*capped["source_id"], *capped["source_id_b"]}) == 8
+    for row in capped:  # rows are those of the whole set
+        sides = [source[row[name]] for name in ("source_id", "source_id_b")]
+        assert [side["attribute"] for side in sides] == [0, 1]
+        assert [side["label"] for side in sides] == [row["label"]] * 2
+        for side, name in zip(sides, ("image_a", "image_b"), strict=True):
+            assert ImageChops.difference(side["image"], row[name]).getbbox() is None
+    assert len(match_pairs(source, match_on="random", max_per_group=1)) == 2
+    with pytest.raises(ValueError, match="max_per_group=0"):
+        match_pairs(source, match_on="random", max_per_group=0)
+
+
+def test_matched_images_of_several_sizes_get_one():
+    columns = photos(8)[:]
+    columns["image"] = [photo(n).resize((32 + 8 * n, 40)).convert("L" if n == 3 else "RGB") for n in range(8)]
+    source = datasets.Dataset.from_dict(columns, features=photos(8).features)
+    plain = match_pairs(source, match_on="random")
+    assert any(row["image_a"].size != row["image_b"].size for row in plain)
+    pairs = match_pairs(source, match_on="random", size=[24, 20])
+    assert pairs.remove_columns(["image_a", "image_b"])[:] == plain.remove_columns(["image_a", "image_b"])[:]
+    for row in pairs:
+        for side, number in (("a", row["source_id"]), ("b", row["source_id_b"])):
+            image = row[f"image_{side}"]
+            assert (image.size, image.mode) == ((24, 20), "RGB")
+            # scaled and cropped at the centre, not squeezed: the middle stays the middle
+            middle = np.asarray(source[number]["image"].convert("RGB"), float)
+            middle = middle[20, middle.shape[1] // 2]
+            assert np.abs(np.asarray(image)[10, 12] - middle).max() < 30
+
+
 def test_features_are_what_enters_the_head():
     model, source = small.vit(), photos(5)
     processor = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})

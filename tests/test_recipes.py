@@ -2,6 +2,7 @@
 """Every shipped recipe is read, every published figure has its record."""
 
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ipg_hf.recipe import parse_recipe
+from ipg_hf.data import LOADERS
+from ipg_hf.recipe import MAKERS, parse_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
@@ -31,13 +33,15 @@ def pair_quality():
 
 
 def test_the_recipes_are_all_found():
-    assert len(TRAINING) == 31
+    assert len(TRAINING) == 36
     assert {path.parent.name for path in TRAINING} == {
         "digits",
         "colored_mnist",
         "marked_digits",
         "stroke_mass",
         "scenes",
+        "waterbirds",
+        "celeba",
     }
 
 
@@ -53,10 +57,24 @@ def test_a_recipe_is_valid_and_says_how_it_is_launched(path):
     assert given["output_dir"] == f"outputs/{path.parent.name}-{path.stem}".replace("_", "-")
     head = path.read_text().splitlines()
     assert head[0].startswith(f"# ipg train --config recipes/{path.parent.name}/{path.name}")
-    assert any("xpected" in line for line in head[1:4])
+    # what has records says what to expect, what has none says so
+    ran = any(record.stem.rsplit("-seed", 1)[0] == path.stem for record in path.parent.glob("results/*.json"))
+    says = "\n".join(line for line in head[1:4] if line.startswith("#"))
+    assert ("xpected" in says) is ran and ("# Not run here: " in says) is not ran
+    assert ran or "has been run here: there are no records" in (path.parent / "README.md").read_text()
 
 
-FROM_SCRATCH = [path for path in TRAINING if path.parent.name != "scenes"]
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_options_of_a_recipe_are_arguments(path):
+    """Of its loader and of the makers of its pairs; what was not run here has no other proof of it."""
+    recipe, _, _ = parse_recipe(str(path))
+    assert {*recipe.dataset_options} <= {*inspect.signature(LOADERS[recipe.dataset]).parameters}
+    for options in [recipe.pairs] if "maker" in recipe.pairs else recipe.pairs.values():
+        known = {*inspect.signature(MAKERS[options["maker"]]).parameters}
+        assert {*options} - {"maker"} <= known
+
+
+FROM_SCRATCH = [path for path in TRAINING if "model_type" in yaml.safe_load(path.read_text())]
 
 
 @pytest.mark.parametrize("path", FROM_SCRATCH, ids=lambda path: f"{path.parent.name}/{path.stem}")

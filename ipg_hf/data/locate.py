@@ -57,9 +57,10 @@ def load_hub_set(hub_set: str, columns: Sequence[str], splits: Sequence[str], wa
         folder = os.environ.get(VARIABLE)
         searched = f"{VARIABLE}={folder!r} holds no such files" if folder else f"{VARIABLE} is not set"
         raise FileNotFoundError(f"nothing is found: {searched}, and {hub_set}: {failure}. {ways}") from failure
+    lost = [split for split in splits if split not in hub]
+    if lost:
+        raise ValueError(f"{hub_set} has no splits {lost}, only {[*hub]}. {ways}")
     for split in splits:
-        if split not in hub:
-            raise ValueError(f"{hub_set} has no split {split!r}, only {[*hub]}. {ways}")
         missing = [name for name in columns if name not in hub[split].column_names]
         if missing:
             raise ValueError(f"{split} of {hub_set} has no columns {missing}, only {hub[split].column_names}. {ways}")
