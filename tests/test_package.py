@@ -45,6 +45,7 @@ ORDER = [
     "audit_page",
     "audit",
     "recipe",
+    "runs",
     "cli",
     "__init__",
 ]
