@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs`, `ipg card` and `ipg heads`."""
+"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs`, `ipg bench`, `ipg card` and `ipg heads`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import AutoImageProcessor
 from . import report
 from .audit import audit, named_models
 from .audit_page import audit_table, check_folder, write_report
+from .bench import bench
 from .config import IPGConfig
 from .data import ABOUT
 from .model_card import model_card
@@ -32,6 +33,48 @@ from .survey import survey
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for bad pairs, 2 for a usage error, 130 for an interrupt."""
+    parser, commands = _parser()
+    options, flags = parser.parse_known_args(argv)
+    if options.command in ("heads", "card", "bench") and flags:
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
+    try:
+        if options.command == "bench":
+            given = {name: value for name, value in vars(options).items() if name not in ("command", "suite")}
+            bench(options.suite, **given)
+            return 0
+        if options.command == "card":
+            print(card_of(options.run, options.name, options.license))
+            return 0
+        if options.command == "heads":
+            show_heads(options.models)
+            return 0
+        recipe, args, given = parse_recipe(options.config, flags)
+        if options.command == "pairs":
+            return pairs(options, recipe, args)
+        if options.command == "train":
+            train(recipe, args, given)
+        elif options.report or options.against:
+            write_audit(options, recipe, args)
+        else:
+            evaluate(options.model, recipe, args, options.split, options.output)
+    except (ValueError, OSError) as failure:
+        print(f"ipg {options.command}: error: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if options.command == "bench":
+            print("\nipg bench: interrupted. Finished runs are kept: the same command goes on.", file=sys.stderr)
+            return 130
+        print(
+            f"\nipg {options.command}: interrupted. Where it had saved a checkpoint, go on from the last by the same "
+            "command and --resume_from_checkpoint last",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
+    """The parser, and that of its commands."""
     parser = argparse.ArgumentParser(
         prog="ipg",
         description="Train image classifiers that ignore a spurious attribute, from pairs of images.",
@@ -77,36 +120,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     card.add_argument("run", help="a folder made by ipg train; its twin in the folder erm stands beside")
     card.add_argument("--name", help="of the model, a Hub id or a word; by default the folder's name")
     card.add_argument("--license", help="of the model, as the Hub spells it, e.g. apache-2.0")
-    options, flags = parser.parse_known_args(argv)
-    if options.command in ("heads", "card") and flags:
-        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
-    try:
-        if options.command == "card":
-            print(card_of(options.run, options.name, options.license))
-            return 0
-        if options.command == "heads":
-            show_heads(options.models)
-            return 0
-        recipe, args, given = parse_recipe(options.config, flags)
-        if options.command == "pairs":
-            return pairs(options, recipe, args)
-        if options.command == "train":
-            train(recipe, args, given)
-        elif options.report or options.against:
-            write_audit(options, recipe, args)
-        else:
-            evaluate(options.model, recipe, args, options.split, options.output)
-    except (ValueError, OSError) as failure:
-        print(f"ipg {options.command}: error: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"\nipg {options.command}: interrupted. Where it had saved a checkpoint, go on from the last by the same "
-            "command and --resume_from_checkpoint last",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    _add_bench(commands)
+    return parser, commands
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "bench", help="compare methods over seeds, by a suite; goes on where it stopped", allow_abbrev=False
+    )
+    command.add_argument("suite", help="a YAML file, see recipes/suites")
+    command.add_argument("--methods", nargs="+", metavar="NAME", help="run only these of the suite's methods")
+    command.add_argument("--seeds", nargs="+", type=int, metavar="N", help="run only these of the suite's seeds")
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each if more than one [1]")
+    command.add_argument("--only", choices=["tune", "run", "render"], help="one of the three stages")
+    command.add_argument("--output_dir", help="where runs work [outputs/bench-SUITE]")
+    command.add_argument("--keep_models", action="store_true", help="keep what each run leaves in the output folder")
 
 
 def write_audit(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> None:

@@ -24,7 +24,7 @@ from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import named_sets
 from .publish import check_can_push
 from .recipe import Recipe, RecipeError
-from .record import data_facts, hub_id
+from .record import course, data_facts, hub_id
 from .trainer import IPGTrainer
 
 RECORD = "run.json"
@@ -39,7 +39,8 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, A
     resume = _prepare_output(recipe, args)
     data = recipe.load_data(args.data_order_seed)
     record, trainer = _train_one(recipe, args, given, data, resume)
-    columns = {recipe.method: record["metrics"]["test"]}
+    split = "test" if recipe.measure_test else "validation"
+    columns = {recipe.method: record["metrics"][split]}
     if recipe.compare == "erm" and recipe.method != "erm":
         folder = Path(args.output_dir) / "erm"  # pushed with the folder that it lies in
         twin_args = replace(args, output_dir=str(folder), resume_from_checkpoint=None, push_to_hub=False)
@@ -47,9 +48,9 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, A
         begun = resume and list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         twin_resume = newest_checkpoint(folder) if begun else None
         twin_record, _ = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume)
-        columns["erm"] = twin_record["metrics"]["test"]
+        columns["erm"] = twin_record["metrics"][split]
     if args.process_index == 0:
-        print(f"\n{report.summary_table(columns)}\n\nmodel, {RECORD}, README.md and {FIGURE}: {args.output_dir}")
+        print(f"\n{report.summary_table(columns, split)}\n\nmodel, {RECORD}, README.md and {FIGURE}: {args.output_dir}")
     trainer.create_model_card(license=recipe.license)
     pushed = trainer.push_to_hub(license=recipe.license) if args.push_to_hub else None
     if pushed:
@@ -81,7 +82,8 @@ def _train_one(
     if trainer.state.global_step < trainer.state.max_steps:  # SIGTERM, enable_jit_checkpoint: nothing to measure yet
         raise KeyboardInterrupt
     seconds = time.monotonic() - started
-    metrics = {name: _measure(trainer, sets, name) for name in ("validation", "test")}
+    splits = ("validation", "test") if recipe.measure_test else ("validation",)
+    metrics = {name: _measure(trainer, sets, name) for name in splits}
     record = {
         "config": given,
         "seed": args.seed,
@@ -89,6 +91,7 @@ def _train_one(
         "metrics": metrics,
         "chosen_step": trainer.state.best_global_step or trainer.state.global_step,
         "steps": trainer.state.global_step,
+        "course": course(trainer.state.log_history),
         "seconds": round(seconds, 1),
         "versions": report.versions(),
         "commit": commit,
@@ -165,7 +168,8 @@ def _run_files(folder: Path) -> list[Path]:
 
 
 def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:
-    names = ("train", "validation", "test", "pairs", "validation_pairs", "test_pairs")
+    names = ["train", "validation", "pairs", "validation_pairs"]
+    names += ["test", "test_pairs"] if recipe.measure_test else []
     sets = {name: getattr(data, name) for name in names}
     if recipe.method == "ipg" and sets["pairs"] is None:
         raise RecipeError(f"{recipe.dataset} has no training pairs of its own: give a maker, pairs: {{maker: ...}}.")

@@ -46,6 +46,9 @@ ORDER = [
     "audit",
     "recipe",
     "runs",
+    "suite",
+    "comparison",
+    "bench",
     "cli",
     "__init__",
 ]
