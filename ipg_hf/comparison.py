@@ -27,8 +27,8 @@ CLASSES = {
 NUMBERS = {"test error (MAE)": "mae", "worst group": LOWER, "pairs' difference": "difference"}
 NOTE = (
     "Spread: sample standard deviation over seeds. Differences: worst group on the test set, method minus other on the "
-    "same seeds, with the 95 % t-interval over these seeds in brackets, each comparison for itself; the best other is "
-    "the other method with the best mean."
+    "same seeds, with the 95 % t-interval over these seeds in brackets, each comparison for itself; the best other "
+    "has, of the methods with the most of these seeds, the best mean on them."
 )
 NOTE_OF_ERRORS = " Worst group: the highest error; a negative difference is the better one."
 
@@ -82,15 +82,19 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return t_interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
 
-def best_other(name: str, worst: Mapping[str, Mapping[int, float]]) -> str | None:
-    """Of the other methods that have a seed in common with this one, that with the best mean.
+def best_other(name: str, scores: Mapping[str, Mapping[int, float]]) -> str | None:
+    """Of the other methods with the most seeds in common with this one, that with the best mean on these.
 
     Args:
         name: the method.
-        worst: method -> seed -> a score, higher is better.
+        scores: method -> seed -> a score, higher is better.
+
+    Returns:
+        Its name; `None` where no other method has a seed in common.
     """
-    others = [other for other in worst if other != name and set(worst[other]) & set(worst[name])]
-    return max(others, key=lambda other: statistics.fmean(worst[other].values()), default=None)
+    common = {other: [scores[other][seed] for seed in scores[name] if seed in scores[other]] for other in scores}
+    others = [other for other, values in common.items() if other != name and values]
+    return max(others, key=lambda other: (len(common[other]), statistics.fmean(common[other])), default=None)
 
 
 def standings(suite: Suite) -> list[Standing]:
@@ -180,7 +184,8 @@ def draw_figure(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         axes.plot([interval.mean], [place - 0.1], marker="D", markersize=5, color="black")
     axes.set_yticks(range(len(found)), [_label(suite, standing) for standing in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"worst-group {'accuracy' if metric == HIGHER else 'error (MAE)'}, test")
+    measure = "accuracy" if metric == HIGHER else "error (MAE)"
+    axes.set_xlabel(f"worst-group {measure}, test: seeds, their mean and 95 % t-interval")
     axes.set_xlim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
     axes.set_title(suite.title, fontsize=10, loc="left")
     axes.grid(axis="x", alpha=0.3)
@@ -256,8 +261,8 @@ def _progress(suite: Suite, standing: Standing) -> str:
 
 
 def _label(suite: Suite, standing: Standing) -> str:
-    done = len(standing.records)
-    return standing.name if done == len(suite.seeds) else f"{standing.name} ({_progress(suite, standing)})"
+    done, progress = len(standing.records), _progress(suite, standing)
+    return standing.name if done == len(suite.seeds) else f"{standing.name} ({progress}{' seeds' if done else ''})"
 
 
 def _spread(values: Sequence[float]) -> str:
