@@ -19,7 +19,7 @@ import yaml
 
 from .comparison import write_comparison
 from .recipe import RecipeError, nearest
-from .report import write_json
+from .report import commit, write_json
 from .runs import RECORD
 from .suite import (
     LOWER,
@@ -71,6 +71,8 @@ def bench(
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs} must be 1 or more.")
     check_records(suite)
+    if only != "render" and (commit() or "").endswith("-dirty"):
+        print("The code or the recipes have changes that are not committed: the records will say so.", file=sys.stderr)
     wanted = [name for name in suite.methods if name in (methods or suite.methods)]
     folder = Path(output_dir or f"outputs/bench-{suite.path.stem}")
     if only in (None, "tune"):
