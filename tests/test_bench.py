@@ -436,7 +436,7 @@ def test_what_has_a_record_is_not_run_again(finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a run was started")
 
-    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr("ipg_hf.bench._start", refuse)
     assert bench(finished[0]) == 0
 
 
