@@ -78,6 +78,7 @@ class Recipe:
         image_processor: settings of a `ViTImageProcessor`, for a model from scratch, or in place of the processor of a
             pretrained one (another size, say).
         preload: transform all images once and keep them in memory; only without random crops and flips.
+        measure_test: read the test set, once, at the end; `False` for a run that settings are chosen by.
         about: what the model card is to say of the data, beside or in place of what is known of the benchmark: see
             `data.About` (`title`, `attribute`, `shortcut`, `pairs`, `license`, `source`, `hub_set`).
         license: of the trained model, for its card, as the Hub spells it (`apache-2.0`).
@@ -99,13 +100,14 @@ class Recipe:
     model_config: dict | str | None = field(default=None, metadata={"help": "Its config, as JSON."})
     image_processor: dict | str | None = field(default=None, metadata={"help": "Its image processor, as JSON."})
     preload: bool = field(default=False, metadata={"help": "Keep all transformed images in memory."})
+    measure_test: bool = field(default=True, metadata={"help": "Read the test set at the end."})
     about: dict | str | None = field(default=None, metadata={"help": "What the card says of the data, as JSON."})
     license: str | None = field(default=None, metadata={"help": "Licence of the trained model, for its card."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run in the output folder."})
 
     def __post_init__(self):
         if self.dataset not in LOADERS:
-            raise RecipeError(f"dataset={self.dataset!r} is unknown.{_nearest(self.dataset, LOADERS)}")
+            raise RecipeError(f"dataset={self.dataset!r} is unknown.{nearest(self.dataset, LOADERS)}")
         for name in ("dataset_options", "pairs", "degrade_pairs", "model_config", "image_processor", "about"):
             value = getattr(self, name) or {}
             try:
@@ -116,7 +118,7 @@ class Recipe:
         known = [entry.name for entry in fields(About)]
         for name in self.about:
             if name not in known:
-                raise RecipeError(f"about: {name!r} is unknown.{_nearest(name, known)}")
+                raise RecipeError(f"about: {name!r} is unknown.{nearest(name, known)}")
 
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""
@@ -130,7 +132,7 @@ class Recipe:
             sets = data.pairs if isinstance(data.pairs, dict) else {}
             for name in self.pair_sets:
                 if name not in sets:
-                    raise RecipeError(f"pair_sets: {self.dataset} has no pair set {name!r}.{_nearest(name, sets)}")
+                    raise RecipeError(f"pair_sets: {self.dataset} has no pair set {name!r}.{nearest(name, sets)}")
             data = replace(data, pairs={name: sets[name] for name in self.pair_sets})
         if self.degrade_pairs:
             spoiled = {
@@ -144,7 +146,7 @@ class Recipe:
         options = dict(options) if isinstance(options, Mapping) else {"maker": options}
         name = options.pop("maker", None)
         if name not in MAKERS:
-            raise RecipeError(f"pairs: maker={name!r} is unknown.{_nearest(str(name), MAKERS)}")
+            raise RecipeError(f"pairs: maker={name!r} is unknown.{nearest(str(name), MAKERS)}")
         maker, defaults = MAKERS[name], {"seed": seed, "num_pairs": self.num_pairs}
         if name in FROM_FILES:
             return _called(maker, options, **defaults, oriented=self.oriented_pairs)
@@ -177,11 +179,11 @@ class Recipe:
         except ValueError as failure:
             known_types = [config.model_type for config in AutoModelForImageClassification._model_mapping]
             raise RecipeError(
-                f"model_type={self.model_type!r} is unknown.{_nearest(self.model_type, known_types)}"
+                f"model_type={self.model_type!r} is unknown.{nearest(self.model_type, known_types)}"
             ) from failure
         for key in self.model_config:
             if key not in known:
-                raise RecipeError(f"model_config of {self.model_type} has no {key!r}.{_nearest(key, known)}")
+                raise RecipeError(f"model_config of {self.model_type} has no {key!r}.{nearest(key, known)}")
         config = AutoConfig.for_model(self.model_type, **self.model_config, **labels)
         return AutoModelForImageClassification.from_config(config)
 
@@ -211,21 +213,27 @@ def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe,
         RecipeError: the file is missing or not a mapping; a key is unknown (the nearest is named); a value is of the
             wrong type or out of range.
     """
+    return parse_settings(read_yaml(config) if config else {}, flags, title=str(config))
+
+
+def parse_settings(
+    given: Mapping[str, Any], flags: Sequence[str] = (), *, title: str
+) -> tuple[Recipe, IPGConfig, dict[str, Any]]:
+    """As [`parse_recipe`], of the settings that a file holds; `title` names their place in an error."""
     parser = _Parser((Recipe, IPGConfig), allow_abbrev=False, add_help=False)
     actions = {option: action for action in parser._actions for option in action.option_strings}
-    given = _read_yaml(config) if config else {}
     for key in given:
         if f"--{key}" not in actions:
-            raise RecipeError(f"{config}: unknown key {key!r}.{_nearest(key, [name[2:] for name in actions])}")
+            raise RecipeError(f"{title}: unknown key {key!r}.{nearest(key, [name[2:] for name in actions])}")
     words = [word for key, value in given.items() for word in _as_flag(key, value)]
     try:
         parser.parse_args(words)
     except RecipeError as failure:
-        raise RecipeError(f"{config}: {failure}") from failure
+        raise RecipeError(f"{title}: {failure}") from failure
     for word in flags:
         name = word.split("=")[0]
         if word.startswith("--") and name not in actions:
-            raise RecipeError(f"unknown flag {name}.{_nearest(name, actions)}")
+            raise RecipeError(f"unknown flag {name}.{nearest(name, actions)}")
     values = vars(_only_given(words, flags))
     try:
         recipe, args = parser.parse_args_into_dataclasses([*words, *flags], look_for_args_file=False)
@@ -245,7 +253,7 @@ def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaul
     known = [*signature(function).parameters][len(args) :]
     for name in options:
         if name not in known and "options" not in known:
-            raise RecipeError(f"{function.__name__} has no option {name!r}.{_nearest(name, known)}")
+            raise RecipeError(f"{function.__name__} has no option {name!r}.{nearest(name, known)}")
     defaults = {name: value for name, value in defaults.items() if name in known or "options" in known}
     try:
         return function(*args, **{**defaults, **options})
@@ -269,9 +277,10 @@ def _only_given(*words: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args([word for part in words for word in part])
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
     if not os.path.isfile(path):
-        raise RecipeError(f"--config {path}: no such file.")
+        raise RecipeError(f"{path}: no such file.")
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file)
@@ -293,6 +302,7 @@ def _as_flag(key: str, value: Any) -> list[str]:
     return [f"--{key}={value}"]
 
 
-def _nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Any) -> str:
+    """The end of an error message: the known name that is meant, or the known names."""
     near = difflib.get_close_matches(name, [*map(str, known)], n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(map(str, known))[:12])}."

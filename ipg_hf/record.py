@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PAIR_SETTINGS = (
     "per_device_pair_batch_size",
     "pair_combination",
 )
+WORST_GROUP = ("eval_worst_group_accuracy", "eval_worst_group_mae")
 
 
 def data_facts(trainer: Trainer) -> dict[str, Any]:
@@ -81,6 +83,31 @@ def trainer_record(trainer: Trainer) -> dict[str, Any]:
         "base_model": hub_id(named),
         "data": data_facts(trainer),
     }
+
+
+def course(history: Sequence[Mapping[str, Any]], points: int = 50) -> dict[str, dict[str, list[float]]]:
+    """The course of a training, for figures, from `trainer.state.log_history`.
+
+    Args:
+        history: the log.
+        points: how many steps are kept at most, evenly spread, the first and the last among them.
+
+    Returns:
+        `guidance` (`divergence`, `violated`, `loss_scale`) and `validation` (`worst_group_accuracy` or
+        `worst_group_mae`), each in columns beside `step`, four significant digits; what was not logged is left out.
+    """
+    kept = {"guidance": ("ipg/divergence", "ipg/violated", "ipg/loss_scale"), "validation": WORST_GROUP}
+    found = {}
+    for part, keys in kept.items():
+        entries = [entry for entry in history if any(key in entry for key in keys)]
+        if len(entries) > points:
+            entries = [entries[round(i * (len(entries) - 1) / (points - 1))] for i in range(points)]
+        names = [key for key in keys if all(key in entry for entry in entries)]
+        if entries:
+            columns = {name.split("/")[-1].removeprefix("eval_"): [entry[name] for entry in entries] for name in names}
+            columns = {name: [float(f"{value:.4g}") for value in values] for name, values in columns.items()}
+            found[part] = {"step": [entry["step"] for entry in entries], **columns}
+    return found
 
 
 def hub_id(name: str | None) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the measured tables of `README.md` and `recipes/README.md` from the run records.
+"""Renders the measured tables of `README.md` and `recipes/README.md` from the run records, those of suites too.
 
 Launch: python recipes/table.py          prints them
         python recipes/table.py --write  puts them between the markers of the two pages
@@ -9,6 +9,9 @@ import json
 import statistics
 import sys
 from pathlib import Path
+
+from ipg_hf.comparison import markdown, standings
+from ipg_hf.suite import load_suite
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER / "README.md", FOLDER.parent / "README.md")
@@ -51,14 +54,25 @@ def table(dataset: str, *names: str) -> str:
     return "\n".join([header, *(row(name, found[name], columns) for name in names or found)])
 
 
+def suite_table(name: str) -> str:
+    """The table of a suite, with the settings of its methods."""
+    suite = load_suite(FOLDER / "suites" / f"{name}.yaml")
+    return f"{suite.title}\n\n{markdown(suite, standings(suite))}"
+
+
 def rendered(page: str) -> str:
-    """The page with each table put anew between `<!-- table: DATASET [RECIPE ...] -->` and `<!-- end -->`."""
-    parts = page.split("<!-- table: ")
-    for number, part in enumerate(parts[1:], 1):
-        names = part.split(" -->", 1)[0]
-        rest = part.split("<!-- end -->", 1)[1]
-        parts[number] = f"{names} -->\n{table(*names.split())}\n<!-- end -->{rest}"
-    return "<!-- table: ".join(parts)
+    """The page with each table put anew between its marker and `<!-- end -->`.
+
+    A marker is `<!-- table: DATASET [RECIPE ...] -->` or `<!-- suite: NAME -->`.
+    """
+    for marker, made in (("<!-- table: ", table), ("<!-- suite: ", suite_table)):
+        parts = page.split(marker)
+        for number, part in enumerate(parts[1:], 1):
+            names = part.split(" -->", 1)[0]
+            rest = part.split("<!-- end -->", 1)[1]
+            parts[number] = f"{names} -->\n{made(*names.split())}\n<!-- end -->{rest}"
+        page = marker.join(parts)
+    return page
 
 
 if __name__ == "__main__":
@@ -67,4 +81,7 @@ if __name__ == "__main__":
             readme.write_text(rendered(readme.read_text()))
     else:
         for folder in sorted(FOLDER.glob("*/results")):
-            print(f"## {folder.parent.name}\n\n{table(folder.parent.name)}\n")
+            if folder.parent.name != "suites":
+                print(f"## {folder.parent.name}\n\n{table(folder.parent.name)}\n")
+        for path in sorted(FOLDER.glob("suites/*.yaml")):
+            print(f"## suite {path.stem}\n\n{suite_table(path.stem)}\n")

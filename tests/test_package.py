@@ -45,6 +45,10 @@ ORDER = [
     "audit_page",
     "audit",
     "recipe",
+    "runs",
+    "suite",
+    "comparison",
+    "bench",
     "cli",
     "__init__",
 ]

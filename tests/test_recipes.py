@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ipg_hf.comparison import comma_separated, standings
 from ipg_hf.data import LOADERS
 from ipg_hf.recipe import MAKERS, parse_recipe
+from ipg_hf.suite import load_suite
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "suites"))
+SUITES = sorted(RECIPES.glob("suites/*.yaml"))
 RECORDS = sorted(RECIPES.glob("*/results/*.json"))
+SUITE_RECORDS = sorted(RECIPES.glob("suites/results/*/*.json"))
 
 
 def load_table():
@@ -43,6 +47,7 @@ def test_the_recipes_are_all_found():
         "waterbirds",
         "celeba",
     }
+    assert [path.stem for path in SUITES] == ["colored_mnist", "digits"]
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -120,6 +125,30 @@ def test_a_record_belongs_to_its_recipe(path):
         k: v for k, v in given.items() if k not in own
     }
     assert not any(text.startswith("/") for text in record["config"].values() if isinstance(text, str))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
+    suite = load_suite(path)  # every method and every draw is parsed
+    assert path.read_text().startswith(f"# ipg bench recipes/suites/{path.name}")
+    assert suite.reference == "erm" and suite.methods["erm"]["method"] == "erm"
+    assert suite.base["load_best_model_at_end"] and suite.base["metric_for_best_model"].startswith("worst_group")
+    found = standings(suite)  # refuses records of other settings, and of no run of the suite
+    assert f"<!-- suite: {path.stem} -->" in (RECIPES / "README.md").read_text()
+    if any(standing.records for standing in found):
+        table = f"# {load_table().suite_table(path.stem)}\n"
+        assert (suite.results / "table.md").read_text() == table
+        assert (suite.results / "table.csv").read_text() == comma_separated(suite, found)
+        assert (suite.results / "figure.png").exists()
+
+
+@pytest.mark.parametrize("path", SUITE_RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_record_of_a_suite_says_what_made_it(path):
+    record = json.loads(path.read_text())
+    assert record["commit"] and not record["commit"].endswith("-dirty")
+    assert ("test" in record["metrics"]) == ("-seed" in path.stem)
+    assert not any(text.startswith("/") for text in record["config"].values() if isinstance(text, str))
+    assert (RECIPES / "suites" / f"{path.parent.name}.yaml").exists()
 
 
 @pytest.mark.parametrize("page", load_table().PAGES, ids=lambda page: str(page.relative_to(RECIPES.parent)))

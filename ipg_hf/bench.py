@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runs of a suite: each a process of its own, by `ipg train`; what has a record is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .comparison import write_comparison
+from .recipe import RecipeError, nearest
+from .report import commit, write_json
+from .runs import RECORD
+from .suite import (
+    LOWER,
+    Run,
+    Suite,
+    check_records,
+    chosen,
+    draw_runs,
+    load_suite,
+    read_record,
+    seed_runs,
+    validation_score,
+)
+
+LOG = "log.txt"
+
+
+def bench(
+    path: str,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    jobs: int = 1,
+    only: Literal["tune", "run", "render"] | None = None,
+    output_dir: str | None = None,
+    keep_models: bool = False,
+) -> None:
+    """Runs what a suite still lacks, and renders its table and figure.
+
+    Args:
+        path: the suite's file.
+        methods: of the suite, those to run; by default all.
+        seeds: of the suite, those to run; by default all.
+        jobs: runs at a time; more than one have one thread each.
+        only: one of the three stages.
+        output_dir: where runs work; by default `outputs/bench-<suite>`.
+        keep_models: keep what a run leaves there; by default it is removed when its record is written.
+
+    Raises:
+        RecipeError: the suite, a method or a seed cannot be used; a record was made with other settings; a run failed.
+    """
+    suite = load_suite(path)
+    for name in methods or ():
+        if name not in suite.methods:
+            raise RecipeError(f"--methods: {suite.path} has no method {name!r}.{nearest(name, suite.methods)}")
+    for seed in seeds or ():
+        if seed not in suite.seeds:
+            raise RecipeError(f"--seeds: {seed} is not among the seeds of {suite.path}, {suite.seeds}: add it there.")
+    if jobs < 1:
+        raise RecipeError(f"--jobs {jobs} must be 1 or more.")
+    check_records(suite)
+    if only != "render" and (commit() or "").endswith("-dirty"):
+        print("The code or the recipes have changes that are not committed: the records will say so.", file=sys.stderr)
+    wanted = [name for name in suite.methods if name in (methods or suite.methods)]
+    folder = Path(output_dir or f"outputs/bench-{suite.path.stem}")
+    if only in (None, "tune"):
+        tried = [draw_runs(suite, name) for name in wanted]
+        # round by round, so that what a stop leaves compares
+        execute([run for part in zip(*tried, strict=True) for run in part], jobs, folder, keep_models)
+    if only in (None, "run"):
+        execute(_compared(suite, wanted, seeds or suite.seeds), jobs, folder, keep_models)
+    if only in (None, "render"):
+        print("\n".join(map(str, write_comparison(suite))))
+
+
+def _compared(suite: Suite, methods: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    runs = []
+    for name in methods:
+        choice = chosen(suite, name)
+        if choice is None:
+            raise RecipeError(f"{name} has draws without a record: its settings are not chosen. Run --only tune first.")
+        runs.append([run for run in seed_runs(suite, name, choice[1]) if run.settings["seed"] in seeds])
+    return [run for part in zip(*runs, strict=True) for run in part]
+
+
+def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = False) -> None:
+    """Makes the records that are missing.
+
+    Args:
+        runs: in the order in which they start.
+        jobs: how many at a time.
+        folder: each run works in a folder of its name in it; what an earlier attempt left there is begun again.
+        keep_models: keep these folders.
+
+    Raises:
+        RecipeError: a run failed; those beside it are brought to their end before.
+    """
+    waiting = [run for run in runs if read_record(run) is None]
+    total, done, failures = len(waiting), 0, []
+    going: list[tuple[Run, subprocess.Popen]] = []
+    with _ended(going):
+        while going or (waiting and not failures):
+            while waiting and len(going) < jobs and not failures:
+                going.append((waiting[0], _start(waiting[0], folder / waiting[0].name, jobs)))
+                del waiting[0]
+            for run, process in [entry for entry in going if entry[1].poll() is not None]:
+                going.remove((run, process))
+                if process.returncode:
+                    failures.append(_failure(run, process.returncode, folder / run.name / LOG))
+                    continue
+                done += 1
+                print(f"[{done}/{total}] {run.name}: {_finish(run, folder / run.name, keep_models)}", flush=True)
+            time.sleep(0.1)
+    if failures:
+        raise RecipeError("\n".join(failures))
+
+
+def _start(run: Run, folder: Path, jobs: int) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**run.settings, "output_dir": str(folder), "overwrite_output_dir": True}
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    # the package that this one is, wherever it was found
+    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", str(config)]
+    with open(folder / LOG, "wb") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+
+def _finish(run: Run, folder: Path, keep_models: bool) -> str:
+    """Keeps the record; returns what is said of it."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    run.record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(run.record, record)
+    if not keep_models:
+        shutil.rmtree(folder)
+    score = abs(validation_score(record))
+    kind = "worst-group error" if LOWER in record["metrics"]["validation"] else "worst group"
+    return f"{kind} on validation {score:.3f}, {record['seconds']:.0f} s"
+
+
+def _failure(run: Run, status: int, log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{run.name} failed (status {status}), finished runs are kept; the end of {log}:\n" + "\n".join(lines[-12:])
+
+
+@contextmanager
+def _ended(going: list[tuple[Run, subprocess.Popen]]) -> Iterator[None]:
+    """Ends the processes that are left when the block is left, by an interrupt or SIGTERM too."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        for _, process in going:
+            process.terminate()
+        for _, process in going:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        signal.signal(signal.SIGTERM, before)

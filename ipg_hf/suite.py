@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A suite: methods on one benchmark under one protocol, as a YAML file; its runs and their records."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+
+from .config import IPGConfig
+from .recipe import Recipe, RecipeError, nearest, parse_settings, read_yaml
+
+# set for each run by itself; in a suite they would undo the protocol
+OWN = (
+    "seed",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "measure_test",
+    "compare",
+    "push_to_hub",
+)
+# where a run's files lie is no part of what it computes
+PLACES = ("output_dir", "overwrite_output_dir", "data_dir")
+ALL = "all"
+HIGHER, LOWER = "worst_group_accuracy", "worst_group_mae"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The budget of settings that every method gets alike.
+
+    Args:
+        draws: random configurations of each method.
+        seed: of the draws, and of their runs.
+        ranges: `"all"` or a method's name -> key -> `[low, high, "log" or "linear"]`, or a list of choices.
+    """
+
+    draws: int
+    ranges: Mapping[str, Mapping[str, list]]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A comparison of methods.
+
+    Args:
+        path: the YAML file.
+        title: for the table and the figure.
+        base: the settings that all methods share.
+        seeds: of the runs that are compared.
+        reference: the method that differences are taken to.
+        methods: name -> the settings in which it departs from the shared ones; a value that is itself a mapping
+            replaces the shared one whole.
+        tuning: how settings are chosen, or `None` where they are given.
+    """
+
+    path: Path
+    title: str
+    base: Mapping[str, Any]
+    seeds: Sequence[int]
+    reference: str
+    methods: Mapping[str, Mapping[str, Any]]
+    tuning: Tuning | None
+
+    @property
+    def results(self) -> Path:
+        """The folder of the suite's records, table and figure."""
+        return self.path.parent / "results" / self.path.stem
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: `name` is `<method>-draw<k>` or `<method>-seed<n>`, `record` the file that it leaves."""
+
+    name: str
+    settings: Mapping[str, Any]
+    record: Path
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Reads a suite and validates the settings of each of its runs.
+
+    Raises:
+        RecipeError: the file, the recipe or a value cannot be used, or the settings of a method are no recipe; the
+            message names the value and the fix.
+    """
+    path = Path(path)
+    given = read_yaml(path)
+    _known(given, ("title", "recipe", "settings", "seeds", "reference", "methods", "tuning"), str(path))
+    for key in ("title", "recipe", "seeds", "reference", "methods"):
+        _require(key in given, f"{path}: {key} is missing.")
+    for key, kind in {"title": str, "recipe": str, "seeds": list, "reference": str, "methods": dict}.items():
+        _require(isinstance(given[key], kind), f"{path}: {key}={given[key]!r} must be a {kind.__name__}.")
+    recipe, changes = path.parent / given["recipe"], _changes(given.get("settings"), f"{path}: settings")
+    shared = read_yaml(recipe)
+    _parsed(shared, str(recipe))
+    suite = Suite(
+        path=path,
+        title=given["title"],
+        base={key: value for key, value in {**shared, **changes}.items() if key not in OWN},
+        seeds=given["seeds"],
+        reference=given["reference"],
+        methods={name: _changes(value, f"{path}: methods: {name}") for name, value in given["methods"].items()},
+        tuning=_tuning(given.get("tuning"), f"{path}: tuning"),
+    )
+    _validate(suite)
+    return suite
+
+
+def draws(suite: Suite, method: str) -> list[dict[str, Any]]:
+    """The settings that tuning tries for a method.
+
+    Draw k of a key depends on the seed, the key and its range alone: methods share the draws of a range that they
+    share, and more draws, methods or keys leave those there are as they were.
+
+    Returns:
+        `tuning.draws` dicts of key -> value, numbers with three significant digits.
+    """
+    hints = get_type_hints(IPGConfig) | get_type_hints(Recipe)
+    columns = {}
+    for key, values in _ranges(suite, method).items():
+        stream = np.random.default_rng([suite.tuning.seed, zlib.crc32(key.encode())])
+        # an int, or one that may be None
+        whole = hints[key] is int or int in get_args(hints[key])
+        columns[key] = [_at(values, share, whole) for share in stream.random(suite.tuning.draws)]
+    return [{key: column[number] for key, column in columns.items()} for number in range(suite.tuning.draws)]
+
+
+def draw_runs(suite: Suite, method: str) -> list[Run]:
+    """The tuning runs of a method; they do not read the test set. None without tuning."""
+    if suite.tuning is None:
+        return []
+    own = {"seed": suite.tuning.seed, "measure_test": False}
+    return [
+        _run(suite, f"{method}-draw{number}", {**suite.methods[method], **drawn, **own})
+        for number, drawn in enumerate(draws(suite, method))
+    ]
+
+
+def seed_runs(suite: Suite, method: str, drawn: Mapping[str, Any]) -> list[Run]:
+    """The runs of a method that are compared; `drawn` are the settings that tuning has chosen."""
+    changes = {**suite.methods[method], **drawn}
+    return [_run(suite, f"{method}-seed{seed}", {**changes, "seed": seed}) for seed in suite.seeds]
+
+
+def chosen(suite: Suite, method: str) -> tuple[int | None, dict[str, Any]] | None:
+    """The draw with the best worst group on validation (accuracy highest or error lowest; of equals the earliest).
+
+    Returns:
+        Its number and its settings; `(None, {})` without tuning; `None` while a draw has no record.
+
+    Raises:
+        RecipeError: see [`read_record`].
+    """
+    if suite.tuning is None:
+        return None, {}
+    records = [read_record(run) for run in draw_runs(suite, method)]
+    if None in records:
+        return None
+    scores = [validation_score(record) for record in records]
+    number = scores.index(max(scores))
+    return number, draws(suite, method)[number]
+
+
+def validation_score(record: Mapping[str, Any]) -> float:
+    """What tuning makes as high as it can: worst-group accuracy, or the negative of the worst-group error."""
+    metrics = record["metrics"]["validation"]
+    score = metrics[HIGHER] if HIGHER in metrics else -metrics[LOWER]
+    return -math.inf if math.isnan(score) else score
+
+
+def read_record(run: Run) -> dict[str, Any] | None:
+    """The record of a run, or `None` where it has not finished.
+
+    Raises:
+        RecipeError: the record was made with other settings than the suite now has.
+    """
+    if not run.record.is_file():
+        return None
+    record = json.loads(run.record.read_text(encoding="utf-8"))
+    # as JSON gives them back
+    now = json.loads(json.dumps(_parsed(run.settings, run.name)))
+    then = record["config"]
+    keys = [key for key in {**now, **then} if key not in PLACES and now.get(key) != then.get(key)]
+    if keys:
+        found = ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in keys[:3])
+        raise RecipeError(
+            f"{run.record} was made with other settings than the suite has now: {found}. Put the suite back as it was, "
+            "or remove the file so that the run is made anew."
+        )
+    return record
+
+
+def check_records(suite: Suite) -> None:
+    """Looks at all records of a suite.
+
+    Raises:
+        RecipeError: a record was made with other settings, belongs to no run of the suite, or to a method whose
+            settings are not chosen.
+    """
+    expected = {}
+    for method in suite.methods:
+        tried, choice = draw_runs(suite, method), chosen(suite, method)
+        runs = seed_runs(suite, method, choice[1] if choice else {})
+        expected |= {run.record: None for run in tried}
+        expected |= {run.record: run if choice else len(tried) for run in runs}
+    for record in sorted(suite.results.glob("*.json")):
+        if record not in expected:
+            raise RecipeError(
+                f"{record} belongs to no method, seed or draw of {suite.path}: put it back into the suite, or remove "
+                "the file."
+            )
+        run = expected[record]
+        if isinstance(run, int):
+            raise RecipeError(
+                f"{record} is there, but of the {run} draws that choose its settings some are not: run ipg bench "
+                f"{suite.path} --only tune, or remove the file."
+            )
+        if run is not None:
+            read_record(run)
+
+
+def _run(suite: Suite, name: str, changes: Mapping[str, Any]) -> Run:
+    return Run(name, {**suite.base, **changes}, suite.results / f"{name}.json")
+
+
+def _ranges(suite: Suite, method: str) -> dict[str, list]:
+    return {**suite.tuning.ranges.get(ALL, {}), **suite.tuning.ranges.get(method, {})}
+
+
+def _at(values: list, share: float, whole: bool) -> Any:
+    """The value of a range at a share in [0, 1) of it."""
+    if not _is_interval(values):
+        return values[int(share * len(values))]
+    low, high, scale = values
+    value = low * (high / low) ** share if scale == "log" else low + (high - low) * share
+    return round(value) if whole else float(f"{value:.3g}")
+
+
+def _is_interval(values: list) -> bool:
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values[:2])
+    return len(values) == 3 and numbers and isinstance(values[2], str)
+
+
+def _tuning(given: Any, place: str) -> Tuning | None:
+    if given is None:
+        return None
+    _require(isinstance(given, dict), f"{place}={given!r} must be a mapping of draws, seed and ranges.")
+    _known(given, [field.name for field in fields(Tuning)], place)
+    for key in ("draws", "ranges"):
+        _require(key in given, f"{place}: {key} is missing.")
+    draws, seed, ranges = given["draws"], given.get("seed", 0), given["ranges"]
+    _require(isinstance(draws, int) and draws >= 1, f"{place}: draws={draws!r} must be a whole number of 1 or more.")
+    _require(isinstance(seed, int) and seed >= 0, f"{place}: seed={seed!r} must be a whole number of 0 or more.")
+    _require(isinstance(ranges, dict), f"{place}: ranges={ranges!r} must be a mapping of {ALL!r} or a method to keys.")
+    for name, part in ranges.items():
+        for key, values in _changes(part, f"{place}: ranges: {name}").items():
+            _check_range(values, f"{place}: ranges: {name}: {key}={values!r}")
+    return Tuning(draws, {name: part or {} for name, part in ranges.items()}, seed)
+
+
+def _check_range(values: Any, place: str) -> None:
+    whole = isinstance(values, list) and len(values) > 0
+    _require(whole, f"{place} must be [low, high, log], [low, high, linear] or a list of choices.")
+    if _is_interval(values):
+        low, high, scale = values
+        _require(scale in ("log", "linear"), f"{place}: the scale must be log or linear.")
+        _require(-math.inf < low < high < math.inf, f"{place}: the first number must be the lower one, both finite.")
+        _require(scale == "linear" or low > 0, f"{place}: a log range must begin above 0.")
+
+
+def _validate(suite: Suite) -> None:
+    path = suite.path
+    _require(len(suite.methods) > 0, f"{path}: methods is empty.")
+    for name in suite.methods:
+        valid = isinstance(name, str) and re.fullmatch(r"\w+", name) and name != ALL
+        _require(bool(valid), f"{path}: methods: {name!r} must be of letters, digits and _, and not {ALL!r}.")
+    seeds = suite.seeds
+    valid = seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len({*seeds}) == len(seeds)
+    _require(bool(valid), f"{path}: seeds={seeds!r} must be different whole numbers of 0 or more.")
+    _known([suite.reference], suite.methods, f"{path}: reference")
+    if suite.tuning:
+        _known(suite.tuning.ranges, [ALL, *suite.methods], f"{path}: tuning: ranges")
+    for name, changes in suite.methods.items():
+        place = f"{path}: methods: {name}"
+        _parsed({**suite.base, **changes}, place)
+        if suite.tuning is None:
+            continue
+        ranges = _ranges(suite, name)
+        _require(bool(ranges), f"{place}: tuning has nothing to draw for it: give tuning: ranges: {name}, or {ALL}.")
+        for key, values in ranges.items():
+            for value in values[:2] if _is_interval(values) else values:
+                _parsed({**suite.base, **changes, key: value}, f"{path}: tuning: ranges of {name}: {key}={value!r}")
+        for number, drawn in enumerate(draws(suite, name)):
+            _parsed({**suite.base, **changes, **drawn}, f"{place}: draw {number}, {drawn}")
+
+
+def _parsed(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What a run's record will hold as its configuration."""
+    try:
+        given = parse_settings(settings, title="settings")[2]
+    except RecipeError as failure:
+        raise RecipeError(f"{place}: {failure}") from failure
+    return {key: value for key, value in given.items() if not key.endswith("_token")}
+
+
+def _changes(given: Any, place: str) -> dict[str, Any]:
+    given = {} if given is None else given
+    _require(isinstance(given, dict), f"{place}={given!r} must be a mapping of keys to values.")
+    for key in given:
+        _require(key not in OWN, f"{place}: {key!r} is set for each run by ipg bench: leave it out.")
+    return given
+
+
+def _known(names: Any, known: Any, place: str) -> None:
+    for name in names:
+        _require(name in known, f"{place}: {name!r} is unknown.{nearest(str(name), known)}")
+
+
+def _require(valid: bool, message: str) -> None:
+    if not valid:
+        raise RecipeError(message)
