@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -25,6 +26,7 @@ from .pairs.checks import named_sets
 from .publish import check_can_push
 from .recipe import Recipe, RecipeError
 from .record import course, data_facts, hub_id
+from .task import row_columns
 from .trainer import IPGTrainer
 
 RECORD = "run.json"
@@ -66,7 +68,7 @@ def _train_one(
     set_seed(args.seed)  # the weights of a model from scratch
     model = recipe.build_model(data.train)
     processor = recipe.build_processor()
-    sets = _inputs(data, recipe, processor)
+    sets = _inputs(data, recipe, processor, keep=("label", *row_columns(args.objective)))
     trainer = IPGTrainer(
         model=model,
         args=args,
@@ -167,7 +169,7 @@ def _run_files(folder: Path) -> list[Path]:
     return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
 
 
-def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:
+def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]) -> dict[str, Any]:
     names = ["train", "validation", "pairs", "validation_pairs"]
     names += ["test", "test_pairs"] if recipe.measure_test else []
     sets = {name: getattr(data, name) for name in names}
@@ -183,7 +185,7 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any) -> dict[str, Any]:
         if not isinstance(value, datasets.Dataset):
             return value
         columns = double if "image_a" in value.column_names else single
-        return ImageRows(value, processor, columns, keep=("label", "attribute"), preload=True)
+        return ImageRows(value, processor, columns, keep=keep, preload=True)
 
     used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or recipe.method == "ipg"}
     if isinstance(used.get("pairs"), AdversarialPairs):

@@ -16,6 +16,7 @@ from .config import IPGConfig
 from .metrics import training_group_counts
 from .objectives import (
     IGNORED,
+    Objective,
     balanced_shares,
     find_problem_type,
     group_dro_shares,
@@ -25,7 +26,13 @@ from .objectives import (
 from .pairs.transforms import ImageRows
 from .progress import GroupShares
 
+ATTRIBUTE = "attribute"
 COLUMN = {"group_dro": "attribute", "reweight": "attribute", "irm": "environment", "vrex": "environment"}
+
+
+def row_columns(objective: Objective) -> list[str]:
+    """The columns of training rows, beside image and label, that an objective and the evaluation by groups read."""
+    return [ATTRIBUTE, *({COLUMN.get(objective, ATTRIBUTE)} - {ATTRIBUTE})]
 
 
 class TaskObjective:

@@ -33,12 +33,10 @@ from .pairs.loader import PairCollator, PairLoader, is_stream, loader_of
 from .pairs.transforms import as_model_inputs
 from .progress import GroupShares, PairProgress, RowEpochs, restored
 from .publish import PublishingTrainer
-from .task import COLUMN, TaskObjective
+from .task import ATTRIBUTE, TaskObjective, row_columns
 from .trial import logits_of
 
 logger = logging.get_logger(__name__)
-
-ATTRIBUTE = "attribute"
 
 
 class IPGTrainer(PublishingTrainer):
@@ -129,7 +127,7 @@ class IPGTrainer(PublishingTrainer):
         for name, dataset in named_sets(eval_dataset).items():
             check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
-        self._row_columns = [ATTRIBUTE, *({COLUMN.get(args.objective, ATTRIBUTE)} - {ATTRIBUTE})]
+        self._row_columns = row_columns(args.objective)
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
         if self._computes_loss:
