@@ -24,6 +24,7 @@ ORDER = [
     "trial",
     "heads",
     "metrics",
+    "last_layer",
     "models",
     "objectives",
     "config",
