@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch.utils.data import DataLoader, Subset
-from transformers import default_data_collator
+from transformers import PrinterCallback, default_data_collator
 from transformers.utils import logging
 
 from .config import IPGConfig
@@ -58,14 +58,21 @@ def repeat_errors(dataset: Any, wrong: np.ndarray, factor: int) -> Any:
     wrong = np.asarray(wrong)
     if wrong.shape != (len(dataset),) or wrong.dtype != bool:
         raise ValueError(
-            f"wrong is {wrong.dtype} of shape {wrong.shape}: give one bool for each of {len(dataset)} rows."
+            f"wrong is {wrong.dtype} of shape {wrong.shape}: give one bool for each of the {len(dataset)} rows."
         )
     check_repeats(1, factor)
     return rows_of(dataset, np.repeat(np.arange(len(wrong)), np.where(wrong, factor, 1)))
 
 
+def check_repeats(steps: int, factor: int) -> None:
+    """Raises ValueError where the steps of a first model, or the factor, are no whole number of at least 1."""
+    for name, value in (("steps", steps), ("factor", factor)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
 def first_errors(
-    model: Any, args: IPGConfig, dataset: Any, labels: np.ndarray, processor: Any, steps: int
+    model: Any, args: IPGConfig, dataset: Any, labels: np.ndarray, processor: Any, *, steps: int
 ) -> np.ndarray:
     """Trains a first model plainly, and returns which training rows it gets wrong.
 
@@ -85,6 +92,7 @@ def first_errors(
     unsaved |= {"enable_jit_checkpoint": False, "resume_from_checkpoint": None, "report_to": "none"}
     args = replace(args, max_steps=steps, output_dir=gettempdir(), **unsaved)
     trainer = IPGTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.args.dataloader_drop_last = False  # every row is asked
     logits = trainer.predict(dataset).predictions

@@ -24,8 +24,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from .comparisons import check_repeats
 from .config import IPGConfig
 from .data import LOADERS, About, Benchmark
+from .last_layer import check_fits, check_rank
 from .models import load_image_classifier
 from .pairs import (
     AdversarialPairs,
@@ -50,6 +52,13 @@ MAKERS: dict[str, Callable] = {
     "table": pairs_from_table,
 }
 FROM_FILES = ("folders", "table")
+# ways to change a last layer -> their options
+LAST_LAYERS = {"dfr": ("num_fits", "strengths"), "project": ("rank",)}
+
+MAPPINGS = (
+    *("dataset_options", "pairs", "degrade_pairs", "last_layer", "repeat_errors"),
+    *("model_config", "image_processor", "about"),
+)
 
 
 class RecipeError(ValueError):
@@ -72,6 +81,14 @@ class Recipe:
         degrade_pairs: shares and strengths that spoil the training pairs (an ablation, see `pairs.degrade_pairs`).
         method: `"ipg"`, or `"erm"` for plain training without the pairs.
         compare: `"erm"` trains the twin without pairs too, in the folder `erm` of the output folder.
+        last_layer: what becomes of the last layer after the training (a comparison, see `last_layer`):
+            `{"method": "dfr"}`, with `num_fits` and `strengths` if need be, fits it anew to half of the validation
+            images, as many of each group, and leaves the other half to be measured on; `{"method": "project",
+            "rank": 1}` takes out of it the directions in which the training pairs differ most, which `erm` has not
+            trained with.
+        repeat_errors: `{"steps": 50, "factor": 20}` trains a first model for so many steps, and then another from the
+            start, for which the training images that the first gets wrong stand `factor` times (a comparison, Just
+            Train Twice; `erm` alone).
         model_name_or_path: a Hub id or a local folder to fine-tune.
         model_type: a transformers model type to train from scratch, instead of `model_name_or_path`.
         model_config: settings of its config.
@@ -95,6 +112,8 @@ class Recipe:
     degrade_pairs: dict | str | None = field(default=None, metadata={"help": "Spoil the training pairs, as JSON."})
     method: Literal["ipg", "erm"] = field(default="ipg", metadata={"help": "ipg, or erm: without the pairs."})
     compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train this twin too."})
+    last_layer: dict | str | None = field(default=None, metadata={"help": "Change it after training, as JSON."})
+    repeat_errors: dict | str | None = field(default=None, metadata={"help": "Just Train Twice, as JSON."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder to fine-tune."})
     model_type: str | None = field(default=None, metadata={"help": "Model type to train from scratch."})
     model_config: dict | str | None = field(default=None, metadata={"help": "Its config, as JSON."})
@@ -108,17 +127,43 @@ class Recipe:
     def __post_init__(self):
         if self.dataset not in LOADERS:
             raise RecipeError(f"dataset={self.dataset!r} is unknown.{nearest(self.dataset, LOADERS)}")
-        for name in ("dataset_options", "pairs", "degrade_pairs", "model_config", "image_processor", "about"):
+        for name in MAPPINGS:
             value = getattr(self, name) or {}
             try:
                 value = json.loads(value) if isinstance(value, str) else value
             except json.JSONDecodeError as failure:
                 raise RecipeError(f"{name}={value!r} is not JSON: {failure}") from failure
+            if not isinstance(value, dict):
+                raise RecipeError(f"{name}={value!r} must be a mapping of names to values.")
             setattr(self, name, value)
         known = [entry.name for entry in fields(About)]
         for name in self.about:
             if name not in known:
                 raise RecipeError(f"about: {name!r} is unknown.{nearest(name, known)}")
+        self._check_comparisons()
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether the training pairs are used: by the training, or after it."""
+        return self.method == "ipg" or self.last_layer.get("method") == "project"
+
+    def _check_comparisons(self) -> None:
+        if self.last_layer:
+            name = self.last_layer.get("method")
+            if name not in LAST_LAYERS:
+                raise RecipeError(f"last_layer: method={name!r} is unknown.{nearest(str(name), LAST_LAYERS)}")
+            _check_keys("last_layer", self.last_layer, ["method", *LAST_LAYERS[name]])
+            if name == "project":
+                check_rank(self.last_layer.get("rank"))
+            else:
+                check_fits(self.last_layer.get("num_fits", 1), self.last_layer.get("strengths", [1]))
+        if self.repeat_errors:
+            _check_keys("repeat_errors", self.repeat_errors, ["steps", "factor"])
+            check_repeats(self.repeat_errors.get("steps"), self.repeat_errors.get("factor"))
+            if self.method != "erm":
+                raise RecipeError(
+                    f"repeat_errors is a comparison with plain training: set method: erm (now {self.method})."
+                )
 
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""
@@ -289,6 +334,12 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must be a mapping of keys to values, but is a {type(values).__name__}.")
     return values
+
+
+def _check_keys(setting: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"{setting}: {name!r} is unknown.{nearest(name, known)}")
 
 
 def _as_flag(key: str, value: Any) -> list[str]:

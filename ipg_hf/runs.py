@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,11 +13,13 @@ from tempfile import gettempdir
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import report
 from .checkpoints import newest_checkpoint
+from .comparisons import change_last_layer, check_last_layer, first_errors, repeat_errors
 from .config import IPGConfig
 from .data import Benchmark, describe
 from .metrics import GroupErrors, GroupMetrics
@@ -31,6 +34,7 @@ from .trainer import IPGTrainer
 
 RECORD = "run.json"
 FIGURE = "training_curves.png"
+ERRORS = "first_model_errors.json"
 
 
 def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, Any]:
@@ -65,10 +69,14 @@ def _train_one(
 ) -> tuple[dict, IPGTrainer]:
     """Returns the record and the trainer."""
     commit = report.commit()  # of the code that is loaded: the folder may move on during the run
-    set_seed(args.seed)  # the weights of a model from scratch
-    model = recipe.build_model(data.train)
     processor = recipe.build_processor()
     sets = _inputs(data, recipe, processor, keep=("label", *row_columns(args.objective)))
+    begun, comparisons = time.monotonic(), {}
+    if recipe.repeat_errors:
+        sets["train"], comparisons["repeat_errors"] = _with_errors_repeated(recipe, args, data, sets, processor, resume)
+    seconds = time.monotonic() - begun
+    set_seed(args.seed)  # the weights of a model from scratch
+    model = recipe.build_model(data.train)
     trainer = IPGTrainer(
         model=model,
         args=args,
@@ -79,11 +87,15 @@ def _train_one(
         compute_metrics=_metrics(data),
     )
     _silence(trainer)
-    started = time.monotonic()
+    if recipe.last_layer:
+        check_last_layer(recipe.last_layer, trainer, sets, data.validation)
+    begun = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:  # SIGTERM, enable_jit_checkpoint: nothing to measure yet
         raise KeyboardInterrupt
-    seconds = time.monotonic() - started
+    if recipe.last_layer:
+        comparisons["last_layer"], sets = change_last_layer(recipe.last_layer, trainer, sets, data.validation)
+    seconds += time.monotonic() - begun
     splits = ("validation", "test") if recipe.measure_test else ("validation",)
     metrics = {name: _measure(trainer, sets, name) for name in splits}
     record = {
@@ -101,6 +113,7 @@ def _train_one(
         "base_model": hub_id(recipe.model_name_or_path),
         "about": {**asdict(describe(recipe.dataset, recipe.dataset_options)), **recipe.about},
         "data": data_facts(trainer),
+        **comparisons,
     }
     trainer.save_whole()
     if trainer.is_world_process_zero():
@@ -111,6 +124,26 @@ def _train_one(
         report.plot_training(trainer.state.log_history, Path(args.output_dir) / FIGURE, threshold)
     trainer.run_record = record
     return record, trainer
+
+
+def _with_errors_repeated(
+    recipe: Recipe, args: IPGConfig, data: Benchmark, sets: dict, processor: Any, resume: str | None
+) -> tuple[Any, dict]:
+    """The training set with the first model's errors repeated, and what the record keeps of it."""
+    if not isinstance(data.train.features["label"], datasets.ClassLabel):
+        raise RecipeError(f"repeat_errors counts wrong classes, but the labels of {recipe.dataset} are numbers.")
+    path, settings = Path(args.output_dir) / ERRORS, recipe.repeat_errors
+    if resume and path.is_file():  # the training goes on with the rows that it began with
+        wrong = np.isin(np.arange(len(data.train)), json.loads(path.read_text(encoding="utf-8"))["rows"])
+    else:
+        set_seed(args.seed)
+        first, labels = recipe.build_model(data.train), np.asarray(data.train["label"][:])
+        wrong = first_errors(first, args, sets["train"], labels, processor, steps=settings["steps"])
+        if args.process_index == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report.write_json(path, {"rows": np.flatnonzero(wrong).tolist()})
+    repeated = repeat_errors(sets["train"], wrong, settings["factor"])
+    return repeated, {"errors": int(wrong.sum()), **settings, "rows": len(repeated)}
 
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
@@ -165,7 +198,7 @@ def _prepare_output(recipe: Recipe, args: IPGConfig) -> str | None:
 
 
 def _run_files(folder: Path) -> list[Path]:
-    names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", "erm"]
+    names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", ERRORS, "erm"]
     return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
 
 
@@ -173,7 +206,7 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
     names = ["train", "validation", "pairs", "validation_pairs"]
     names += ["test", "test_pairs"] if recipe.measure_test else []
     sets = {name: getattr(data, name) for name in names}
-    if recipe.method == "ipg" and sets["pairs"] is None:
+    if recipe.uses_pairs and sets["pairs"] is None:
         raise RecipeError(f"{recipe.dataset} has no training pairs of its own: give a maker, pairs: {{maker: ...}}.")
     if not recipe.preload:
         return sets
@@ -187,7 +220,7 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
         columns = double if "image_a" in value.column_names else single
         return ImageRows(value, processor, columns, keep=keep, preload=True)
 
-    used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or recipe.method == "ipg"}
+    used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or recipe.uses_pairs}
     if isinstance(used.get("pairs"), AdversarialPairs):
         used["pairs"] = replace(used["pairs"], source=used["train"])
     return sets | used

@@ -39,6 +39,7 @@ ORDER = [
     "model_card",
     "publish",
     "trainer",
+    "comparisons",
     "data",
     "survey",
     "audit_numbers",
