@@ -333,7 +333,14 @@ def _fit(
     # the setting's name before scikit-learn 1.8, and since
     penalty = {"penalty": "l1"} if LogisticRegression().penalty == "l2" else {"l1_ratio": 1.0}
     scaler = StandardScaler(with_mean=with_bias).fit(z)
-    settings = {"C": strength, "solver": "liblinear", "fit_intercept": with_bias, "random_state": 0, "max_iter": 1000}
+    settings = {
+        "C": strength,
+        "solver": "liblinear",
+        "fit_intercept": with_bias,
+        "random_state": 0,
+        "max_iter": 1000,
+        "tol": 1e-6,
+    }
     classes = [1] if num_labels == 2 else range(num_labels)
     fits = [LogisticRegression(**settings, **penalty).fit(scaler.transform(z), labels == label) for label in classes]
     weight = np.concatenate([fit.coef_ for fit in fits]) / scaler.scale_
