@@ -89,7 +89,7 @@ def first_errors(
         bool, (N,), equal on all processes.
     """
     unsaved = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
-    unsaved |= {"enable_jit_checkpoint": False, "resume_from_checkpoint": None, "report_to": "none"}
+    unsaved |= {"objective": "erm", "enable_jit_checkpoint": False, "resume_from_checkpoint": None, "report_to": "none"}
     args = replace(args, max_steps=steps, output_dir=gettempdir(), **unsaved)
     trainer = IPGTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
     trainer.remove_callback(PrinterCallback)

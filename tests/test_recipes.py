@@ -37,7 +37,7 @@ def pair_quality():
 
 
 def test_the_recipes_are_all_found():
-    assert len(TRAINING) == 36
+    assert len(TRAINING) == 39
     assert {path.parent.name for path in TRAINING} == {
         "digits",
         "colored_mnist",
@@ -54,7 +54,7 @@ def test_the_recipes_are_all_found():
 def test_a_recipe_is_valid_and_says_how_it_is_launched(path):
     recipe, args, given = parse_recipe(str(path))
     assert recipe.dataset == {"scenes": "files"}.get(path.parent.name, path.parent.name)
-    assert recipe.method == ("erm" if path.stem.startswith("erm") else "ipg")
+    assert recipe.method == ("erm" if path.stem.startswith(("erm", "jtt")) else "ipg")
     assert args.metric_for_best_model == (
         "worst_group_mae" if recipe.dataset == "stroke_mass" else "worst_group_accuracy"
     )
@@ -101,6 +101,9 @@ def test_a_recipe_builds_its_model(path):
         ("digits/ablation_free_norm_resnet", "ipg_resnet", {"freeze_norm": False}),
         ("digits/ablation_alpha_3_resnet", "ipg_resnet", {"alpha": 3.0}),
         ("digits/ipg_mean_resnet", "ipg_resnet", {"rationale_reduction": "mean"}),
+        ("digits/erm_dfr_resnet", "erm_resnet", {"last_layer": {"method": "dfr"}}),
+        ("digits/erm_project_resnet", "erm_resnet", {"last_layer": {"method": "project", "rank": 1}}),
+        ("digits/jtt_resnet", "erm_resnet", {"repeat_errors": {"steps": 1, "factor": 20}}),
     ],
 )
 def test_an_ablation_changes_one_thing(ablation, of, change):
