@@ -111,7 +111,8 @@ def model_card(
         "name": name.split("/")[-1],
         "repo": name,
         "method": record.get("method"),
-        "comparison": _comparison(record),
+        "repeated": record.get("repeat_errors"),
+        "changed": record.get("last_layer") or {},
         "base": f"[{base}](https://huggingface.co/{base})" if base else _from(config),
         "labels": _labels(metrics),
         "attribute": _attribute(config, about),
@@ -261,30 +262,6 @@ def _pairs(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         texts.append("The sides of a random half of them were swapped on purpose.")
     if config.get("degrade_pairs"):
         texts.append(f"The pairs were spoiled on purpose: {config['degrade_pairs']}.")
-    return " ".join(texts)
-
-
-def _comparison(record: Mapping[str, Any]) -> str:
-    """What was done before or after the training itself."""
-    repeated, changed = record.get("repeat_errors"), record.get("last_layer") or {}
-    texts = []
-    if repeated:
-        texts.append(
-            "Just Train Twice ([arXiv 2107.09044](https://arxiv.org/abs/2107.09044)): in the training set stood "
-            f"{repeated['factor']} times the {repeated['errors']} images that a first model got wrong after "
-            f"{repeated['steps']} steps."
-        )
-    if changed.get("method") == "dfr":
-        texts.append(
-            "Deep feature reweighting ([arXiv 2204.02937](https://arxiv.org/abs/2204.02937)): after the training the "
-            f"last layer was fitted anew to {changed['rows']} validation images, as many of each group "
-            f"(C = {changed['strength']:g}); figures of the validation split are of the others."
-        )
-    if changed.get("method") == "project":
-        texts.append(
-            f"After the training {changed['rank']} of the directions in which the features of {changed['pairs']} pairs "
-            f"differ were taken out of the last layer ({changed['variance_removed']:.1%} of their squared differences)."
-        )
     return " ".join(texts)
 
 
