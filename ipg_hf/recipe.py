@@ -24,7 +24,6 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .comparisons import check_repeats
 from .config import IPGConfig
 from .data import LOADERS, About, Benchmark
 from .last_layer import check_fits, check_rank
@@ -40,6 +39,7 @@ from .pairs import (
     recolor_pairs,
 )
 from .pairs.checks import named_sets
+from .stages import check_repeats
 
 # makers of the training images, and of files
 MAKERS: dict[str, Callable] = {

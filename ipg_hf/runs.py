@@ -19,7 +19,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import report
 from .checkpoints import newest_checkpoint
-from .comparisons import change_last_layer, check_last_layer, first_errors, repeat_errors
 from .config import IPGConfig
 from .data import Benchmark, describe
 from .metrics import GroupErrors, GroupMetrics
@@ -29,6 +28,7 @@ from .pairs.checks import named_sets
 from .publish import check_can_push
 from .recipe import Recipe, RecipeError
 from .record import course, data_facts, hub_id
+from .stages import change_last_layer, check_last_layer, first_errors, repeat_errors
 from .task import row_columns
 from .trainer import IPGTrainer
 

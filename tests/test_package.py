@@ -39,7 +39,7 @@ ORDER = [
     "model_card",
     "publish",
     "trainer",
-    "comparisons",
+    "stages",
     "data",
     "survey",
     "audit_numbers",

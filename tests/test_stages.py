@@ -19,10 +19,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ipg_hf import find_head
 from ipg_hf.cli import main
-from ipg_hf.comparisons import first_errors, repeat_errors
 from ipg_hf.data import load_digits
 from ipg_hf.pairs import ImageRows
 from ipg_hf.recipe import Recipe, RecipeError, parse_recipe
+from ipg_hf.stages import first_errors, repeat_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 DFR = {"method": "dfr", "num_fits": 2, "strengths": [1.0, 0.3]}
