@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .config import IPGConfig
 from .heads import find_head
 from .last_layer import (
+    TARGETS,
     check_classes,
     check_groups,
     check_head,
@@ -31,7 +32,8 @@ from .pairs import ImageRows
 from .pairs.checks import named_sets
 from .pairs.loader import PairCollator
 from .pairs.transforms import as_model_inputs
-from .trainer import ATTRIBUTE, IPGTrainer
+from .task import ATTRIBUTE
+from .trainer import IPGTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +91,7 @@ def first_errors(
         bool, (N,), equal on all processes.
     """
     unsaved = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
-    unsaved |= {"objective": "erm", "enable_jit_checkpoint": False, "resume_from_checkpoint": None, "report_to": "none"}
+    unsaved |= {"enable_jit_checkpoint": False, "resume_from_checkpoint": None, "report_to": "none"}
     args = replace(args, max_steps=steps, output_dir=gettempdir(), **unsaved)
     trainer = IPGTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor)
     trainer.remove_callback(PrinterCallback)
@@ -181,9 +183,11 @@ def _targets(rows: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _batches(trainer: IPGTrainer, dataset: Any, collate: Any) -> Iterator[Mapping[str, torch.Tensor]]:
-    main_input = forward_inputs(trainer.model)[0]
-    inputs = as_model_inputs(dataset, trainer.processing_class, main_input, keep=("label", ATTRIBUTE))
+    names = forward_inputs(trainer.model)
+    inputs = as_model_inputs(dataset, trainer.processing_class, names[0], keep=("label", ATTRIBUTE))
     args, own = trainer.args, torch.Generator()  # measuring must not draw from the global one
-    yield from DataLoader(
+    loader = DataLoader(
         inputs, args.eval_batch_size, collate_fn=collate, num_workers=args.dataloader_num_workers, generator=own
     )
+    for batch in loader:
+        yield {name: value for name, value in batch.items() if name in (*names, *TARGETS)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes that compare: a last layer changed after the training, and Just Train Twice, as a user launches them."""
+"""What surrounds a training: Just Train Twice, and another last layer, as a user launches them."""
 
 import json
 import os
@@ -142,6 +142,7 @@ def test_settings_as_flags(tmp_path):
         ({"last_layer": {"method": "project", "rank": 1}, "pairs": {"maker": "adversarial"}}, "AdversarialPairs"),
         ({"last_layer": DFR, "dataset": "stroke_mass"}, "1 outputs"),
         ({"repeat_errors": TWICE, "dataset": "stroke_mass"}, "numbers"),
+        ({"repeat_errors": TWICE, "objective": "group_dro"}, "group_dro"),
     ],
 )
 def test_what_cannot_be_compared_is_named_before_a_training(tmp_path, capsys, changes, expected):
