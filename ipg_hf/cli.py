@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import torch
 from transformers import AutoImageProcessor
 
 from . import report
@@ -213,4 +215,10 @@ def show_heads(models: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if torch.distributed.is_initialized():
+        # gloo's threads now and then abort the interpreter's orderly end ("terminate called without an active
+        # exception", torch 2.15 on CPU), which a launcher takes for a failed run
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
