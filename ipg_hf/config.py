@@ -63,8 +63,9 @@ class IPGConfig(TrainingArguments):
         pair_penalty_weight (`float`, *optional*, defaults to `1.0`):
             Factor of that penalty, above 0.
         objective (`str`, *optional*, defaults to `"erm"`):
-            What the task update minimises: `"erm"`, the mean loss; with an `attribute` column `"group_dro"` (the worst
-            group's, online) or `"reweight"` (groups of equal weight); with an `environment` column `"irm"` or `"vrex"`.
+            What the task update minimises: `"erm"`, the mean loss; `"class_balanced"`, classes of equal weight; with
+            an `attribute` column `"group_dro"` (the worst group's, online) or `"reweight"` (groups of equal weight);
+            with an `environment` column `"irm"` or `"vrex"`.
         group_dro_step_size (`float`, *optional*, defaults to `0.01`):
             Step size η_q of GroupDRO's group weights, at least 0.
         environment_penalty_weight (`float`, *optional*, defaults to `1.0`):

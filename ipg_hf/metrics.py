@@ -327,8 +327,12 @@ class GroupErrors:
         return metrics | {f"group_n/{name}": float(len(values)) for name, values in groups.items()}
 
 
-def training_group_counts(dataset: datasets.Dataset) -> np.ndarray | None:
+def training_group_counts(dataset: datasets.Dataset, *, by_attribute: bool = True) -> np.ndarray | None:
     """Rows per group of a training set with columns `label` (-100 is ignored) and `attribute`.
+
+    Args:
+        dataset: the training set.
+        by_attribute: `False` counts as if all rows had the attribute 0; the column may be missing then.
 
     Returns:
         float64, shape (num_labels, num_attributes); `None` without a column `attribute`.
@@ -340,16 +344,18 @@ def training_group_counts(dataset: datasets.Dataset) -> np.ndarray | None:
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
         found = dataset.column_names if isinstance(dataset, datasets.Dataset) else type(dataset).__name__
         raise ValueError(f"train_dataset must be a datasets.Dataset with a column 'label', but is {found}.")
-    if "attribute" not in dataset.column_names:
+    if by_attribute and "attribute" not in dataset.column_names:
         return None
-    columns = dataset.with_format("numpy").select_columns(["label", "attribute"])[:]
-    labels, attributes = _integers("label", columns["label"]), _integers("attribute", columns["attribute"])
+    read = ["label", *(["attribute"] if by_attribute else [])]
+    columns = dataset.with_format("numpy").select_columns(read)[:]
+    labels = _integers("label", columns["label"])
+    attributes = _integers("attribute", columns["attribute"]) if by_attribute else np.zeros_like(labels)
     labels, attributes = labels[labels != IGNORED], attributes[labels != IGNORED]
     if len(labels) == 0:
         raise ValueError("train_dataset has no labelled rows, so that its group sizes are unknown.")
     sizes = []
     for column, values in (("label", labels), ("attribute", attributes)):
-        names = _names(dataset, column)
+        names = _names(dataset, column) if column in read else None
         _check_range(column, values, len(names) if names else None)
         sizes.append(len(names) if names else int(values.max()) + 1)
     return group_counts(labels, attributes, *sizes)

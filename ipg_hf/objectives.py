@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .guidance import ProblemType, invariance_divergence
 from .trial import logits_of
 
-Objective = Literal["erm", "group_dro", "reweight", "irm", "vrex"]
+Objective = Literal["erm", "class_balanced", "group_dro", "reweight", "irm", "vrex"]
 PairObjective = Literal["ipg", "kl", "features", "rationales", "augmentation"]
 IGNORED = -100
 

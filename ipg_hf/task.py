@@ -27,12 +27,19 @@ from .pairs.transforms import ImageRows
 from .progress import GroupShares
 
 ATTRIBUTE = "attribute"
-COLUMN = {"group_dro": "attribute", "reweight": "attribute", "irm": "environment", "vrex": "environment"}
+ENVIRONMENT = "environment"
+COLUMN = {
+    "class_balanced": "label",
+    "group_dro": ATTRIBUTE,
+    "reweight": ATTRIBUTE,
+    "irm": ENVIRONMENT,
+    "vrex": ENVIRONMENT,
+}
 
 
 def row_columns(objective: Objective) -> list[str]:
     """The columns of training rows, beside image and label, that an objective and the evaluation by groups read."""
-    return [ATTRIBUTE, *({COLUMN.get(objective, ATTRIBUTE)} - {ATTRIBUTE})]
+    return [ATTRIBUTE, ENVIRONMENT] if COLUMN.get(objective) == ENVIRONMENT else [ATTRIBUTE]
 
 
 class TaskObjective:
@@ -57,7 +64,7 @@ class TaskObjective:
         problem = find_problem_type(model, None)
         if problem != "single_label_classification":
             raise ValueError(f"objective={self.kind!r} needs one class an image, but the model's is {problem}.")
-        if self.column == "environment" and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
+        if self.column == ENVIRONMENT and (args.gradient_accumulation_steps > 1 or args.world_size > 1):
             raise ValueError(
                 f"objective={self.kind!r} is no sum over rows, and is exact for whole batches alone: set "
                 "gradient_accumulation_steps=1 and use one process."
@@ -70,8 +77,8 @@ class TaskObjective:
                 f"it has {found}."
             )
         self.shares: GroupShares | None = None
-        if self.column == "attribute":
-            counts = torch.from_numpy(training_group_counts(stored))
+        if self.column != ENVIRONMENT:
+            counts = torch.from_numpy(training_group_counts(stored, by_attribute=self.column == ATTRIBUTE))
             self.num_attributes = counts.shape[1]
             self.balanced = balanced_shares(counts.flatten())
 
@@ -82,7 +89,7 @@ class TaskObjective:
             batches: of this process, with `labels` and the objective's column.
             accelerator: the processes.
         """
-        if self.column == "environment":
+        if self.column == ENVIRONMENT:
             return
         device, groups = accelerator.device, len(self.balanced)
         counts = torch.zeros(groups, device=device)
@@ -91,7 +98,7 @@ class TaskObjective:
             counts += torch.bincount(self._groups(labels, batch)[labels != IGNORED], minlength=groups)
         self.counts = accelerator.reduce(counts, "sum")
         self.sums = torch.zeros_like(self.counts)
-        if self.kind == "reweight":
+        if self.kind != "group_dro":
             self.factors = self.balanced.to(device).float() / self.counts.sum()
             return
         if not self.shares.shares:
@@ -116,7 +123,7 @@ class TaskObjective:
         smoothing = self.args.label_smoothing_factor
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         kept = labels != IGNORED
-        if self.column == "attribute":
+        if self.column != ENVIRONMENT:
             groups = self._groups(labels, inputs)[kept]
             losses = losses[kept]
             self.sums.index_add_(0, groups, losses.detach().float())
@@ -140,4 +147,5 @@ class TaskObjective:
         self.shares.shares = group_dro_shares(shares, sums.cpu(), self.counts.cpu(), step_size=step_size).tolist()
 
     def _groups(self, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        return labels.clamp(min=0) * self.num_attributes + inputs[self.column].to(labels.device)
+        attributes = inputs[ATTRIBUTE].to(labels.device) if self.column == ATTRIBUTE else 0
+        return labels.clamp(min=0) * self.num_attributes + attributes

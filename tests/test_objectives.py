@@ -160,15 +160,29 @@ def test_reweight_is_the_mean_of_the_groups(tmp_path):
     assert small.differences(weights(run.model), plain) > 1e-5
 
 
-@pytest.mark.parametrize("objective", ["group_dro", "reweight"])
+def test_class_balanced_is_the_mean_of_the_classes(tmp_path):
+    train = grouped().select([i for i in range(24) if i % 3 or i % 2])  # 8 rows of one label, 12 of the other
+    run = trained(tmp_path, train, objective="class_balanced", per_device_train_batch_size=20, max_steps=1)
+
+    def loss_of(losses, logits, labels, attributes, step):
+        return torch.stack([losses[labels == label].mean() for label in range(2)]).mean()
+
+    wanted = by_hand(small.vit().double(), train, loss_of, steps=1, batch=20)
+    assert small.differences(weights(run.model), wanted) < 1e-7
+    plain = by_hand(small.vit().double(), train, lambda losses, *_: losses.mean(), steps=1, batch=20)
+    assert small.differences(weights(run.model), plain) > 1e-5
+
+
+@pytest.mark.parametrize("objective", ["class_balanced", "group_dro", "reweight"])
 @pytest.mark.parametrize("build", [small.vit, small.resnet])
 def test_groups_under_accumulation(tmp_path, objective, build):
     settings = {"objective": objective, "group_dro_step_size": 0.5, "max_steps": 3, "freeze_norm": True}
+    train = grouped(32).select([i for i in range(32) if i % 4 != 2])  # twice as many of one label
     ends, logs = [], []
     for batch, steps in ((8, 1), (2, 4)):
         run = trained(
             tmp_path,
-            grouped(),
+            train,
             small.pairs(6, dtype=torch.float64),
             build,
             per_device_train_batch_size=batch,
@@ -179,7 +193,7 @@ def test_groups_under_accumulation(tmp_path, objective, build):
         logs.append([entry["loss"] for entry in logged(run)])
     assert small.differences(*ends) < 1e-6
     assert logs[1] == pytest.approx(logs[0], abs=1e-5)
-    plain = trained(tmp_path, grouped(), small.pairs(6, dtype=torch.float64), build, max_steps=3, freeze_norm=True)
+    plain = trained(tmp_path, train, small.pairs(6, dtype=torch.float64), build, max_steps=3, freeze_norm=True)
     assert small.differences(ends[0], weights(plain.model)) > 1e-5
 
 
