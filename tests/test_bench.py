@@ -14,7 +14,7 @@ import pytest
 import yaml
 from small import TINY_RECIPE
 
-from ipg_hf import comparison, runs, suite
+from ipg_hf import comparison_figures, runs, suite
 from ipg_hf.cli import main
 from ipg_hf.comparison import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.recipe import RecipeError, parse_settings
@@ -333,7 +333,7 @@ def test_two_suites_of_one_folder_do_not_mix(compared):
     other.write_text(compared.read_text())
     read = load_suite(other)
     assert all(not standing.records for standing in standings(read))
-    assert comparison.write_comparison(read)[0].parent == compared.parent / "results/other"
+    assert comparison_figures.write_comparison(read)[0].parent == compared.parent / "results/other"
 
 
 # ---- Records
