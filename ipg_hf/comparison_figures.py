@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from .comparison import (
 from .config import IPGConfig
 from .suite import HIGHER, Suite
 
-UNTESTED = "No setting is chosen by it."
 COURSE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}
 
 
@@ -42,18 +41,17 @@ def write_comparison(suite: Suite) -> list[Path]:
     table, rows = suite.results / "table.md", suite.results / "table.csv"
     table.write_text(f"# {suite.title}\n\n{markdown(suite, found)}\n", encoding="utf-8")
     rows.write_text(comma_separated(suite, found), encoding="utf-8")
-    draw = {0: draw_methods, 1: draw_lines, 2: draw_maps}[len(suite.grid)]
+    paths, figure, course = [table, rows], suite.results / "figure.png", suite.results / "course.png"
+    for path in (figure, course):
+        path.unlink(missing_ok=True)
+    if any(standing.records for standing in found):
+        draw = {0: draw_methods, 1: draw_lines, 2: draw_maps}[len(suite.grid)]
+        draw(suite, found, figure)
+        paths.append(figure)
     guided = [] if suite.grid else guided_courses(suite, found)
-    figures: dict[str, Callable[[Path], None] | None] = {
-        "figure.png": (lambda path: draw(suite, found, path)) if any(one.records for one in found) else None,
-        "course.png": (lambda path: draw_courses(suite, guided, path)) if guided else None,
-    }
-    paths = [table, rows]
-    for name, drawn in figures.items():
-        (suite.results / name).unlink(missing_ok=True)
-        if drawn:
-            drawn(suite.results / name)
-            paths.append(suite.results / name)
+    if guided:
+        draw_courses(suite, guided, course)
+        paths.append(course)
     return paths
 
 
@@ -158,7 +156,7 @@ def draw_maps(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     figure.colorbar(image, ax=[*panels], label=f"worst-group {_measure(metric)}")
     figure.suptitle(suite.title, fontsize=10)
     level = [f"{one.name}: {spread([*one.values(metric).values()])}" for one in found if not one.point]
-    figure.supxlabel("\n".join([f"Test set, mean ± sd over seeds. {UNTESTED}", *level]), fontsize=8)
+    figure.supxlabel("\n".join(["Test set, mean ± sd over seeds. No setting is chosen by it.", *level]), fontsize=8)
     figure.savefig(path, dpi=140)
 
 

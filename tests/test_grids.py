@@ -111,11 +111,10 @@ def test_every_point_of_two_keys_has_a_file_of_its_own(tmp_path):
     grid = {"alpha": [0.1, 1, 1e16, 0.1000000001], "rationale_reduction": ["mean", "pair"]}
     suite = load_suite(write(tmp_path, changes=BOTH, grid=grid, seeds=[0]))
     assert [run.name for run in all_runs(suite)] == [
-        "ipg-alpha-0.1-rationale_reduction-mean-seed0", "ipg-alpha-0.1-rationale_reduction-pair-seed0",
-        "ipg-alpha-1-rationale_reduction-mean-seed0", "ipg-alpha-1-rationale_reduction-pair-seed0",
-        "ipg-alpha-1e16-rationale_reduction-mean-seed0", "ipg-alpha-1e16-rationale_reduction-pair-seed0",
-        "ipg-alpha-0.1000000001-rationale_reduction-mean-seed0", "ipg-alpha-0.1000000001-rationale_reduction-pair-seed0",
-    ]  # fmt: skip
+        f"ipg-alpha-{alpha}-rationale_reduction-{reduction}-seed0"
+        for alpha in ("0.1", "1", "1e16", "0.1000000001")
+        for reduction in ("mean", "pair")
+    ]
 
 
 def test_runs_go_seed_by_seed_and_only_what_is_asked_for(tmp_path, monkeypatch):
@@ -146,7 +145,7 @@ def test_tuning_is_done_once_and_holds_over_the_grid(tmp_path):
 def test_a_record_of_another_grid_or_of_other_settings_is_refused(tmp_path, capsys):
     fill(load_suite(write(tmp_path, changes=PAIRS)), lambda *_: 0.5)
     refused = {
-        "8-seed0.json belongs to no": {"grid": {"num_pairs": [40, 300]}},
+        "ipg-num_pairs-8-seed0.json belongs to no": {"grid": {"num_pairs": [40, 300]}},
         "erm-seed0.json belongs to no": {"ungridded": []},
         "ipg-num_pairs-300-seed0.json was made with other settings": {"methods": METHODS | {"ipg": {"alpha": 0.25}}},
     }
@@ -154,7 +153,7 @@ def test_a_record_of_another_grid_or_of_other_settings_is_refused(tmp_path, caps
         path = write(tmp_path, changes=PAIRS | changes)
         for only in ("run", "render"):
             assert main(["bench", str(path), "--only", only]) == 2
-            assert message.replace("300", "8") in capsys.readouterr().err.replace("300", "8")
+            assert message in capsys.readouterr().err
     # a value more leaves the records as they are
     path = write(tmp_path, changes=PAIRS, grid={"num_pairs": [8, 40, 300, 400]})
     assert main(["bench", str(path), "--only", "render"]) == 0
@@ -201,7 +200,7 @@ def test_the_table_by_hand(tmp_path):
         "0.200 ± 0.100", "0.500 ± 0.100", "0.600 ± 0.100", "0.700 ± 0.100", "0.900", "0.900", "-",
     ]  # fmt: skip
     # to erm .3 at the first point and .5 at the last; the best other is of the same point: kl has but one seed
-    assert rows[1][-2:] == ["+0.300 [+0.300, +0.300]"] * 1 + ["`erm`: +0.300 [+0.300, +0.300]"]
+    assert rows[1][-2:] == ["+0.300 [+0.300, +0.300]", "`erm`: +0.300 [+0.300, +0.300]"]
     assert rows[3][-2:] == ["+0.500 [+0.500, +0.500]", "`erm`: +0.500 [+0.500, +0.500]"]
     assert rows[4][-2:] == ["+0.800 (1 seed)", "`ipg`: +0.500 (1 seed)"]
     assert rows[5][-2:] == ["+0.800 (1 seed)", "`ipg`: +0.400 (1 seed)"]
