@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .comparison import write_comparison
+from .comparison_figures import write_comparison
 from .recipe import RecipeError, nearest
 from .report import commit, write_json
 from .runs import RECORD
@@ -29,6 +29,7 @@ from .suite import (
     chosen,
     draw_runs,
     load_suite,
+    points,
     read_record,
     seed_runs,
     validation_score,
@@ -91,8 +92,9 @@ def _compared(suite: Suite, methods: Sequence[str], seeds: Sequence[int]) -> lis
         choice = chosen(suite, name)
         if choice is None:
             raise RecipeError(f"{name} has draws without a record: its settings are not chosen. Run --only tune first.")
-        runs.append([run for run in seed_runs(suite, name, choice[1]) if run.settings["seed"] in seeds])
-    return [run for part in zip(*runs, strict=True) for run in part]
+        runs += [run for point in points(suite, name) for run in seed_runs(suite, name, choice[1], point)]
+    # seed by seed, so that what a stop leaves compares
+    return [run for seed in suite.seeds if seed in seeds for run in runs if run.settings["seed"] == seed]
 
 
 def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = False) -> None:

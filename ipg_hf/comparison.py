@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table, CSV and figure of a suite, from its records alone."""
+"""Table and CSV of a suite, from its records alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from .suite import HIGHER, LOWER, Suite, check_records, chosen, draw_runs, read_record, seed_runs, validation_score
+from .suite import (
+    HIGHER,
+    LOWER,
+    Suite,
+    check_records,
+    chosen,
+    draw_runs,
+    points,
+    read_record,
+    seed_runs,
+    validation_score,
+)
 
 # title -> metric, in the order of the columns; the third is the worst group
 CLASSES = {
@@ -25,20 +35,26 @@ CLASSES = {
     "flip rate": "flip_rate",
 }
 NUMBERS = {"test error (MAE)": "mae", "worst group": LOWER, "pairs' difference": "difference"}
-NOTE = (
-    "Spread: sample standard deviation over seeds. Differences: worst group on the test set, method minus other on the "
+NOTE = "Spread: sample standard deviation over seeds."
+NOTE_OF_DIFFERENCES = (
+    " Differences: worst group on the test set, method minus other on the "
     "same seeds, with the 95 % t-interval over these seeds in brackets, each comparison for itself; the best other "
     "has, of the methods with the most of these seeds, the best mean on them."
+)
+NOTE_OF_GRIDS = " The grid shows what a setting does on the test set; no setting is chosen by it."
+NOTE_OF_POINTS = (
+    " Differences are taken at one point of the grid; a method without a point is run once, for all of them."
 )
 NOTE_OF_ERRORS = " Worst group: the highest error; a negative difference is the better one."
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What there is of a method.
+    """What there is of a method, at one point where it is run over a grid.
 
     Args:
         name: the method.
+        point: of the grid; without a key where there is none, or the method stands outside it.
         records: seed -> record.
         draw: number of the draw that its settings come from; `None` without tuning, or before it is done.
         drawn: these settings.
@@ -46,6 +62,7 @@ class Standing:
     """
 
     name: str
+    point: Mapping[str, Any]
     records: Mapping[int, Mapping[str, Any]]
     draw: int | None
     drawn: Mapping[str, Any]
@@ -98,7 +115,7 @@ def best_other(name: str, scores: Mapping[str, Mapping[int, float]]) -> str | No
 
 
 def standings(suite: Suite) -> list[Standing]:
-    """A standing for each method, in the suite's order.
+    """A standing for each method and point of the grid, in the suite's order.
 
     Raises:
         RecipeError: see [`~suite.check_records`].
@@ -108,36 +125,41 @@ def standings(suite: Suite) -> list[Standing]:
     for name in suite.methods:
         choice = chosen(suite, name)
         draw, drawn = choice or (None, {})
-        runs = seed_runs(suite, name, drawn) if choice else []
-        records = {run.settings["seed"]: record for run in runs if (record := read_record(run))}
         scores = [validation_score(record) for run in draw_runs(suite, name) if (record := read_record(run))]
-        found.append(Standing(name, records, draw, drawn, scores))
+        for point in points(suite, name):
+            runs = seed_runs(suite, name, drawn, point) if choice else []
+            records = {run.settings["seed"]: record for run in runs if (record := read_record(run))}
+            found.append(Standing(name, point, records, draw, drawn, scores))
     return found
 
 
 def markdown(suite: Suite, found: Sequence[Standing]) -> str:
     """The table, a line on each method's settings, and what the runs were made by."""
-    columns = _columns(found)
+    columns = measured_columns(found)
     worst = columns["worst group"]
-    titles = ["method", "seeds"]
+    titles = ["method", *(f"`{key}`" for key in suite.grid), "seeds"]
     for title in columns:
         extreme = "lowest" if worst == HIGHER else "highest"
         titles += ["worst group, mean ± sd", "median", extreme] if title == "worst group" else [title]
-    titles += ["seconds a run", f"against `{suite.reference}`", "against the best other"]
+    several = len(suite.methods) > 1
+    titles += ["seconds a run", *([f"against `{suite.reference}`", "against the best other"] if several else [])]
     rows = [titles, ["---"] * len(titles), *(_row(suite, standing, found, columns) for standing in found)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines[1] = "|" + "---|" * len(titles)
-    settings = [f"- `{standing.name}`: {_settings(suite, standing)}" for standing in found]
-    note = NOTE if worst == HIGHER else NOTE + NOTE_OF_ERRORS
+    first = {standing.name: standing for standing in reversed(found)}
+    settings = [f"- `{name}`: {_settings(suite, first[name])}" for name in suite.methods]
+    note = NOTE + (NOTE_OF_DIFFERENCES if several else "") + (NOTE_OF_GRIDS if suite.grid else "")
+    note += (NOTE_OF_POINTS if several and suite.grid else "") + (NOTE_OF_ERRORS if worst == LOWER else "")
     return "\n".join([*lines, "", f"{note} {_provenance(found)}".strip(), "", *settings])
 
 
 def comma_separated(suite: Suite, found: Sequence[Standing]) -> str:
-    """The table with all digits, a row for each method; empty cells are not known."""
-    columns = _columns(found)
+    """The table with all digits, a row for each method and point of the grid; empty cells are not known."""
+    columns = measured_columns(found)
     rows = []
     for standing in found:
-        row: dict[str, Any] = {"method": standing.name, "seeds": len(standing.records)}
+        at = {f"grid_{key}": standing.point.get(key, "") for key in suite.grid}
+        row: dict[str, Any] = {"method": standing.name, **at, "seeds": len(standing.records)}
         for metric in columns.values():
             values = [*standing.values(metric).values()]
             row[f"{metric}_mean"] = statistics.fmean(values) if values else ""
@@ -154,7 +176,7 @@ def comma_separated(suite: Suite, found: Sequence[Standing]) -> str:
                 value = getattr(difference, part, "")
                 row[f"{title}_difference_{part}"] = "" if value != value else value
         row["draws"], row["draw"] = len(standing.scores), "" if standing.draw is None else standing.draw
-        row["settings"] = json.dumps({**suite.methods[standing.name], **standing.drawn})
+        row["settings"] = json.dumps({**suite.methods[standing.name], **standing.drawn, **standing.point})
         rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
@@ -163,56 +185,8 @@ def comma_separated(suite: Suite, found: Sequence[Standing]) -> str:
     return text.getvalue()
 
 
-def draw_figure(suite: Suite, found: Sequence[Standing], path: Path) -> None:
-    """Draws the worst group on the test set: a dot for each seed, mean and 95 % t-interval for each method, as PNG."""
-    # the object interface: the backend that the user has chosen stays as it is
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    metric = _columns(found)["worst group"]
-    figure = Figure(figsize=(6.4, 1.2 + 0.42 * len(found)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for place, standing in enumerate(found):
-        values = [*standing.values(metric).values()]
-        if not values:
-            continue
-        axes.scatter(values, [place + 0.16] * len(values), s=16, color="tab:blue", alpha=0.55, linewidths=0)
-        interval = t_interval(values)
-        if interval.n > 1:
-            axes.plot([interval.low, interval.high], [place - 0.1] * 2, color="black", linewidth=1.2)
-        axes.plot([interval.mean], [place - 0.1], marker="D", markersize=5, color="black")
-    axes.set_yticks(range(len(found)), [_label(suite, standing) for standing in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    measure = "accuracy" if metric == HIGHER else "error (MAE)"
-    axes.set_xlabel(f"worst-group {measure}, test: seeds, their mean and 95 % t-interval")
-    axes.set_xlim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
-    axes.set_title(suite.title, fontsize=10, loc="left")
-    axes.grid(axis="x", alpha=0.3)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-
-
-def write_comparison(suite: Suite) -> list[Path]:
-    """Writes `table.md`, `table.csv` and, where a run has finished, `figure.png` beside the records; returns the paths.
-
-    Raises:
-        RecipeError: see [`~suite.check_records`].
-    """
-    found = standings(suite)
-    suite.results.mkdir(parents=True, exist_ok=True)
-    paths = [suite.results / name for name in ("table.md", "table.csv", "figure.png")]
-    paths[0].write_text(f"# {suite.title}\n\n{markdown(suite, found)}\n", encoding="utf-8")
-    paths[1].write_text(comma_separated(suite, found), encoding="utf-8")
-    if not any(standing.records for standing in found):
-        paths[2].unlink(missing_ok=True)
-        return paths[:2]
-    draw_figure(suite, found, paths[2])
-    return paths
-
-
-def _columns(found: Sequence[Standing]) -> dict[str, str]:
+def measured_columns(found: Sequence[Standing]) -> dict[str, str]:
+    """Of `CLASSES` or `NUMBERS`, what the records hold."""
     tests = [record["metrics"]["test"] for standing in found for record in standing.records.values()]
     columns = NUMBERS if any(LOWER in test for test in tests) else CLASSES
     measured = {title: metric for title, metric in columns.items() if any(metric in test for test in tests)}
@@ -220,16 +194,18 @@ def _columns(found: Sequence[Standing]) -> dict[str, str]:
 
 
 def _row(suite: Suite, standing: Standing, found: Sequence[Standing], columns: Mapping[str, str]) -> list[str]:
-    cells = [f"`{standing.name}`", _progress(suite, standing)]
+    at = [written(standing.point[key]) if standing.point else "-" for key in suite.grid]
+    cells = [f"`{standing.name}`", *at, progress(suite, standing)]
     for title, metric in columns.items():
         values = [*standing.values(metric).values()]
-        cells.append(_spread(values))
+        cells.append(spread(values))
         if title == "worst group":
             extreme = min if metric == HIGHER else max
             cells += [f"{f(values):.3f}" if values else "-" for f in (statistics.median, extreme)]
     seconds = [record["seconds"] for record in standing.records.values()]
     cells.append(f"{statistics.median(seconds):.0f}" if seconds else "-")
-    for title, (other, difference) in _differences(suite, standing, found).items():
+    differences = _differences(suite, standing, found) if len(suite.methods) > 1 else {}
+    for title, (other, difference) in differences.items():
         named = f"`{other}`: " if title == "best_other" and difference else ""
         cells.append(f"{named}{_interval(difference)}" if difference else "-")
     return cells
@@ -238,12 +214,12 @@ def _row(suite: Suite, standing: Standing, found: Sequence[Standing], columns: M
 def _differences(
     suite: Suite, standing: Standing, found: Sequence[Standing]
 ) -> dict[str, tuple[str | None, Interval | None]]:
-    """Of the worst group: to the reference, and to the best other method."""
-    metric = _columns(found)["worst group"]
-    worst = {other.name: other.values(metric) for other in found}
+    """Of the worst group at one point of the grid: to the reference, and to the best other method."""
+    metric = measured_columns(found)["worst group"]
+    worst = {other.name: other.values(metric) for other in found if other.point in (standing.point, {})}
     sign = 1 if metric == HIGHER else -1
     scores = {name: {seed: sign * value for seed, value in values.items()} for name, values in worst.items()}
-    reference = None if standing.name == suite.reference else suite.reference
+    reference = suite.reference if standing.name != suite.reference and suite.reference in worst else None
     others = {"reference": reference, "best_other": best_other(standing.name, scores)}
     return {
         title: (other, paired_difference(worst[standing.name], worst[other]) if other else None)
@@ -251,7 +227,8 @@ def _differences(
     }
 
 
-def _progress(suite: Suite, standing: Standing) -> str:
+def progress(suite: Suite, standing: Standing) -> str:
+    """How many of the seeds have run, or what there is of the tuning."""
     if standing.records:
         done, planned = len(standing.records), len(suite.seeds)
         return str(done) if done == planned else f"{done} of {planned}"
@@ -260,16 +237,12 @@ def _progress(suite: Suite, standing: Standing) -> str:
     return "not run"
 
 
-def _label(suite: Suite, standing: Standing) -> str:
-    done, progress = len(standing.records), _progress(suite, standing)
-    return standing.name if done == len(suite.seeds) else f"{standing.name} ({progress}{' seeds' if done else ''})"
-
-
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, "-" of no value."""
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+    around = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{around}"
 
 
 def _interval(interval: Interval) -> str:
@@ -289,6 +262,11 @@ def _settings(suite: Suite, standing: Standing) -> str:
         f"{given}; of {suite.tuning.draws} draws number {standing.draw} is the best on validation (worst group "
         f"{score:.3f}, seed {suite.tuning.seed}): {_listed(standing.drawn)}."
     )
+
+
+def written(value: Any) -> str:
+    """A value of a grid in a table or a figure."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

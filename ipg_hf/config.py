@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
+from .guidance import LossScaling
 from .objectives import Objective, PairObjective
 
 RationaleReduction = Literal["mean", "pair"]
@@ -29,6 +30,9 @@ class IPGConfig(TrainingArguments):
         invariance_threshold (`float`, *optional*, defaults to `1e-4`):
             Threshold t >= 0 of the invariance divergence (nats). While the divergence of the pair batch is above it,
             the task gradient is scaled; `inf` never scales it (an ablation).
+        loss_scaling (`str`, *optional*, defaults to `"adaptive"`):
+            How it is scaled. `"adaptive"`: by α·‖g_d‖/‖g_L‖, the method. `"fixed"`: by α itself, whatever the norms of
+            the corrective and the task gradient are (an ablation).
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"`: distance of the mean rationales of the two sides (the paper's); needs oriented pairs.
             `"pair"`: mean over pairs of the distance within a pair (ours).
@@ -92,6 +96,9 @@ class IPGConfig(TrainingArguments):
     invariance_threshold: float = field(
         default=1e-4, metadata={"help": "Divergence (nats) above which the task gradient is scaled."}
     )
+    loss_scaling: LossScaling = field(
+        default="adaptive", metadata={"help": "Scale the task gradient by alpha times a ratio of norms, or by alpha."}
+    )
     rationale_reduction: RationaleReduction = field(
         default="mean", metadata={"help": "Distance of mean rationales (mean) or mean distance of pairs (pair)."}
     )
@@ -144,6 +151,7 @@ class IPGConfig(TrainingArguments):
         workers = self.pair_num_workers
         self._require("pair_num_workers", workers is None or workers >= 0, "0 or more, or None")
         for name, choices in (
+            ("loss_scaling", LossScaling),
             ("rationale_reduction", RationaleReduction),
             ("rationale_norm", RationaleNorm),
             ("pair_combination", PairCombination),

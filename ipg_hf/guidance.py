@@ -18,6 +18,7 @@ from torch.linalg import eigh, vector_norm
 
 Reduction = Literal["mean", "pair"]
 Norm = Literal["spectral", "frobenius"]
+LossScaling = Literal["adaptive", "fixed"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 _EIGH_MAX_SIDE = 128  # smaller side of W up to which a whole eigendecomposition is as fast as the Krylov iteration
@@ -99,19 +100,29 @@ def invariance_divergence(
 
 
 def loss_gradient_scale(
-    distance_grad_norm: Tensor, loss_grad_norm: Tensor, divergence: Tensor, *, alpha: float, threshold: float
+    distance_grad_norm: Tensor,
+    loss_grad_norm: Tensor,
+    divergence: Tensor,
+    *,
+    alpha: float,
+    threshold: float,
+    scaling: LossScaling = "adaptive",
 ) -> Tensor:
     """Factor on the task gradient: alpha·‖g_d‖/‖g_L‖ where divergence > threshold, else 1 (arXiv 2502.18975).
 
     g_d is the gradient of the rationale distance and g_L that of the task loss, each over all trainable parameters; all
     three tensors are scalars, alpha and threshold ≥ 0. Returns a scalar ≥ 0, float32 or float64, without gradient and
     without waiting for the device. It is 1 where ‖g_L‖ is 0 (or too small to have an inverse), as there is nothing to
-    scale, and where the divergence is NaN. Non-finite norms give a non-finite factor where they are used.
+    scale, and where the divergence is NaN. Non-finite norms give a non-finite factor where they are used. With
+    `scaling="fixed"` (ours: an ablation) the factor is alpha itself where it is alpha·‖g_d‖/‖g_L‖ otherwise. Raises
+    ValueError if `scaling` is unknown.
     """
+    _check_name("scaling", scaling, LossScaling)
     with torch.no_grad():
         g_d, g_l, divergence = _upcast(distance_grad_norm, loss_grad_norm, divergence)
         scaled = (divergence > threshold) & ~(g_l < torch.finfo(g_l.dtype).tiny)
-        return torch.where(scaled, alpha * g_d / g_l, 1.0)
+        factor = alpha * g_d / g_l if scaling == "adaptive" else torch.full_like(g_l, alpha)
+        return torch.where(scaled, factor, 1.0)
 
 
 def _spectral_norms(weight: Tensor, delta: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class GuidedStep:
             metrics["divergence"],
             alpha=self.args.alpha,
             threshold=self.args.invariance_threshold,
+            scaling=self.args.loss_scaling,
         )
         correction.scale_gradients(model, metrics["loss_scale"])
         self.progress.add(metrics)

@@ -8,7 +8,8 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -29,6 +30,8 @@ OWN = (
 )
 # where a run's files lie is no part of what it computes
 PLACES = ("output_dir", "overwrite_output_dir", "data_dir")
+# the first five are needed
+KEYS = ("title", "recipe", "seeds", "reference", "methods", "settings", "tuning", "grid", "ungridded")
 ALL = "all"
 HIGHER, LOWER = "worst_group_accuracy", "worst_group_mae"
 
@@ -61,6 +64,9 @@ class Suite:
         methods: name -> the settings in which it departs from the shared ones; a value that is itself a mapping
             replaces the shared one whole.
         tuning: how settings are chosen, or `None` where they are given.
+        grid: one key or two -> the values that it takes, a run for each seed at every point. What tuning chooses, it
+            chooses by the shared settings, and that holds over the grid. Empty: no grid.
+        ungridded: methods that no key of the grid concerns, run by the shared settings alone.
     """
 
     path: Path
@@ -70,6 +76,8 @@ class Suite:
     reference: str
     methods: Mapping[str, Mapping[str, Any]]
     tuning: Tuning | None
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    ungridded: Sequence[str] = ()
 
     @property
     def results(self) -> Path:
@@ -79,7 +87,8 @@ class Suite:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `name` is `<method>-draw<k>` or `<method>-seed<n>`, `record` the file that it leaves."""
+    """One training: `name` is `<method>-draw<k>`, `<method>-seed<n>` or at a point of a grid
+    `<method>-<key>-<value>-seed<n>`, `record` the file that it leaves."""
 
     name: str
     settings: Mapping[str, Any]
@@ -95,8 +104,8 @@ def load_suite(path: str | Path) -> Suite:
     """
     path = Path(path)
     given = read_yaml(path)
-    _known(given, ("title", "recipe", "settings", "seeds", "reference", "methods", "tuning"), str(path))
-    for key in ("title", "recipe", "seeds", "reference", "methods"):
+    _known(given, KEYS, str(path))
+    for key in KEYS[:5]:
         _require(key in given, f"{path}: {key} is missing.")
     for key, kind in {"title": str, "recipe": str, "seeds": list, "reference": str, "methods": dict}.items():
         _require(isinstance(given[key], kind), f"{path}: {key}={given[key]!r} must be a {kind.__name__}.")
@@ -111,6 +120,8 @@ def load_suite(path: str | Path) -> Suite:
         reference=given["reference"],
         methods={name: _changes(value, f"{path}: methods: {name}") for name, value in given["methods"].items()},
         tuning=_tuning(given.get("tuning"), f"{path}: tuning"),
+        grid=_grid(given.get("grid"), f"{path}: grid"),
+        ungridded=given.get("ungridded", []),
     )
     _validate(suite)
     return suite
@@ -146,10 +157,26 @@ def draw_runs(suite: Suite, method: str) -> list[Run]:
     ]
 
 
-def seed_runs(suite: Suite, method: str, drawn: Mapping[str, Any]) -> list[Run]:
-    """The runs of a method that are compared; `drawn` are the settings that tuning has chosen."""
-    changes = {**suite.methods[method], **drawn}
-    return [_run(suite, f"{method}-seed{seed}", {**changes, "seed": seed}) for seed in suite.seeds]
+def points(suite: Suite, method: str) -> list[dict[str, Any]]:
+    """The points of the grid at which a method is run; without a grid, or outside it, one without a key."""
+    if method in suite.ungridded:
+        return [{}]
+    return [dict(zip(suite.grid, values, strict=True)) for values in product(*suite.grid.values())]
+
+
+def seed_runs(suite: Suite, method: str, drawn: Mapping[str, Any], point: Mapping[str, Any] | None = None) -> list[Run]:
+    """The runs of a method that are compared.
+
+    Args:
+        suite: the suite.
+        method: one of its methods.
+        drawn: the settings that tuning has chosen.
+        point: of the grid, one of [`points`].
+    """
+    point = point or {}
+    name = "-".join([method, *(f"{key}-{_word(value)}" for key, value in point.items())])
+    changes = {**suite.methods[method], **drawn, **point}
+    return [_run(suite, f"{name}-seed{seed}", {**changes, "seed": seed}) for seed in suite.seeds]
 
 
 def chosen(suite: Suite, method: str) -> tuple[int | None, dict[str, Any]] | None:
@@ -210,7 +237,8 @@ def check_records(suite: Suite) -> None:
     expected = {}
     for method in suite.methods:
         tried, choice = draw_runs(suite, method), chosen(suite, method)
-        runs = seed_runs(suite, method, choice[1] if choice else {})
+        drawn = choice[1] if choice else {}
+        runs = [run for point in points(suite, method) for run in seed_runs(suite, method, drawn, point)]
         expected |= {run.record: None for run in tried}
         expected |= {run.record: run if choice else len(tried) for run in runs}
     for record in sorted(suite.results.glob("*.json")):
@@ -302,6 +330,47 @@ def _validate(suite: Suite) -> None:
                 _parsed({**suite.base, **changes, key: value}, f"{path}: tuning: ranges of {name}: {key}={value!r}")
         for number, drawn in enumerate(draws(suite, name)):
             _parsed({**suite.base, **changes, **drawn}, f"{place}: draw {number}, {drawn}")
+    _validate_grid(suite)
+
+
+def _grid(given: Any, place: str) -> dict[str, list]:
+    if given is None:
+        return {}
+    valid = isinstance(given, dict) and len(given) in (1, 2)
+    _require(valid, f"{place}={given!r} must be a mapping of one key or two to lists of values.")
+    for key, values in _changes(given, place).items():
+        named = f"{place}: {key}={values!r}"
+        _require(isinstance(values, list) and len(values) > 0, f"{named} must be a list of values.")
+        for value in values:
+            number = isinstance(value, (int, float)) and value == value
+            valid = number or (isinstance(value, str) and re.fullmatch(r"[a-zA-Z]\w*", value))
+            _require(
+                bool(valid), f"{named}: {value!r} must be a number (as YAML reads it: 1.0e-4, not 1e-4) or a word."
+            )
+        _require(len({*map(_word, values)}) == len(values), f"{named}: each value may stand there once.")
+    return given
+
+
+def _word(value: Any) -> str:
+    """A value of a grid in the name of a file."""
+    exact = isinstance(value, float) and float(f"{value:g}") == value
+    return (f"{value:g}" if exact else str(value)).replace("+", "")
+
+
+def _validate_grid(suite: Suite) -> None:
+    path, ungridded = suite.path, suite.ungridded
+    valid = isinstance(ungridded, list) and (bool(suite.grid) or not ungridded)
+    _require(valid, f"{path}: ungridded={ungridded!r} must be a list of methods, beside a grid.")
+    _known(ungridded, suite.methods, f"{path}: ungridded")
+    gridded = [name for name in suite.methods if name not in ungridded]
+    _require(bool(gridded), f"{path}: ungridded names every method: leave one to the grid.")
+    for name in gridded if suite.grid else ():
+        ranges = _ranges(suite, name) if suite.tuning else {}
+        for key in suite.grid:
+            twice = key in suite.methods[name] or key in ranges
+            _require(not twice, f"{path}: methods: {name}: {key!r} is set by the grid too: leave one out.")
+        for point in points(suite, name):
+            _parsed({**suite.base, **suite.methods[name], **point}, f"{path}: grid: {name} at {point}")
 
 
 def _parsed(settings: Mapping[str, Any], place: str) -> dict[str, Any]:

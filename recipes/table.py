@@ -60,12 +60,19 @@ def suite_table(name: str) -> str:
     return f"{suite.title}\n\n{markdown(suite, standings(suite))}"
 
 
+def suite_section(name: str) -> str:
+    """The table of a suite and below it the figures that there are, for the page in this folder."""
+    figures = [f"suites/results/{name}/{figure}.png" for figure in ("figure", "course")]
+    links = [f"![{name}: {Path(path).stem}]({path})" for path in figures if (FOLDER / path).exists()]
+    return "\n\n".join([suite_table(name), *links])
+
+
 def rendered(page: str) -> str:
     """The page with each table put anew between its marker and `<!-- end -->`.
 
-    A marker is `<!-- table: DATASET [RECIPE ...] -->` or `<!-- suite: NAME -->`.
+    A marker is `<!-- table: DATASET [RECIPE ...] -->` or, with figures, `<!-- suite: NAME -->`.
     """
-    for marker, made in (("<!-- table: ", table), ("<!-- suite: ", suite_table)):
+    for marker, made in (("<!-- table: ", table), ("<!-- suite: ", suite_section)):
         parts = page.split(marker)
         for number, part in enumerate(parts[1:], 1):
             names = part.split(" -->", 1)[0]

@@ -11,58 +11,14 @@ import time
 from dataclasses import replace
 
 import pytest
-import yaml
-from small import TINY_RECIPE
+from small_suite import SUITE, TINY, TUNING, fake, write
 
-from ipg_hf import comparison, runs, suite
+from ipg_hf import comparison_figures, runs, suite
 from ipg_hf.cli import main
 from ipg_hf.comparison import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.recipe import RecipeError, parse_settings
 from ipg_hf.record import course
 from ipg_hf.suite import Tuning, draw_runs, draws, load_suite, seed_runs
-
-TINY = {
-    **TINY_RECIPE,
-    "max_steps": 4,
-    "logging_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "save_steps": 2,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "worst_group_accuracy",
-    "output_dir": "not/used",
-    "seed": 9,
-}
-SUITE = {
-    "title": "Tiny",
-    "recipe": "tiny.yaml",
-    "seeds": [0, 1, 2],
-    "reference": "erm",
-    "methods": {"erm": {"method": "erm"}, "a": {"alpha": 0.5}, "b": None},
-}
-TUNING = {"draws": 4, "seed": 3, "ranges": {"all": {"learning_rate": [1e-4, 1e-2, "log"]}}}
-
-
-def write(folder, recipe=TINY, changes=None, **more):
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    path = folder / "tiny_suite.yaml"
-    path.write_text(yaml.safe_dump({**SUITE, **(changes or {}), **more}, sort_keys=False))
-    return path
-
-
-def fake(run, worst, split="test", seconds=10.0, **metrics):
-    """The record of a run that was not made."""
-    values = {"accuracy": 0.5, "worst_group_accuracy": worst, "flip_rate": 0.25, **metrics}
-    record = {
-        "config": json.loads(json.dumps(parse_settings(run.settings, title="")[2])),
-        "metrics": {"validation": values, **({"test": values} if split == "test" else {})},
-        "seconds": seconds,
-        "commit": "0123456789abcdef",
-        "hardware": {"machine": "x86_64", "cpus": 2, "torch_threads": 1, "gpus": []},
-    }
-    run.record.parent.mkdir(parents=True, exist_ok=True)
-    run.record.write_text(json.dumps(record))
-
 
 # ---- What a suite may say
 
@@ -333,7 +289,7 @@ def test_two_suites_of_one_folder_do_not_mix(compared):
     other.write_text(compared.read_text())
     read = load_suite(other)
     assert all(not standing.records for standing in standings(read))
-    assert comparison.write_comparison(read)[0].parent == compared.parent / "results/other"
+    assert comparison_figures.write_comparison(read)[0].parent == compared.parent / "results/other"
 
 
 # ---- Records

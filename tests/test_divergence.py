@@ -146,6 +146,27 @@ def test_loss_gradient_scale(distance_norm, loss_norm, divergence, expected):
     assert scale.item() == expected
 
 
+@pytest.mark.parametrize(
+    ("loss_norm", "divergence", "expected"),
+    [
+        (4.0, 0.02, 0.5),  # alpha, where the ratio of norms would make it .75
+        (400.0, 0.02, 0.5),
+        (4.0, 0.01, 1.0),  # at the threshold
+        (4.0, math.nan, 1.0),
+        (0.0, 0.02, 1.0),
+    ],
+)
+def test_a_fixed_loss_gradient_scale(loss_norm, divergence, expected):
+    for norm in (6.0, 0.0, math.inf):
+        values = map(torch.tensor, (norm, loss_norm, divergence))
+        scale = loss_gradient_scale(*values, alpha=0.5, threshold=float(torch.tensor(0.01)), scaling="fixed")
+        assert scale.item() == expected and scale.dtype == torch.float32 and scale.shape == ()
+    double = torch.ones((), dtype=torch.float64)
+    assert loss_gradient_scale(double, double, double, alpha=0.1, threshold=0, scaling="fixed").item() == 0.1
+    with pytest.raises(ValueError, match="unknown scaling 'none'"):
+        loss_gradient_scale(double, double, double, alpha=0.1, threshold=0, scaling="none")
+
+
 @pytest.mark.parametrize("norms", [(math.nan, 4.0), (6.0, math.nan)])
 def test_loss_gradient_scale_keeps_nan(norms):
     assert loss_gradient_scale(*map(torch.tensor, norms), torch.tensor(0.02), alpha=0.5, threshold=0.01).isnan()

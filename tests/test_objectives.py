@@ -389,6 +389,31 @@ def test_correction_only_while_violated(tmp_path):
     assert small.differences(ends[float("inf"), "always"], ends[float("inf"), "violated"]) > 1e-5
 
 
+def test_a_fixed_scale_of_the_task_gradient(tmp_path):
+    def end(**settings):
+        run, _ = guided(tmp_path, correction_interval=2, **{"invariance_threshold": 0.0} | settings)
+        run.train()
+        return weights(run.model), [log["ipg/loss_scale"] for log in logged(run)]
+
+    quarter, scales = end(loss_scaling="fixed", alpha=0.25)
+    assert scales == [0.25] * 5  # where the pairs are looked at, and in between
+    # a factor of 1 is no scaling: the ablation without step 4, to the last bit
+    one, unscaled = end(loss_scaling="fixed", alpha=1.0), end(invariance_threshold=float("inf"))
+    assert one[1] == unscaled[1] == [1.0] * 5 and small.bit_equal(one[0], unscaled[0])
+    adaptive = end(alpha=0.25)
+    assert adaptive[1] != scales
+    for other in (adaptive[0], one[0]):
+        assert small.differences(quarter, other) > 1e-5
+
+
+def test_a_fixed_scale_ends_at_the_threshold(tmp_path):
+    run, _ = guided(tmp_path, loss_scaling="fixed", alpha=0.25, invariance_threshold=1e-5)
+    run.train()
+    logs = logged(run)
+    scales = [log["ipg/loss_scale"] for log in logs]
+    assert scales == [0.25 if log["ipg/violated"] else 1.0 for log in logs] and {*scales} == {0.25, 1.0}
+
+
 def test_pairs_that_agree_are_looked_at_again_later(tmp_path):
     settings = {"correction_schedule": "violated", "correction_interval": 3, "max_steps": 7}
     run, _ = guided(tmp_path, invariance_threshold=float("inf"), **settings)
@@ -426,6 +451,7 @@ def test_objectives_are_settings(tmp_path):
         ("pair_penalty_weight", 0),
         ("correction_interval", 0),
         ("correction_schedule", "never"),
+        ("loss_scaling", "none"),
         ("group_dro_step_size", -1),
     ):
         with pytest.raises(ValueError, match=name):

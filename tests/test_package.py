@@ -50,6 +50,7 @@ ORDER = [
     "runs",
     "suite",
     "comparison",
+    "comparison_figures",
     "bench",
     "cli",
     "__init__",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ipg_hf.comparison import comma_separated, standings
+from ipg_hf.comparison_figures import guided_courses
 from ipg_hf.data import LOADERS
 from ipg_hf.recipe import MAKERS, parse_recipe
 from ipg_hf.suite import load_suite
@@ -18,6 +19,15 @@ from ipg_hf.suite import load_suite
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "suites"))
 SUITES = sorted(RECIPES.glob("suites/*.yaml"))
+QUESTIONS = [
+    "interval_colored_mnist",
+    "interval_digits",
+    "num_pairs",
+    "scaling_colored_mnist",
+    "scaling_digits",
+    "sensitivity_colored_mnist",
+    "sensitivity_digits",
+]
 RECORDS = sorted(RECIPES.glob("*/results/*.json"))
 SUITE_RECORDS = sorted(RECIPES.glob("suites/results/*/*.json"))
 
@@ -47,7 +57,7 @@ def test_the_recipes_are_all_found():
         "waterbirds",
         "celeba",
     }
-    assert [path.stem for path in SUITES] == ["colored_mnist", "digits"]
+    assert [path.stem for path in SUITES] == ["colored_mnist", "digits", *QUESTIONS]
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -132,9 +142,11 @@ def test_a_record_belongs_to_its_recipe(path):
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
-    suite = load_suite(path)  # every method and every draw is parsed
+    suite = load_suite(path)  # every method, draw and point of a grid is parsed
     assert path.read_text().startswith(f"# ipg bench recipes/suites/{path.name}")
-    assert suite.reference == "erm" and suite.methods["erm"]["method"] == "erm"
+    assert bool(suite.grid) is (path.stem in QUESTIONS)
+    assert suite.grid or suite.reference == "erm"
+    assert suite.methods.get("erm", {"method": "erm"})["method"] == "erm"
     assert suite.base["load_best_model_at_end"] and suite.base["metric_for_best_model"].startswith("worst_group")
     found = standings(suite)  # refuses records of other settings, and of no run of the suite
     assert f"<!-- suite: {path.stem} -->" in (RECIPES / "README.md").read_text()
@@ -143,6 +155,7 @@ def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
         assert (suite.results / "table.md").read_text() == table
         assert (suite.results / "table.csv").read_text() == comma_separated(suite, found)
         assert (suite.results / "figure.png").exists()
+        assert (suite.results / "course.png").exists() is bool(guided_courses(suite, found) and not suite.grid)
 
 
 @pytest.mark.parametrize("path", SUITE_RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
