@@ -17,6 +17,7 @@ RationaleReduction = Literal["mean", "pair"]
 RationaleNorm = Literal["spectral", "frobenius"]
 PairCombination = Literal["mean", "sum"]
 CorrectionSchedule = Literal["always", "violated"]
+PairCache = Literal["none", "cpu", "device"]
 
 
 @dataclass
@@ -80,6 +81,11 @@ class IPGConfig(TrainingArguments):
             Seed of the order and the augmentation of pairs. Defaults to `data_seed`, else `seed`.
         pair_num_workers (`int`, *optional*):
             Worker processes that load pairs. Defaults to `dataloader_num_workers`.
+        pair_cache (`str`, *optional*, defaults to `"none"`):
+            For small sets of raw images, decode and resize them once, before training, and keep them in memory: on the
+            `"cpu"` or on the training `"device"`, of each process, 8 bits a value where that is exact. Steps draw the
+            same pairs and the same flips as without it; worker processes for pairs are not used. Not for random crops
+            (made before the resizing), streams, adversarial pairs and sets that are model inputs already.
         check_pairs (`bool`, *optional*, defaults to `True`):
             Look at every row of a map-style pair set before training (shapes, dtypes, labels, finite values). What is
             drawn is checked in any case.
@@ -130,6 +136,9 @@ class IPGConfig(TrainingArguments):
     environment_penalty_start: int = field(default=0, metadata={"help": "Step from which that factor is above 1."})
     pair_seed: int | None = field(default=None, metadata={"help": "Seed of the pairs' order and augmentation."})
     pair_num_workers: int | None = field(default=None, metadata={"help": "Worker processes that load pairs."})
+    pair_cache: PairCache = field(
+        default="none", metadata={"help": "Keep all pairs of raw images in memory: none, cpu or device."}
+    )
     check_pairs: bool = field(default=True, metadata={"help": "Look at every pair before training."})
     random_flip: bool = field(default=False, metadata={"help": "Random left-right flips, one draw per pair."})
     random_crop_scale: float = field(
@@ -156,6 +165,7 @@ class IPGConfig(TrainingArguments):
             ("rationale_norm", RationaleNorm),
             ("pair_combination", PairCombination),
             ("correction_schedule", CorrectionSchedule),
+            ("pair_cache", PairCache),
             ("pair_objective", PairObjective),
             ("objective", Objective),
         ):

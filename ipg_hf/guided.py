@@ -117,8 +117,7 @@ class GuidedStep:
         kind = "penalty" if self.is_penalty else "distance"
         with correction.pair_gradients(module, self.accelerator):
             for name, loader in self.loaders.items():
-                batch = self.trainer._prepare_inputs(next(loader))
-                self.progress.positions[name] = loader.position
+                batch = self.trainer._prepare_inputs(self.progress.draw(name, loader))
                 with self.trainer.compute_loss_context_manager():
                     value, divergence, logits = self._backward(module, batch, self.accelerator, weight=weight)
                 values.append(weight * value)

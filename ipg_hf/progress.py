@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class PairProgress(TrainerCallback, ExportableState):
         self.warned = False
         self.wait = 0  # optimizer steps until the pairs are looked at again
         self.held: dict[str, Tensor] = {}  # what was measured when they were last
+        self.waited = self.stepped = 0.0  # seconds since the last log line: waiting for pairs, and in optimizer steps
+        self._began = 0.0
 
     @classmethod
     def resumed(cls, callbacks: list[TrainerCallback], state: TrainerState) -> PairProgress:
@@ -93,7 +96,24 @@ class PairProgress(TrainerCallback, ExportableState):
         attributes = (state or PairProgress().state())["attributes"]
         for name, value in attributes.items():
             setattr(self, name, value)
+        self.waited = self.stepped = 0.0
         self.held = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.held.items()}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_step_begin`."""
+        self._began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_step_end`."""
+        self.stepped += time.monotonic() - self._began
+
+    def draw(self, name: str, loader: Any) -> Any:
+        """The next batch of a pair set's loader; notes the place reached and the time it took."""
+        started = time.monotonic()
+        batch = next(loader)
+        self.waited += time.monotonic() - started
+        self.positions[name] = loader.position
+        return batch
 
     def is_due(self) -> bool:
         """Whether the pairs are to be looked at in this optimizer step; counts down to that."""
@@ -141,7 +161,10 @@ class PairProgress(TrainerCallback, ExportableState):
                     self.warned = True
         if logs or self.skipped:
             logs["ipg/skipped"] = float(self.skipped)
+        if logs and self.stepped:
+            logs["ipg/pair_wait"] = self.waited / self.stepped
         self.sums, self.steps, self.skipped = {}, 0, 0
+        self.waited = self.stepped = 0.0
         return logs
 
 

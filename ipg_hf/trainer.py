@@ -28,6 +28,7 @@ from .heads import ClassifierHead, CompiledRun, find_head
 from .models import check_all_loaded, forward_inputs, norm_layers, takes_labels, warn_of_batch_statistics
 from .objectives import classification_loss, find_problem_type
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
+from .pairs.cache import check_cacheable
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set, check_pair_stream, named_sets, title_of
 from .pairs.loader import PairCollator, PairLoader, is_stream, loader_of
 from .pairs.transforms import as_model_inputs
@@ -161,6 +162,8 @@ class IPGTrainer(PublishingTrainer):
                 inputs = Twins(dataset, inputs, self._inputs[0])
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
+            if self.args.pair_cache != "none":
+                check_cacheable(dataset, title, self.args.pair_cache)
         if not self.args.freeze_norm:
             warn_of_batch_statistics(self.model)
             if self._with_labels.labels and not is_stream(dataset):

@@ -26,7 +26,7 @@ from ipg_hf.checkpoints import SaveAtStepEnd, newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120  # seconds for a process to do what it is waited for
-TIMES = ("_runtime", "_per_second", "_preparation_time")
+TIMES = ("_runtime", "_per_second", "_preparation_time", "pair_wait")
 
 # ---- The run ----
 

@@ -34,7 +34,7 @@ from ipg_hf import IPGTrainer
 from ipg_hf.checkpoints import newest_checkpoint, whole_or_removed
 
 STEPS, LOG, SAVE = 11, 3, 2
-RUNTIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+RUNTIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "ipg/pair_wait"}
 
 # ---- The run ----
 

@@ -68,6 +68,7 @@ def test_log_keys(tmp_path):
     run = trainer(tmp_path, max_steps=4, logging_steps=2)
     run.train()
     names = {"distance", "divergence", "violated", "corrective_grad_norm", "loss_grad_norm", "loss_scale", "skipped"}
+    names |= {"pair_wait"}
     for entry in logged(run):
         assert {key for key in entry if key.startswith("ipg/")} == {f"ipg/{name}" for name in {*names, "collapsed"}}
     assert not any(key.startswith("ipg/") for key in logged(run, "train_loss")[0])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import IPGConfig
+from .cache import CachedPairs
 
 
 class PairCollator:
@@ -268,6 +269,8 @@ class PairLoader:
             rank=self.rank,
             world_size=self.world_size,
         )
+        if isinstance(self.dataset, CachedPairs):
+            return map(self.dataset.batch, sampler)
         return iter(self._loader(_MapPairs(self.dataset, self.seed), batch_sampler=sampler, collate_fn=self.collate))
 
     def _stream(self) -> Iterator[Any]:
@@ -292,6 +295,9 @@ class PairLoader:
 
 def loader_of(args: IPGConfig, dataset: Any, collate: Any, name: str) -> PairLoader:
     """The loader of one pair set in a training run."""
+    if args.pair_cache != "none":
+        kept_on = args.device if args.pair_cache == "device" else torch.device("cpu")
+        dataset = CachedPairs(dataset, collate, kept_on, args.device)
     return PairLoader(
         dataset,
         collate,

@@ -94,7 +94,7 @@ class ImageRows(torch.utils.data.Dataset):
             table = {name: values[index].unbind() for name, values in self._preloaded.items()}
         else:
             places = [key[0] if isinstance(key, tuple) else (self._epoch.item(), key) for key in keys]
-            table = self._transformed(self.dataset[rows], [self._draw(place) for place in places])
+            table = self._transformed(self.dataset[rows], [self.draw(place) for place in places])
         return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
     def transform_batch(self, batch: dict[str, list], numbers: list[int]) -> dict[str, Any]:
@@ -106,12 +106,17 @@ class ImageRows(torch.utils.data.Dataset):
             sizes = [image.size for image in images]
             if len({*sizes}) > 1:
                 raise ValueError(f"the sides of a pair must have one size, but they have {sizes} in row {number}.")
-        return self._transformed(batch, [self._draw(number) for number in numbers])
+        return self._transformed(batch, [self.draw(number) for number in numbers])
 
-    def _draw(self, place: int | tuple[int, int]) -> np.ndarray | None:
+    def draw(self, place: int | tuple[int, int]) -> np.ndarray | None:
+        """The five numbers in [0, 1) of a place: four of its crop, one of its flip; None without random draws."""
         if not self.is_random:
             return None
         return np.random.default_rng((self.seed, *np.atleast_1d(place))).random(5)
+
+    def flips(self, draw: np.ndarray | None) -> bool:
+        """Whether an image with this draw is flipped."""
+        return self.random_flip and bool(draw[4] < 0.5)
 
     def _transformed(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Any]:
         images = {
@@ -132,7 +137,7 @@ class ImageRows(torch.utils.data.Dataset):
             return image
         if self.random_crop_scale < 1:
             image = image.crop(crop_box(image.size, self.random_crop_scale, draw[:4]))
-        if self.random_flip and draw[4] < 0.5:
+        if self.flips(draw):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
 
