@@ -133,11 +133,11 @@ class Kept:
         return kept if self.book is None else self._values(kept)
 
     def _values(self, numbers: Tensor) -> Tensor:
-        book = self.book.to(numbers.device)
-        if len(book) == 1:
-            return book[0][numbers.int()].view(self.dtype)
-        channels = torch.arange(len(book), device=numbers.device, dtype=torch.int32).view(-1, 1, 1)
-        return book.flatten()[numbers.int() + 256 * channels].view(self.dtype)
+        places = numbers.int()
+        if len(self.book) > 1:
+            places += 256 * torch.arange(len(self.book), device=numbers.device, dtype=torch.int32).view(-1, 1, 1)
+        values = self.book.to(numbers.device).flatten().index_select(0, places.flatten())
+        return values.view(self.dtype).view(numbers.shape)
 
     def _numbers(self, values: Tensor) -> Tensor | None:
         """The 8-bit numbers of the values, shape as theirs; None where a channel has more than 256."""
