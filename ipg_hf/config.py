@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -54,6 +55,12 @@ class IPGConfig(TrainingArguments):
             `"always"`: a corrective update at every `correction_interval`-th step. `"violated"` (ours): a pair set
             whose divergence is at most the threshold corrects nothing; the pairs are looked at again
             `correction_interval` steps after they all agreed, and at every step before that.
+        corrective_layers (`list[str]`, *optional*):
+            Parameters that the corrective gradient moves (or a penalty's gradient, with another `pair_objective`): each
+            entry is a regular expression that matches a parameter's whole name or its start up to a dot, such as
+            `"classifier"` or `"vit.layers.1[01]"` (ours). The others are moved by the task
+            gradient only, no backward of the pairs runs below the lowest of them, and the norm of the corrective
+            gradient that step 4 scales by is the norm over these parameters. Defaults to all.
         freeze_norm (`bool`, *optional*, defaults to `False`):
             Keep batch-norm layers on their running statistics in the task forward too, as they are in the pair forward
             and at inference. Advised for pretrained networks with batch norm.
@@ -120,6 +127,9 @@ class IPGConfig(TrainingArguments):
     correction_schedule: CorrectionSchedule = field(
         default="always", metadata={"help": "Correct always, or only while the pairs' outputs disagree (violated)."}
     )
+    corrective_layers: list[str] | None = field(
+        default=None, metadata={"help": "Parameters (regular expressions, or starts of names) that pairs correct."}
+    )
     freeze_norm: bool = field(
         default=False, metadata={"help": "Keep batch-norm layers on their running statistics in the task forward."}
     )
@@ -157,6 +167,9 @@ class IPGConfig(TrainingArguments):
         self._require("pair_penalty_weight", 0 < self.pair_penalty_weight < math.inf, "a finite number above 0")
         chunk = self.pair_chunk_size
         self._require("pair_chunk_size", chunk is None or chunk >= 1, "1 or more, or None")
+        layers = self.corrective_layers
+        valid = layers is None or (isinstance(layers, list) and layers and all(map(_is_pattern, layers)))
+        self._require("corrective_layers", bool(valid), "None or a list of regular expressions, at least one")
         workers = self.pair_num_workers
         self._require("pair_num_workers", workers is None or workers >= 0, "0 or more, or None")
         for name, choices in (
@@ -184,3 +197,10 @@ class IPGConfig(TrainingArguments):
     def _require(self, name: str, valid: bool, rule: str) -> None:
         if not valid:
             raise ValueError(f"{name}={getattr(self, name)!r} is not valid: it must be {rule}.")
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(value) and re.compile(value) is not None
+    except re.error:
+        return False

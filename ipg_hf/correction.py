@@ -23,7 +23,9 @@ from .trial import inference
 
 PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 GRADIENT = "gradient of z"  # no model input has such a name
-NOTHING_TO_CORRECT = "the distance depends on no trainable parameter: unfreeze the head or network."
+NOTHING_TO_CORRECT = (
+    "the distance depends on no trainable parameter: unfreeze the head or network, or widen corrective_layers."
+)
 
 
 def check_launcher(accelerator: Accelerator, devices: int = 1, is_model_parallel: bool = False) -> None:

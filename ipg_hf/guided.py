@@ -15,6 +15,7 @@ from transformers import Trainer
 from . import correction
 from .config import IPGConfig
 from .guidance import ProblemType, loss_gradient_scale
+from .layers import moving_only, parameters_matching
 from .pairs.adversarial import AdversarialLoader
 from .pairs.loader import PairLoader
 from .progress import output_spread
@@ -55,6 +56,9 @@ class GuidedStep:
         self._backward = partial(backward, forward, trainer.head, chunk_size=self.args.pair_chunk_size, **measures)
         self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._metrics: dict[str, Tensor] | None = None
+        layers = self.args.corrective_layers
+        module = self.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        self._corrected = None if layers is None else parameters_matching(module, layers)
 
     def begin(self, model: nn.Module) -> None:
         """Called before each micro-batch: corrects before the first of an optimizer step."""
@@ -115,7 +119,7 @@ class GuidedStep:
         metrics: dict[str, Tensor] = {}
         values, divergences, spreads = [], [], []
         kind = "penalty" if self.is_penalty else "distance"
-        with correction.pair_gradients(module, self.accelerator):
+        with correction.pair_gradients(module, self.accelerator), moving_only(module, self._corrected):
             for name, loader in self.loaders.items():
                 batch = self.trainer._prepare_inputs(self.progress.draw(name, loader))
                 with self.trainer.compute_loss_context_manager():

@@ -25,6 +25,7 @@ from .config import IPGConfig
 from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
 from .heads import ClassifierHead, CompiledRun, find_head
+from .layers import parameters_matching
 from .models import check_all_loaded, forward_inputs, norm_layers, takes_labels, warn_of_batch_statistics
 from .objectives import classification_loss, find_problem_type
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
@@ -168,6 +169,8 @@ class IPGTrainer(PublishingTrainer):
             warn_of_batch_statistics(self.model)
             if self._with_labels.labels and not is_stream(dataset):
                 self._with_labels([dataset[0]])
+        if self.args.corrective_layers is not None:
+            parameters_matching(self.model, self.args.corrective_layers)
         self.head = self._proven_head(next(iter(self.pair_datasets.values())))
         self.progress = PairProgress()
         self.add_callback(self.progress)

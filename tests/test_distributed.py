@@ -43,6 +43,10 @@ CASES = {
         "group_dro_step_size": 1.0,
         "gradient_accumulation_steps": 3,
     },
+    "vit, some layers, accumulated": {
+        "corrective_layers": ["vit.layers.1", "classifier"],
+        "gradient_accumulation_steps": 3,
+    },
     "vit, reweight": {"objective": "reweight"},
 }
 FIGURES = ("distance", "penalty", "divergence", "violated", "loss_scale", "corrective_grad_norm", "loss_grad_norm")

@@ -25,6 +25,7 @@ ORDER = [
     "heads",
     "metrics",
     "last_layer",
+    "layers",
     "models",
     "objectives",
     "config",

@@ -24,6 +24,7 @@ CASES = {
         "max_grad_norm": 0.05,
     },
     "chunks": {"pair_chunk_size": 1},
+    "some layers": {"corrective_layers": ["vit.layers.1", "classifier"], "gradient_accumulation_steps": 3},
     "two heads": {},
     "adversarial": {},
     # by pairs: for the mean distance every process has the whole gradient of W
