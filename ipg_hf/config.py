@@ -18,6 +18,7 @@ RationaleReduction = Literal["mean", "pair"]
 RationaleNorm = Literal["spectral", "frobenius"]
 PairCombination = Literal["mean", "sum"]
 CorrectionSchedule = Literal["always", "violated"]
+PairSource = Literal["pairs", "batch"]
 PairCache = Literal["none", "cpu", "device"]
 
 
@@ -42,6 +43,14 @@ class IPGConfig(TrainingArguments):
             Matrix norm of the rationale difference: `"spectral"` or `"frobenius"`.
         per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
             Pairs drawn per optimizer step and device. Larger than the pair set: all pairs at every step.
+        pair_source (`str`, *optional*, defaults to `"pairs"`):
+            `"pairs"`: a `pair_dataset`. `"batch"` (ours): the training batch is side a and the training set has the
+            counterparts, in a column `image_b` (or `<main_input>_b`); there is no `pair_dataset`. Both gradients are
+            then taken at the point that the step begins at, not the task's at the corrected one, and one forward of the
+            batch serves both: of the arithmetic of B pairs and B images one forward in three is saved, and no backward.
+            The pairs go through the task's forward: batch norm needs `freeze_norm`, and dropout draws anew for each
+            side, so that equal sides are apart. `rationale_reduction="pair"` unless all training images have one value
+            of the attribute.
         pair_chunk_size (`int`, *optional*):
             Pairs whose graph is held in memory at a time. The result is the same; each step has a second forward of its
             pairs. Defaults to all pairs of a step. Checkpointing of activations does not act in the pair forward, which
@@ -117,6 +126,9 @@ class IPGConfig(TrainingArguments):
     )
     rationale_norm: RationaleNorm = field(default="spectral", metadata={"help": "Norm of the rationale difference."})
     per_device_pair_batch_size: int = field(default=32, metadata={"help": "Pairs per optimizer step and device."})
+    pair_source: PairSource = field(
+        default="pairs", metadata={"help": "A pair set (pairs), or the training batch and its counterparts (batch)."}
+    )
     pair_chunk_size: int | None = field(
         default=None, metadata={"help": "Pairs whose graph is held in memory at a time; by default all of a step."}
     )
@@ -178,11 +190,31 @@ class IPGConfig(TrainingArguments):
             ("rationale_norm", RationaleNorm),
             ("pair_combination", PairCombination),
             ("correction_schedule", CorrectionSchedule),
+            ("pair_source", PairSource),
             ("pair_cache", PairCache),
             ("pair_objective", PairObjective),
             ("objective", Objective),
         ):
             self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
+
+        if self.pair_source == "batch":
+            self._check_in_batch()
+
+    def _check_in_batch(self) -> None:
+        wanted = {"pair_objective": "ipg", "pair_chunk_size": None, "correction_interval": 1, "pair_cache": "none"}
+        wanted |= {"fp16": False, "torch_compile": False}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} does not go with pair_source='batch': set {name}={value!r}, or "
+                    "pair_source='pairs' with a pair_dataset."
+                )
+        if self.rationale_reduction == "mean" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "pair_source='batch' with rationale_reduction='mean' is exact for whole batches alone, since the norm "
+                f"of a mean is no mean of norms: set rationale_reduction='pair', or gradient_accumulation_steps=1 "
+                f"instead of {self.gradient_accumulation_steps}."
+            )
 
     @property
     def data_order_seed(self) -> int:

@@ -98,7 +98,7 @@ class ClassifierHead:
         calls: dict[str, list[Tensor]] = {path: [] for path in self.paths}
         with hooked(self.layers, lambda path, args, kwargs, _: calls[path].extend((*args, *kwargs.values()))):
             logits = logits_of(model(**inputs))
-        return logits, _features(calls)
+        return logits, features_of(calls)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Proves on one forward that this head alone makes the logits; leaves the model as it was.
@@ -164,13 +164,13 @@ class CompiledRun:
             values.clear()
         logits = logits_of(model(**inputs))
         self._is_open = False
-        z = _features(self._calls)
+        z = features_of(self._calls)
         for values in self._calls.values():
             values.clear()
         return logits, z
 
 
-def _features(calls: Mapping[str, list[Tensor]]) -> Tensor:
+def features_of(calls: Mapping[str, list[Tensor]]) -> Tensor:
     """z, shape (N, D), from the inputs of every call of each head in one forward."""
     for path, inputs in calls.items():
         if len(inputs) != 1:

@@ -63,4 +63,5 @@ def moving_only(model: nn.Module, names: Collection[str] | None) -> Iterator[Non
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-            parameter.grad = None
+            if is_sharded:
+                parameter.grad = None

@@ -72,7 +72,7 @@ def trainer_record(trainer: Trainer) -> dict[str, Any]:
     return {
         "config": {name: getattr(value, "value", value) for name, value in config.items()},
         "seed": args.seed,
-        "method": "ipg" if getattr(trainer, "pair_datasets", None) else "erm",
+        "method": "ipg" if getattr(trainer, "is_guided", False) else "erm",
         "metrics": {"evaluation": metrics} if metrics else {},
         "chosen_step": last.get("step", step),
         "steps": state.global_step,

@@ -25,6 +25,7 @@ from .config import IPGConfig
 from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
 from .heads import ClassifierHead, CompiledRun, find_head
+from .inbatch import InBatchStep, check_in_batch, first_pair
 from .layers import parameters_matching
 from .models import check_all_loaded, forward_inputs, norm_layers, takes_labels, warn_of_batch_statistics
 from .objectives import classification_loss, find_problem_type
@@ -73,7 +74,7 @@ class IPGTrainer(PublishingTrainer):
             `label_ids=(labels, attributes)`; the model never sees it.
         pair_dataset: pairs, as one map-style or iterable data set or as a dict of them, one for each invariance. Rows
             hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`. Without
-            them the trainer is `Trainer`.
+            them the trainer is `Trainer`, but with `pair_source="batch"`, where the training set holds the pairs.
         processing_class, model_init, callbacks, optimizers: as in `Trainer`.
         compute_metrics: as in `Trainer`, e.g. [`~metrics.GroupMetrics`].
         head: dotted path of the last linear layer, or several, where it is not found by itself (see `find_head`).
@@ -108,6 +109,10 @@ class IPGTrainer(PublishingTrainer):
             raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
         sets = named_sets(pair_dataset)
         self.pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        in_batch = args.pair_source == "batch"
+        if in_batch and self.pair_datasets:
+            raise ValueError("pair_source='batch' takes its pairs from train_dataset: leave pair_dataset out.")
+        self.is_guided = bool(self.pair_datasets) or (in_batch and train_dataset is not None)
         self.head_path = head
         self._resumed_from: str | None = None
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
@@ -130,6 +135,7 @@ class IPGTrainer(PublishingTrainer):
             check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
         self._row_columns = row_columns(args.objective)
+        self._row_columns += [f"{name}_b" for name in self._inputs] if in_batch else []
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
         if self._computes_loss:
@@ -145,7 +151,7 @@ class IPGTrainer(PublishingTrainer):
             self._task = TaskObjective(args, self.model, train_dataset)
             self.add_callback(GroupShares())
             self.model_accepts_loss_kwargs = True  # its loss is that of the whole step: nothing more is to be divided
-        if self.pair_datasets:
+        if self.is_guided:
             self._prepare_guidance()
 
     def _prepare_guidance(self) -> None:
@@ -165,13 +171,15 @@ class IPGTrainer(PublishingTrainer):
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
             if self.args.pair_cache != "none":
                 check_cacheable(dataset, title, self.args.pair_cache)
-        if not self.args.freeze_norm:
+        if self.args.pair_source == "batch":
+            check_in_batch(self.args, self.model, self.accelerator)
+        elif not self.args.freeze_norm:
             warn_of_batch_statistics(self.model)
             if self._with_labels.labels and not is_stream(dataset):
                 self._with_labels([dataset[0]])
         if self.args.corrective_layers is not None:
             parameters_matching(self.model, self.args.corrective_layers)
-        self.head = self._proven_head(next(iter(self.pair_datasets.values())))
+        self.head = self._proven_head()
         self.progress = PairProgress()
         self.add_callback(self.progress)
         # Several models (ResNet among them) ignore `num_items_in_batch` but are taken to have divided by it
@@ -210,9 +218,14 @@ class IPGTrainer(PublishingTrainer):
             searching.load(self._resumed_from, name)
         return searching
 
-    def _proven_head(self, dataset: Any) -> ClassifierHead:
-        # by a loader: random transforms must not draw from the global generators, whose state a resume restores
-        pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
+    def _proven_head(self, dataset: Any = None) -> ClassifierHead:
+        if dataset is None and self.args.pair_source == "batch":
+            rows = self._as_inputs(self.train_dataset, is_training=True, seed=self.args.data_order_seed)
+            pair = self._prepare_inputs(first_pair(rows, self._inputs))
+        else:
+            dataset = next(iter(self.pair_datasets.values())) if dataset is None else dataset
+            # by a loader: random transforms must not draw from the global generators, whose state a resume restores
+            pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
         head = find_head(self.model, self.head_path, pair)
         if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
             head.verify(self.model, pair)  # it was, before it was sharded
@@ -225,8 +238,8 @@ class IPGTrainer(PublishingTrainer):
 
         It may have been replaced since construction (`reset_classifier`, `model_init`).
         """
-        if self.pair_datasets:
-            self.head = self._proven_head(next(iter(self.pair_datasets.values())))
+        if self.is_guided:
+            self.head = self._proven_head()
         return super().create_optimizer(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
@@ -235,7 +248,7 @@ class IPGTrainer(PublishingTrainer):
         Raises:
             ValueError: resuming a run whose updates have separate optimizer states, which checkpoints do not hold.
         """
-        if resume_from_checkpoint and self.pair_datasets and not self.args.shared_optimizer_state:
+        if resume_from_checkpoint and self.is_guided and not self.args.shared_optimizer_state:
             raise ValueError("shared_optimizer_state=False cannot be resumed: checkpoints hold one optimizer state.")
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
@@ -249,13 +262,13 @@ class IPGTrainer(PublishingTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `Trainer.training_step`; the corrective update comes before the first micro-batch of an optimizer step,
         the scaling of the loss gradient after the last."""
-        if self.pair_datasets:
+        if self.is_guided:
             if self._guided_state is not self.state:
                 self._begin_guidance(model, inputs)
             self._guided_step.begin(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            if self.pair_datasets:
+            if self.is_guided:
                 self._guided_step.end(model)
             if self._task is not None:
                 self._task.end_step(self.accelerator)
@@ -282,11 +295,20 @@ class IPGTrainer(PublishingTrainer):
         if compiler.backend != DynamoBackend.NO:
             forward = CompiledRun(self.head, **compiler.to_kwargs())
             self._at_end.callback(forward.close)
-        self._guided_step = GuidedStep(self, forward, self._pair_loaders, problem_type)
+        if self.args.pair_source == "batch":
+            self._guided_step: GuidedStep = InBatchStep(self, forward, problem_type)
+        else:
+            self._guided_step = GuidedStep(self, forward, self._pair_loaders, problem_type)
         self._guided_state = self.state
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`, without the `attribute` column; with pairs, exact under accumulation (R6)."""
+        if self.is_guided and self.args.pair_source == "batch" and model.training:
+            with self._guided_step.watching(model, inputs):
+                return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _task_loss(self, model, inputs, return_outputs, num_items_in_batch):
         given, inputs = inputs, self._of_the_model(inputs)
         if self.args.freeze_norm and model.training:
             for module in norm_layers(self.model):
@@ -295,7 +317,7 @@ class IPGTrainer(PublishingTrainer):
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
             loss = self._task.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)
             return (loss, outputs) if return_outputs else loss
-        if not self.pair_datasets or self.compute_loss_func is not None or self.label_smoother is not None:
+        if not self.is_guided or self.compute_loss_func is not None or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if num_items_in_batch is not None:
@@ -345,7 +367,7 @@ class IPGTrainer(PublishingTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; training logs get the `ipg/...` means over the steps since the last."""
-        if self.pair_datasets and "loss" in logs:
+        if self.is_guided and "loss" in logs:
             logs = {**logs, **self.progress.pop(self.args.alpha, self.args.learning_rate)}
         super().log(logs, start_time)
 

@@ -34,6 +34,7 @@ ORDER = [
     "checkpoints",
     "correction",
     "guided",
+    "inbatch",
     "task",
     "report",
     "record",
