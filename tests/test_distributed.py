@@ -47,6 +47,14 @@ CASES = {
         "corrective_layers": ["vit.layers.1", "classifier"],
         "gradient_accumulation_steps": 3,
     },
+    "vit, in the batch": {"pair_source": "batch", "max_grad_norm": 0.05},
+    "resnet, in the batch, accumulated": {
+        "pair_source": "batch",
+        "rationale_reduction": "pair",
+        "freeze_norm": True,
+        "gradient_accumulation_steps": 3,
+        "corrective_layers": ["classifier", "resnet.encoder.stages.1"],
+    },
     "vit, reweight": {"objective": "reweight"},
 }
 FIGURES = ("distance", "penalty", "divergence", "violated", "loss_scale", "corrective_grad_norm", "loss_grad_norm")
@@ -88,6 +96,10 @@ def train(folder, case):
     pair_set = AdversarialPairs(small.images(pairs, dtype=torch.float64)) if case == "adversarial" else drawn
     grouped = "objective" in settings
     rows = small.grouped(images) if grouped else small.rows(images, dtype=torch.float64)
+    if "pair_source" in settings:
+        others = small.rows(images, seed=7, dtype=torch.float64)
+        rows = [row | {"pixel_values_b": other["pixel_values"]} for row, other in zip(rows, others, strict=True)]
+        pair_set = None
     trainer = IPGTrainer(build(case), args, train_dataset=rows, pair_dataset=pair_set)
     drawn.drawn.clear()
     if os.environ.get("WITHOUT_REDUCTION"):  # the control: each process corrects by its own pairs
