@@ -169,14 +169,14 @@ class IPGTrainer(PublishingTrainer):
                 inputs = Twins(dataset, inputs, self._inputs[0])
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
+            if labels and not is_stream(dataset):
+                self._with_labels([dataset[0]])
             if self.args.pair_cache != "none":
                 check_cacheable(dataset, title, self.args.pair_cache)
         if self.args.pair_source == "batch":
             check_in_batch(self.args, self.model, self.accelerator)
         elif not self.args.freeze_norm:
             warn_of_batch_statistics(self.model)
-            if self._with_labels.labels and not is_stream(dataset):
-                self._with_labels([dataset[0]])
         if self.args.corrective_layers is not None:
             parameters_matching(self.model, self.args.corrective_layers)
         self.head = self._proven_head()

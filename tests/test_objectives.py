@@ -324,8 +324,11 @@ def test_penalties_in_chunks_and_under_accumulation(tmp_path, kind):
 
 
 def test_augmentation_needs_labels(tmp_path):
-    with pytest.raises(ValueError, match="column 'label'"):
-        trainer(tmp_path, pair_objective="augmentation")
+    sets = {"with": labelled(), "without": small.pairs(6)}
+    for pair_dataset in (small.pairs(6), sets):
+        for freeze_norm in (False, True):
+            with pytest.raises(ValueError, match="column 'label'"):
+                trainer(tmp_path, pair_dataset=pair_dataset, pair_objective="augmentation", freeze_norm=freeze_norm)
 
 
 def test_a_penalty_that_nothing_can_lower(tmp_path):
