@@ -30,6 +30,7 @@ ORDER = [
     "pairs",
     "progress",
     "checkpoints",
+    "gradients",
     "correction",
     "guided",
     "task",
