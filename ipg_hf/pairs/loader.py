@@ -39,8 +39,8 @@ class PairCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = {}
         for name in self.names(rows[0]):
-            columns = [f"{name}_{side}" for side in "ab"]
-            missing = [number for number, row in enumerate(rows) if not all(column in row for column in columns)]
+            columns = a_side, b_side = f"{name}_a", f"{name}_b"
+            missing = [number for number, row in enumerate(rows) if a_side not in row or b_side not in row]
             if missing:
                 raise ValueError(
                     f"the pair set has no {name}_a or no {name}_b in row {missing[0]} of the batch"
