@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from .gradients import average_gradients, gradient_norm, scale_gradients
 from .guidance import Norm, ProblemType, Reduction, invariance_divergence, rationale_distance
 from .heads import ClassifierHead
 from .objectives import PairObjective, pair_penalty
@@ -53,24 +53,6 @@ def check_launcher(accelerator: Accelerator, devices: int = 1, is_model_parallel
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
         raise ValueError(f"IPGTrainer with pairs does not run under tensor or context parallelism. {instead}")
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """The 2-norm of all gradients of a model together: a float32 scalar (float64 for float64 parameters).
-
-    Parameters without a gradient count as zero.
-    """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [grad if grad.dtype in (torch.float32, torch.float64) else grad.float() for grad in gradients]
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def scale_gradients(model: nn.Module, factor: Tensor) -> None:
-    """Multiplies all gradients of a model by a scalar tensor, in place."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # a factor that every process has whole scales a shard as it scales the whole
-    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
 
 
 def pair_measures(
@@ -317,7 +299,7 @@ def corrective_update(
     accelerator: Accelerator,
     max_grad_norm: float = 0.0,
     own_state: MutableMapping[nn.Parameter, Any] | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """One step of the optimizer on the corrective gradient, without weight decay; the gradients are gone afterwards.
 
     Under fp16 the gradient comes scaled; the loss scale is undone first and updated afterwards, here as in the second
@@ -331,16 +313,15 @@ def corrective_update(
         own_state: a state (momentum, Adam moments) that is used and changed instead of the optimizer's.
 
     Returns:
-        The norm of the gradient's mean over all processes before clipping, a scalar. Where it is not finite, nothing
-        is updated.
+        The norm of the gradient's mean over all processes before clipping, a scalar; None where it is not finite, and
+        nothing was updated.
     """
     if accelerator.num_processes > 1:
-        for parameter in model.parameters():
-            if parameter.grad is not None and not isinstance(parameter.grad, DTensor):  # FSDP2 has reduced its own
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        average_gradients(model, accelerator)
     accelerator.unscale_gradients(optimizer)
     norm = gradient_norm(model)
-    if torch.isfinite(norm):
+    is_finite = bool(torch.isfinite(norm))  # waits for the device: once, and before the update is queued
+    if is_finite:
         if max_grad_norm > 0:
             scale_gradients(model, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
         with _without_weight_decay(optimizer.optimizer), _stepping(optimizer.optimizer, accelerator, own_state):
@@ -348,7 +329,7 @@ def corrective_update(
     elif accelerator.scaler is not None:
         accelerator.scaler.update()
     model.zero_grad()
-    return norm
+    return norm if is_finite else None
 
 
 def skip_update(model: nn.Module, accelerator: Accelerator) -> None:

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from . import correction
 from .config import IPGConfig
+from .gradients import gradient_norm, scale_gradients
 from .guidance import ProblemType, loss_gradient_scale
 from .layers import moving_only, parameters_matching
 from .pairs.adversarial import AdversarialLoader
@@ -74,7 +75,7 @@ class GuidedStep:
         if not metrics:
             correction.skip_update(model, self.accelerator)
             return
-        metrics["loss_grad_norm"] = correction.gradient_norm(model) / correction.loss_scale_of(self.accelerator)
+        metrics["loss_grad_norm"] = gradient_norm(model) / correction.loss_scale_of(self.accelerator)
         if self.accelerator.scaler is not None and not torch.isfinite(metrics["loss_grad_norm"]):
             self.progress.skipped += 1  # the scaler will see it too, and leave the second update out
             return
@@ -88,7 +89,7 @@ class GuidedStep:
             threshold=self.args.invariance_threshold,
             scaling=self.args.loss_scaling,
         )
-        correction.scale_gradients(model, metrics["loss_scale"])
+        scale_gradients(model, metrics["loss_scale"])
         self.progress.add(metrics)
 
     def _correct(self, model: nn.Module) -> dict[str, Tensor]:
@@ -100,12 +101,12 @@ class GuidedStep:
         metrics = self._look(module)
         if self.is_penalty:
             return metrics
-        norm = torch.zeros_like(metrics["divergence"])
+        norm: Tensor | None = torch.zeros_like(metrics["divergence"])
         if self.args.correction_schedule == "always" or metrics["violated"]:
             norm = correction.corrective_update(
                 module, self.trainer.optimizer, self.accelerator, self.args.max_grad_norm, self._own_state
             )
-        if not torch.isfinite(norm):
+        if norm is None:
             self.progress.skipped += 1
             return {}
         metrics["corrective_grad_norm"] = norm

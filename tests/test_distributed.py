@@ -104,6 +104,10 @@ def train(folder, case):
     drawn.drawn.clear()
     if os.environ.get("WITHOUT_REDUCTION"):  # the control: each process corrects by its own pairs
         trainer.accelerator.reduce = lambda tensor, *_, **__: tensor
+    if os.environ.get("SMALL_BUCKETS"):
+        from ipg_hf import gradients
+
+        gradients.BUCKET_BYTES = 100
     trainer.train()
     rank = trainer.args.process_index
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -162,6 +166,11 @@ def test_processes_equal_one(tmp_path, one, processes):
     rows = [row for rank in range(processes) for row in of_rank(several / UNEVEN, rank)["drawn"]]
     assert sorted({*rows}) == list(range(11))
     assert len(rows) >= steps * PAIRS
+
+
+def test_gradients_in_many_messages_equal_one_process(tmp_path, one):
+    case = "vit, pair, accumulated, clipped"
+    assert difference(one / case, launch(tmp_path, 2, [case], SMALL_BUCKETS="1") / case) < 1e-9
 
 
 @pytest.mark.parametrize("case", ["vit", "vit, pair"])

@@ -32,6 +32,7 @@ ORDER = [
     "pairs",
     "progress",
     "checkpoints",
+    "gradients",
     "correction",
     "guided",
     "inbatch",

@@ -40,17 +40,21 @@ class PairCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         batch = {}
         for name in self.names(rows[0]):
-            missing = [number for number, row in enumerate(rows) if not {f"{name}_a", f"{name}_b"} <= row.keys()]
+            columns = a_side, b_side = f"{name}_a", f"{name}_b"
+            missing = [number for number, row in enumerate(rows) if a_side not in row or b_side not in row]
             if missing:
                 raise ValueError(
                     f"the pair set has no {name}_a or no {name}_b in row {missing[0]} of the batch"
                     f"{source_of(rows[missing[0]])}, other than in row 0."
                 )
-            sides = [[torch.as_tensor(row[f"{name}_{side}"]) for row in rows] for side in "ab"]
-            for number, (a, b) in enumerate(zip(*sides, strict=True)):
-                check_sides(name, a, b, f"row {number} of the batch{source_of(rows[number])}")
-                check_rows_agree(name, sides[0][0], a, f"row {number} of the batch{source_of(rows[number])}")
-            batch[name] = torch.stack(sides[0] + sides[1])
+            sides = [[torch.as_tensor(row[column]) for row in rows] for column in columns]
+            values = sides[0] + sides[1]
+            if len({(value.shape, value.dtype) for value in values}) > 1:
+                for number, (a, b) in enumerate(zip(*sides, strict=True)):
+                    where = f"row {number} of the batch{source_of(rows[number])}"
+                    check_sides(name, a, b, where)
+                    check_rows_agree(name, sides[0][0], a, where)
+            batch[name] = torch.stack(values)
             # a sum shows that a value is not finite at a fraction of the cost of looking for it
             if torch.isfinite(batch[name].sum()):
                 continue

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the measured tables of README.md beside this file from the records.
+
+python recipes/bench/page.py [--write]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def lines_of(titles, rows):
+    return "\n".join([f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {' | '.join(r)} |" for r in rows)])
+
+
+def of_ratio(found):
+    """Median ratio, and the quartiles of the rounds' ratios."""
+    low, _, high = found["quartiles"]
+    return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def step(record):
+    """One row a case; the processor's time where there is one, else the time that passed."""
+    titles = ("case", "B", "P", "seconds a step (ERM, IPG)", "IPG / ERM on B + 2P", "IPG / ERM · (B + 2P) / B")
+    titles += ("IPG / ERM", "wall: IPG / ERM on B + 2P", "load", "rounds")
+    rows = []
+    for case, row in record.items():
+        if row == "not run":
+            rows.append([f"`{case}`", *["not run"] * (len(titles) - 1)])
+            continue
+        kind = row.get("cpu", row["wall"])
+        seconds = ", ".join(f"{kind['seconds'][arm][1]:.3g}" for arm in ("erm", "ipg"))
+        ratios = [of_ratio(kind[name]) for name in ("to_bound", "to_scaled_erm", "to_erm")]
+        sizes = [str(row[name]) for name in ("images", "pairs")]
+        rest = [of_ratio(row["wall"]["to_bound"]), f"{row['load'][1]:.1f}", str(row["rounds"])]
+        rows.append([f"`{case}`", *sizes, seconds, *ratios, *rest])
+    return lines_of(titles, rows)
+
+
+def pair_memory(record):
+    """Peaks of whole steps."""
+    titles = ("model", "images", "pairs", "pairs at a time", "peak, MiB above the start", "to ERM on the same images")
+    rows = []
+    for case, found in record["steps"].items():
+        for row in found:
+            chunk = row["chunk"] or ("all" if row["pairs"] else "-")
+            figures = [f"{row['mebibytes']:.0f}", f"{row['to_plain']:.2f}"]
+            rows.append([f"`{case}`", str(record["step_images"]), str(row["pairs"] or "ERM"), str(chunk), *figures])
+    return lines_of(titles, rows)
+
+
+def processes(record):
+    """Steps on two processes to one; the messages of the gradients."""
+    arms = [f"{arm}, two processes to one" for arm in ("erm", "ipg")]
+    titles = ("case", "ERM, wall", "IPG, wall", "ERM, processor", "IPG, processor")
+    rows = [
+        [f"`{case}`", *(of_ratio(found[kind][arm]) for kind in ("wall", "cpu") for arm in arms)]
+        for case, found in record["steps"].items()
+    ]
+    first = lines_of(titles, rows)
+    titles = ("gradients of", "tensors", "MB", "a message a tensor, ms", "in buckets, ms", "buckets / tensors")
+    rows = []
+    for case, found in record["messages"].items():
+        times = [f"{1e3 * found['seconds'][way][1]:.1f}" for way in ("one_a_parameter", "buckets")]
+        compared = of_ratio(found["buckets to one_a_parameter"])
+        rows.append([f"`{case}`", str(found["tensors"]), f"{found['bytes'] / 1e6:.1f}", *times, compared])
+    note = f"{record['rounds']} rounds of the steps; load {record['load'][1]:.1f} (median)."
+    return f"{first}\n\n{lines_of(titles, rows)}\n\n{note}"
+
+
+def rendered(page):
+    """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
+    for make in (step, pair_memory, processes):
+        name = make.__name__
+        before, rest = page.split(f"<!-- {name}.json -->", 1)
+        record = json.loads((FOLDER / f"{name}.json").read_text())
+        page = f"{before}<!-- {name}.json -->\n{make(record)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    return page
+
+
+if __name__ == "__main__":
+    target = FOLDER / "README.md"
+    page = rendered(target.read_text())
+    if "--write" in sys.argv:
+        target.write_text(page)
+    else:
+        print(page)
