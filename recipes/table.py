@@ -57,7 +57,10 @@ def table(dataset: str, *names: str) -> str:
 def suite_table(name: str) -> str:
     """The table of a suite, with the settings of its methods."""
     suite = load_suite(FOLDER / "suites" / f"{name}.yaml")
-    return f"{suite.title}\n\n{markdown(suite, standings(suite))}"
+    found = standings(suite)
+    if not any(standing.records for standing in found):
+        return f"{suite.title}: not run yet."
+    return f"{suite.title}\n\n{markdown(suite, found)}"
 
 
 def suite_section(name: str) -> str:
