@@ -36,6 +36,10 @@ class IPGConfig(TrainingArguments):
         loss_scaling (`str`, *optional*, defaults to `"adaptive"`):
             How it is scaled. `"adaptive"`: by α·‖g_d‖/‖g_L‖, the method. `"fixed"`: by α itself, whatever the norms of
             the corrective and the task gradient are (an ablation).
+        max_loss_scale (`float`, *optional*):
+            Largest factor on the task gradient, above 0 (ours). Once the training images are fitted their gradient is
+            tiny, and step 4 amplifies it to α times the corrective gradient; at `1.0` it is only ever scaled down.
+            Defaults to no limit, as in the paper.
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"`: distance of the mean rationales of the two sides (the paper's); needs oriented pairs.
             `"pair"`: mean over pairs of the distance within a pair (ours).
@@ -121,6 +125,7 @@ class IPGConfig(TrainingArguments):
     loss_scaling: LossScaling = field(
         default="adaptive", metadata={"help": "Scale the task gradient by alpha times a ratio of norms, or by alpha."}
     )
+    max_loss_scale: float | None = field(default=None, metadata={"help": "Largest factor on the task gradient."})
     rationale_reduction: RationaleReduction = field(
         default="mean", metadata={"help": "Distance of mean rationales (mean) or mean distance of pairs (pair)."}
     )
@@ -173,6 +178,7 @@ class IPGConfig(TrainingArguments):
         self._require("invariance_threshold", self.invariance_threshold >= 0, "0 or more, and not NaN")
         self._require("per_device_pair_batch_size", self.per_device_pair_batch_size >= 1, "1 or more")
         self._require("random_crop_scale", 0 < self.random_crop_scale <= 1, "in (0, 1]")
+        self._require("max_loss_scale", self.max_loss_scale is None or self.max_loss_scale > 0, "above 0, or None")
         self._require("correction_interval", self.correction_interval >= 1, "1 or more")
         for name in ("group_dro_step_size", "environment_penalty_weight", "environment_penalty_start"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")

@@ -107,6 +107,7 @@ def loss_gradient_scale(
     alpha: float,
     threshold: float,
     scaling: LossScaling = "adaptive",
+    maximum: float = torch.inf,
 ) -> Tensor:
     """Factor on the task gradient: alpha·‖g_d‖/‖g_L‖ where divergence > threshold, else 1 (arXiv 2502.18975).
 
@@ -114,15 +115,17 @@ def loss_gradient_scale(
     three tensors are scalars, alpha and threshold ≥ 0. Returns a scalar ≥ 0, float32 or float64, without gradient and
     without waiting for the device. It is 1 where ‖g_L‖ is 0 (or too small to have an inverse), as there is nothing to
     scale, and where the divergence is NaN. Non-finite norms give a non-finite factor where they are used. With
-    `scaling="fixed"` (ours: an ablation) the factor is alpha itself where it is alpha·‖g_d‖/‖g_L‖ otherwise. Raises
-    ValueError if `scaling` is unknown.
+    `scaling="fixed"` (ours: an ablation) the factor is alpha itself where it is alpha·‖g_d‖/‖g_L‖ otherwise. Neither
+    is above `maximum` (ours: at 1 the task gradient is only ever scaled down).
+
+    Raises: ValueError if `scaling` is unknown.
     """
     _check_name("scaling", scaling, LossScaling)
     with torch.no_grad():
         g_d, g_l, divergence = _upcast(distance_grad_norm, loss_grad_norm, divergence)
         scaled = (divergence > threshold) & ~(g_l < torch.finfo(g_l.dtype).tiny)
         factor = alpha * g_d / g_l if scaling == "adaptive" else torch.full_like(g_l, alpha)
-        return torch.where(scaled, factor, 1.0)
+        return torch.where(scaled, factor.clamp(max=maximum), 1.0)
 
 
 def _spectral_norms(weight: Tensor, delta: Tensor) -> Tensor:

@@ -172,6 +172,16 @@ def test_loss_gradient_scale_keeps_nan(norms):
     assert loss_gradient_scale(*map(torch.tensor, norms), torch.tensor(0.02), alpha=0.5, threshold=0.01).isnan()
 
 
+def test_loss_gradient_scale_has_a_maximum():
+    def scale(loss_norm, divergence=0.02):
+        norms = torch.tensor(3.0), torch.tensor(loss_norm)
+        return loss_gradient_scale(*norms, torch.tensor(divergence), alpha=0.5, threshold=0.01, maximum=0.8).item()
+
+    assert scale(6.0) == 0.25
+    assert scale(1e-3) == pytest.approx(0.8)  # 1,500 without it
+    assert scale(1e-3, divergence=0.0) == 1  # of what is scaled alone
+
+
 def test_loss_gradient_scale_reads_nothing_back():
     # A meta tensor has no value: whatever asked for one would raise.
     norm = torch.ones((), device="meta")

@@ -417,6 +417,18 @@ def test_a_fixed_scale_ends_at_the_threshold(tmp_path):
     assert scales == [0.25 if log["ipg/violated"] else 1.0 for log in logs] and {*scales} == {0.25, 1.0}
 
 
+def test_the_task_gradient_is_only_scaled_down(tmp_path):
+    ends = []
+    for settings in ({}, {"max_loss_scale": 1.0}):
+        run, _ = guided(tmp_path, alpha=10.0, invariance_threshold=0.0, **settings)
+        run.train()
+        ends.append(([log["ipg/loss_scale"] for log in logged(run)], weights(run.model)))
+    (free, free_end), (held, held_end) = ends
+    assert max(free) > 1 == max(held)
+    assert held[0] == min(1.0, free[0])
+    assert small.differences(free_end, held_end) > 1e-5
+
+
 def test_pairs_that_agree_are_looked_at_again_later(tmp_path):
     settings = {"correction_schedule": "violated", "correction_interval": 3, "max_steps": 7}
     run, _ = guided(tmp_path, invariance_threshold=float("inf"), **settings)
@@ -455,6 +467,7 @@ def test_objectives_are_settings(tmp_path):
         ("correction_interval", 0),
         ("correction_schedule", "never"),
         ("loss_scaling", "none"),
+        ("max_loss_scale", 0),
         ("group_dro_step_size", -1),
     ):
         with pytest.raises(ValueError, match=name):
