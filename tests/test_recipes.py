@@ -57,7 +57,7 @@ def test_the_recipes_are_all_found():
         "waterbirds",
         "celeba",
     }
-    assert [path.stem for path in SUITES] == ["colored_mnist", "digits", *QUESTIONS]
+    assert [path.stem for path in SUITES] == ["colored_mnist", "digits", *sorted([*QUESTIONS, "scenes_100"])]
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
