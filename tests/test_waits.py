@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a guided step waits for the device: each value that Python reads of a tensor is a wait on an accelerator."""
+"""How often a guided step waits for the device: each value that Python reads of a tensor makes it wait."""
 
 import pytest
 import small
@@ -25,16 +25,16 @@ class Reads(TorchDispatchMode):
 def reads(tmp_path, monkeypatch, **settings):
     """Values read before and after the task's backward, of each step."""
     counts, mode = [], Reads()
-    for name in ("begin", "end"):
+    drawn = PairLoader.__next__
 
-        def counted(step, model, plain=getattr(GuidedStep, name)):
+    def watch(name, plain):
+        def counted(step, model):
             before = mode.count
             with mode:
                 plain(step, model)
             counts.append(mode.count - before)
 
         monkeypatch.setattr(GuidedStep, name, counted)
-    drawn = PairLoader.__next__
 
     def uncounted(loader):  # the collator reads a batch that is in the host's memory
         before = mode.count
@@ -42,6 +42,8 @@ def reads(tmp_path, monkeypatch, **settings):
         mode.count = before
         return batch
 
+    watch("begin", GuidedStep.begin)
+    watch("end", GuidedStep.end)
     monkeypatch.setattr(PairLoader, "__next__", uncounted)
     small.trainer(tmp_path, **settings).train()
     return list(zip(counts[::2], counts[1::2], strict=True))
