@@ -174,5 +174,7 @@ def profile_page(found):
         for kind, count in (("parts", None), ("operators", 8), ("functions", 5)):
             top = sorted(row[kind].items(), key=lambda entry: -entry[1])[:count]
             lines += ["", f"| {kind[:-1]} | ms | share of the step |", "|---|---|---|"]
-            lines += [f"| {name} | {value:.3g} | {100 * value / total:.1f} % |" for name, value in top]
+            for name, value in top:
+                lines.append(f"| {name} | {value:,.0f} |" if value >= 100 else f"| {name} | {value:.3g} |")
+                lines[-1] += f" {100 * value / total:.1f} % |"
     return "\n".join(lines) + "\n"
