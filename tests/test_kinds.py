@@ -371,7 +371,9 @@ def test_torch_compile_gives_the_same_numbers(tmp_path, build, backend):
     assert differences(results[0][0], results[1][0]) < 1e-5
     for eager, ours in zip(results[0][1], results[1][1], strict=True):
         assert all(
-            math.isclose(eager[name], ours[name], rel_tol=1e-4, abs_tol=1e-5) for name in eager if "ipg/" in name
+            math.isclose(eager[name], ours[name], rel_tol=1e-4, abs_tol=1e-5)
+            for name in eager
+            if "ipg/" in name and name != "ipg/pair_wait"
         )
     # the pair forward and the task forward, at the first step; none again
     assert graphs.counts == [2] * 5

@@ -38,6 +38,7 @@ def test_chunks_give_the_gradient_of_the_whole(tmp_path, build, reduction):
         ours, our_log = run(tmp_path, build, chunk, rationale_reduction=reduction)
         assert differences(whole, ours) < 1e-9
         for entry, other in zip(log, our_log, strict=True):
+            entry, other = ({name: e[name] for name in e if name != "ipg/pair_wait"} for e in (entry, other))
             assert entry == pytest.approx(other, abs=1e-9, rel=1e-6)
 
 
