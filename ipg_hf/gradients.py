@@ -35,13 +35,15 @@ def average_gradients(model: nn.Module, accelerator: Accelerator) -> None:
     They travel in buckets: a message has a cost of its own, and a bucket is a copy, so that its size is bounded.
     """
     buckets: list[list[Tensor]] = []
+    size = 0
     for parameter in model.parameters():
         gradient = parameter.grad
         if gradient is None or isinstance(gradient, DTensor):
             continue
-        last = buckets[-1] if buckets else []
-        if not last or last[0].dtype != gradient.dtype or sum(g.nbytes for g in last) + gradient.nbytes > BUCKET_BYTES:
+        size += gradient.nbytes
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or size > BUCKET_BYTES:
             buckets.append([])
+            size = gradient.nbytes
         buckets[-1].append(gradient)
     for bucket in buckets:
         means = accelerator.reduce(torch.cat([gradient.flatten() for gradient in bucket]), "mean")

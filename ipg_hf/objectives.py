@@ -55,13 +55,16 @@ def classification_loss(
         A scalar: cross entropy, binary cross entropy or squared error by the problem type.
     """
     logits, kind = logits_of(outputs), find_problem_type(model, labels)
-    if kind == "single_label_classification":
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-    elif kind == "multi_label_classification":
-        total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
-    else:
-        total = F.mse_loss(logits, labels.view_as(logits).to(logits.dtype), reduction="sum")
+    total = _summed_loss(logits, labels, kind, smoothing)
     return total / (labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _summed_loss(logits: Tensor, labels: Tensor, kind: ProblemType, smoothing: float = 0.0) -> Tensor:
+    if kind == "single_label_classification":
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    if kind == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype), reduction="sum")
 
 
 # ---- Groups ----
@@ -171,11 +174,7 @@ def pair_penalty(
         if kind == "kl":
             return invariance_divergence(*logits.chunk(2), problem_type=problem_type)
         if kind == "augmentation":
-            if problem_type == "single_label_classification":
-                return F.cross_entropy(logits, labels)
-            labels = labels.view_as(logits).to(wide)
-            is_regression = problem_type == "regression"
-            return F.mse_loss(logits, labels) if is_regression else F.binary_cross_entropy_with_logits(logits, labels)
+            return _summed_loss(logits, labels, problem_type) / labels.ne(IGNORED).sum()
         a, b = z.chunk(2)
         gap = (a - b).square()
         if kind == "rationales":
