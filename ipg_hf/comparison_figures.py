@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from .comparison import (
@@ -71,9 +72,9 @@ def draw_methods(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         axes.plot([interval.mean], [place - 0.1], marker="D", markersize=5, color="black")
     axes.set_yticks(range(len(found)), [_label(suite, standing) for standing in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"worst-group {_measure(metric)}, test: seeds, their mean and 95 % t-interval")
+    axes.set_xlabel(f"worst-group {_measure(metric)}, test\nseeds, their mean and 95 % t-interval")
     axes.set_xlim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
-    axes.set_title(suite.title, fontsize=10, loc="left")
+    _title(figure, suite)
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -113,7 +114,7 @@ def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     axes.set_xlabel(key)
     axes.set_ylabel(f"worst-group {_measure(metric)}, test: mean ± sd")
     axes.set_ylim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
-    axes.set_title(suite.title, fontsize=10, loc="left")
+    _title(figure, suite)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
@@ -154,7 +155,7 @@ def draw_maps(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         axes.set_title(_name_and_seeds(suite, name, rows), fontsize=9)
         axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=[*panels], label=f"worst-group {_measure(metric)}")
-    figure.suptitle(suite.title, fontsize=10)
+    _title(figure, suite)
     level = [f"{one.name}: {spread([*one.values(metric).values()])}" for one in found if not one.point]
     figure.supxlabel("\n".join(["Test set, mean ± sd over seeds. No setting is chosen by it.", *level]), fontsize=8)
     figure.savefig(path, dpi=140)
@@ -210,8 +211,13 @@ def draw_courses(suite: Suite, courses: Sequence[tuple[str, Sequence[Mapping[str
     panels[1][0].set_ylim(-0.03, 1.03)
     for row, title in enumerate(COURSE.values()):
         panels[row][0].set_ylabel(title)
-    figure.suptitle(suite.title, fontsize=10)
+    _title(figure, suite)
     figure.savefig(path, dpi=140)
+
+
+def _title(figure: Any, suite: Suite) -> None:
+    # over the whole width, since the axes begin where the names of the methods end
+    figure.suptitle(fill(suite.title, 12 * int(figure.get_figwidth())), fontsize=10)
 
 
 def _figure(width: float, height: float) -> Any:
