@@ -38,7 +38,7 @@ def run(recipe: Path, seed: int, kinds: list[str]) -> None:
         record = ROOT / recipe.parent / "results/pair_quality" / f"{name}.json"
         if record.exists():
             continue
-        output = ROOT / "outputs" / f"{recipe.parent.name}-{name}"
+        output = Path("outputs") / f"{recipe.parent.name}-{name}"
         command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", str(recipe), "--seed", str(seed)]
         command += ["--output_dir", str(output), "--overwrite_output_dir", "true"]
         if level:
@@ -46,8 +46,8 @@ def run(recipe: Path, seed: int, kinds: list[str]) -> None:
         print(" ".join(command), flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
         record.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(output / "run.json", record)
-        shutil.rmtree(output)
+        shutil.copyfile(ROOT / output / "run.json", record)
+        shutil.rmtree(ROOT / output)
 
 
 def curves(dataset: str) -> dict[str, dict[str, dict[float, list[float]]]]:

@@ -158,6 +158,12 @@ def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
         assert (suite.results / "course.png").exists() is bool(guided_courses(suite, found) and not suite.grid)
 
 
+def test_no_record_names_a_folder_of_the_machine_that_made_it():
+    for path in RECIPES.rglob("*.json"):
+        config = json.loads(path.read_text()).get("config", {})
+        assert not [value for value in config.values() if str(value).startswith("/")], path
+
+
 @pytest.mark.parametrize("path", SUITE_RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_record_of_a_suite_says_what_made_it(path):
     record = json.loads(path.read_text())
