@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from .comparison_figures import write_comparison
-from .recipe import RecipeError, nearest
+from .recipe import RecipeError, nearest, parse_recipe
 from .report import commit, write_json
-from .runs import RECORD
+from .runs import RECORD, train
 from .suite import (
     LOWER,
     Run,
@@ -111,16 +115,16 @@ def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = Fa
     """
     waiting = [run for run in runs if read_record(run) is None]
     total, done, failures = len(waiting), 0, []
-    going: list[tuple[Run, subprocess.Popen]] = []
+    going: list[tuple[Run, BaseProcess]] = []
     with _ended(going):
         while going or (waiting and not failures):
             while waiting and len(going) < jobs and not failures:
                 going.append((waiting[0], _start(waiting[0], folder / waiting[0].name, jobs)))
                 del waiting[0]
-            for run, process in [entry for entry in going if entry[1].poll() is not None]:
+            for run, process in [entry for entry in going if entry[1].exitcode is not None]:
                 going.remove((run, process))
-                if process.returncode:
-                    failures.append(_failure(run, process.returncode, folder / run.name / LOG))
+                if process.exitcode:
+                    failures.append(_failure(run, process.exitcode, folder / run.name / LOG))
                     continue
                 done += 1
                 print(f"[{done}/{total}] {run.name}: {_finish(run, folder / run.name, keep_models)}", flush=True)
@@ -129,19 +133,53 @@ def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = Fa
         raise RecipeError("\n".join(failures))
 
 
-def _start(run: Run, folder: Path, jobs: int) -> subprocess.Popen:
+def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**run.settings, "output_dir": str(folder), "overwrite_output_dir": True}
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    # the package that this one is, wherever it was found
+    process = _processes().Process(target=_train, args=(str(config), str(folder / LOG), 1 if jobs > 1 else None))
+    # the package that this one is, wherever it was found: read by the server that is started with the first process
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", str(config)]
-    with open(folder / LOG, "wb") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    with _environment(PYTHONPATH=os.pathsep.join(paths)):
+        process.start()
+    return process
+
+
+@cache
+def _processes() -> BaseContext:
+    """Processes that are forked from one that has imported the library, which takes longer than a short run, and has
+    done nothing else (no thread and no device is begun in it); new interpreters where there is no such thing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@contextmanager
+def _environment(**changes: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _train(config: str, log: str, threads: int | None) -> None:
+    """What `ipg train --config FILE` does, in a process of its own, with what is printed in a file."""
+    with open(log, "wb") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of worker processes
+        torch.set_num_threads(threads)
+    try:
+        train(*parse_recipe(config, []))
+    except (ValueError, OSError) as failure:
+        sys.exit(f"error: {failure}")
 
 
 def _finish(run: Run, folder: Path, keep_models: bool) -> str:
@@ -162,7 +200,7 @@ def _failure(run: Run, status: int, log: Path) -> str:
 
 
 @contextmanager
-def _ended(going: list[tuple[Run, subprocess.Popen]]) -> Iterator[None]:
+def _ended(going: list[tuple[Run, BaseProcess]]) -> Iterator[None]:
     """Ends the processes that are left when the block is left, by an interrupt or SIGTERM too."""
 
     def interrupt(*_: Any) -> None:
@@ -175,8 +213,7 @@ def _ended(going: list[tuple[Run, subprocess.Popen]]) -> Iterator[None]:
         for _, process in going:
             process.terminate()
         for _, process in going:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
+            process.join(30)
+            if process.exitcode is None:
                 process.kill()
         signal.signal(signal.SIGTERM, before)
