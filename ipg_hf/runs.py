@@ -23,7 +23,7 @@ from .config import IPGConfig
 from .data import Benchmark, describe
 from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
-from .pairs import AdversarialPairs, ImageRows
+from .pairs import AdversarialPairs, ImageRows, with_counterparts
 from .pairs.checks import named_sets
 from .publish import check_can_push
 from .recipe import Recipe, RecipeError
@@ -70,6 +70,11 @@ def _train_one(
     """Returns the record and the trainer."""
     commit = report.commit()  # of the code that is loaded: the folder may move on during the run
     processor = recipe.build_processor()
+    in_batch = recipe.method == "ipg" and args.pair_source == "batch"
+    if in_batch:
+        data = replace(data, train=_with_counterparts(recipe, data))
+    elif args.pair_source == "batch":
+        args = replace(args, pair_source="pairs")
     sets = _inputs(data, recipe, processor, keep=("label", *row_columns(args.objective)))
     begun, comparisons = time.monotonic(), {}
     if recipe.repeat_errors:
@@ -82,7 +87,7 @@ def _train_one(
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
-        pair_dataset=sets["pairs"] if recipe.method == "ipg" else None,
+        pair_dataset=sets["pairs"] if recipe.method == "ipg" and not in_batch else None,
         processing_class=processor,
         compute_metrics=_metrics(data),
     )
@@ -204,6 +209,15 @@ def _run_files(folder: Path) -> list[Path]:
     return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
 
 
+def _with_counterparts(recipe: Recipe, data: Benchmark) -> datasets.Dataset:
+    if not isinstance(data.pairs, datasets.Dataset):
+        has = "no pairs" if data.pairs is None else "several sets, or pairs that are made in training"
+        raise RecipeError(
+            f"pair_source: batch takes one set of pairs of the training images; {recipe.dataset} has {has}."
+        )
+    return with_counterparts(data.train, data.pairs)
+
+
 def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]) -> dict[str, Any]:
     names = ["train", "validation", "pairs", "validation_pairs"]
     names += ["test", "test_pairs"] if recipe.measure_test else []
@@ -212,14 +226,14 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
         raise RecipeError(f"{recipe.dataset} has no training pairs of its own: give a maker, pairs: {{maker: ...}}.")
     if not recipe.preload:
         return sets
-    single, double = {"image": "pixel_values"}, {"image_a": "pixel_values_a", "image_b": "pixel_values_b"}
+    inputs = {f"image{side}": f"pixel_values{side}" for side in ("", "_a", "_b")}
 
     def loaded(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: loaded(part) for name, part in value.items()}
         if not isinstance(value, datasets.Dataset):
             return value
-        columns = double if "image_a" in value.column_names else single
+        columns = {name: target for name, target in inputs.items() if name in value.column_names}
         return ImageRows(value, processor, columns, keep=keep, preload=True)
 
     used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or recipe.uses_pairs}

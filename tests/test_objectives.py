@@ -219,12 +219,13 @@ def test_group_dro_goes_on_with_its_shares(tmp_path):
     assert run._task.shares.shares == whole._task.shares.shares != [0.25] * 4
 
 
-def test_the_loss_at_evaluation_is_the_mean(tmp_path):
+@pytest.mark.parametrize("build", [small.vit, small.timm_resnet])  # timm's forward takes no count of items
+def test_the_loss_at_evaluation_is_the_mean(tmp_path, build):
     ends = []
     for objective in ("erm", "group_dro"):
         run = trainer(
             tmp_path,
-            small.vit().double(),
+            build().double(),
             grouped(),
             {},
             objective=objective,

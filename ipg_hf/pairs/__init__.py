@@ -10,7 +10,7 @@ from .makers import pairs_from_render
 from .matching import match_pairs
 from .preview import preview_pairs
 from .scores import score_pairs
-from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table
+from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table, with_counterparts
 from .transforms import ImageRows
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "preview_pairs",
     "recolor_pairs",
     "score_pairs",
+    "with_counterparts",
 ]

@@ -77,6 +77,38 @@ def pairs_from_columns(
     return _swapped(source.select(rows), None if oriented else draw_swap(len(rows), seed))
 
 
+def with_counterparts(dataset: datasets.Dataset, pairs: datasets.Dataset) -> datasets.Dataset:
+    """A training set with the counterpart of each image, for `pair_source="batch"`.
+
+    Args:
+        dataset: rows with a column `image`.
+        pairs: rows with `image_a` and `image_b`, of which one is the training image, by its stored bytes or path.
+
+    Returns:
+        The set with a column `image_b`: the other side of the image's pair.
+
+    Raises:
+        ValueError: a training image is in no pair.
+    """
+
+    def stored(rows: datasets.Dataset, column: str) -> list[dict]:
+        return rows.select_columns(column).cast_column(column, datasets.Image(decode=False))[column][:]
+
+    sides = [stored(pairs, column) for column in ("image_a", "image_b")]
+    others = {}
+    for images, counterparts in (sides, sides[::-1]):
+        others |= {image["bytes"] or image["path"]: other for image, other in zip(images, counterparts, strict=True)}
+    found = [others.get(image["bytes"] or image["path"]) for image in stored(dataset, "image")]
+    lacking = [row for row, other in enumerate(found) if other is None]
+    if lacking:
+        raise ValueError(
+            f"pair_source='batch' needs the counterpart of every training image, but {len(lacking)} of {len(dataset)} "
+            f"are in none of the {len(pairs)} pairs, first that of row {lacking[0]}: make a pair of each "
+            "(num_pairs), or use pair_source='pairs'."
+        )
+    return dataset.add_column("image_b", found, feature=datasets.Image())
+
+
 def pairs_from_table(path: str | os.PathLike, *, column_a: str = "image_a", column_b: str = "image_b", **options: Any):
     """A pair set of a CSV or Parquet file, or of a folder of Parquet files, whose rows hold images or paths of images.
 
