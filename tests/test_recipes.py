@@ -57,11 +57,9 @@ def test_the_recipes_are_all_found():
         "waterbirds",
         "celeba",
     }
-    assert [path.stem for path in SUITES] == [
-        "colored_mnist",
-        "digits",
-        *sorted([*QUESTIONS, "scenes_100", "scenes_95"]),
-    ]
+    benchmarks = ["colored_mnist", "digits", "scenes_100"]
+    comparisons = [*benchmarks, "scenes_95", "speed_digits", *(f"transfer_{name}" for name in benchmarks)]
+    assert [path.stem for path in SUITES] == sorted([*QUESTIONS, *comparisons])
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
