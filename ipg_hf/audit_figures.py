@@ -34,7 +34,7 @@ LETTERS = 24  # of a name in a figure
 GUIDED = ("distance", "divergence", "violated", "loss_scale")
 COURSES = {
     "accuracy": "validation accuracy by group",
-    "distance": "rationale distance d",
+    "distance": "distance d of the pairs",
     "divergence": "invariance divergence c",
     "violated": "share of violated steps",
     "loss_scale": "factor on the task gradient",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of a suite: each a process of its own, by `ipg train`; what has a record is not run again."""
+"""The runs of a suite: each a process of its own, as by `ipg train`; what has a record is not run again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.context import BaseContext
@@ -141,10 +141,13 @@ def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
     settings = {**run.settings, "output_dir": str(folder), "overwrite_output_dir": True}
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    process = _processes().Process(target=_train, args=(str(config), str(folder / LOG), 1 if jobs > 1 else None))
-    # the package that this one is, wherever it was found: read by the server that is started with the first process
+    (folder / LOG).write_bytes(b"")
+    threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+    process = _processes().Process(target=_train, args=(str(config), str(folder / LOG), bool(threads), commit()))
+    # the package that this one is, wherever it was found
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with _environment(**{**KEEP_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}):
+    # read by the server, which is started with the first process
+    with _environment({**KEEP_MEMORY, **os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}):
         process.start()
     return process
 
@@ -152,8 +155,8 @@ def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
 @cache
 def _processes() -> BaseContext:
     """Processes that are forked from one that has imported the library, which takes longer than a short run, and has
-    done nothing else (no thread and no device is begun in it); new interpreters where there is no such thing."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    done nothing else; new interpreters where to fork after imports is not safe."""
+    if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -161,26 +164,36 @@ def _processes() -> BaseContext:
 
 
 @contextmanager
-def _environment(**changes: str) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changes)
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _train(config: str, log: str, threads: int | None) -> None:
-    """What `ipg train --config FILE` does, in a process of its own, with what is printed in a file."""
+def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None:
+    """What `ipg train --config FILE` does, in a process of its own, with what is printed in a file.
+
+    Args:
+        config: the recipe.
+        log: the file.
+        on_one_thread: whether other runs go on beside it.
+        code: the commit that is imported; the folder may move on during the suite.
+    """
+    multiprocessing.set_start_method(None, force=True)  # of worker processes: this run's, not the server's
     with open(log, "wb") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # of worker processes
-        torch.set_num_threads(threads)
+    if on_one_thread:
+        torch.set_num_threads(1)
     try:
-        train(*parse_recipe(config, []))
+        train(*parse_recipe(config, []), commit=code)
     except (ValueError, OSError) as failure:
         sys.exit(f"error: {failure}")
 

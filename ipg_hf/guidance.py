@@ -4,10 +4,11 @@
 A classifier's last linear layer has weight W (C, D) and input z (B, D); its rationale R = W ⊙ z is what each feature
 adds to each logit. Over pairs (a, b) that differ in a spurious attribute alone, `rationale_distance` is how far apart
 the rationales of the two sides lie (the corrective update descends on it), `invariance_divergence` how far the outputs
-do, `loss_gradient_scale` the factor on the task gradient while the outputs still differ. Source: arXiv 2502.18975; "our
-reading" marks this library's choices where the paper leaves one. All of it runs outside autocast in float32, or float64
-if any argument is, whatever dtypes come in; non-finite arguments give non-finite results. TF32, where
-`torch.backends.cuda.matmul` allows it, makes the spectral norm's singular vectors coarser.
+do (`root_divergence` makes a distance of that), `loss_gradient_scale` the factor on the task gradient while the outputs
+still differ. Source: arXiv 2502.18975; "our reading" marks this library's choices where the paper leaves one. All of it
+runs outside autocast in float32, or float64 if any argument is, whatever dtypes come in; non-finite arguments give
+non-finite results. TF32, where `torch.backends.cuda.matmul` allows it, makes the spectral norm's singular vectors
+coarser.
 """
 
 from typing import Literal, get_args

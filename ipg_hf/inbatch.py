@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from . import correction
 from .config import IPGConfig
+from .gradients import scale_gradients
 from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
 from .heads import features_of
@@ -125,12 +126,11 @@ class InBatchStep(GuidedStep):
         sums, self._sums = self._sums, {}
         total = sum(pairs for pairs, *_ in parts)
         distance, divergence = (sum(part[0] * part[i] for part in parts) / total for i in (1, 2))
-        share = 1 / total
+        for parameter in module.parameters():
+            parameter.grad = sums[parameter] / total if parameter in sums else None
         if self._is_root:
             distance = divergence.sqrt()
-            share = torch.where(distance > 0, 0.5 / (total * distance), 0.0)
-        for parameter in module.parameters():
-            parameter.grad = share * sums[parameter] if parameter in sums else None
+            scale_gradients(module, torch.where(distance > 0, 0.5 / distance, 0.0))
         metrics = {"distance": distance, "divergence": divergence}
         if self.problem_type == "single_label_classification":
             metrics["spread"] = torch.stack([spread for *_, spread in parts]).max()

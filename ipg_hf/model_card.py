@@ -264,10 +264,12 @@ def _teaching(config: Mapping[str, Any]) -> str:
     penalty = config.get("pair_objective", "ipg")
     if penalty != "ipg":
         return f"A penalty on pairs was added to the loss (`pair_objective: {penalty}`)."
-    agree = "outputs on" if config.get("invariance_distance") == "divergence" else "rationales of"
+    is_ours = config.get("invariance_distance") == "divergence"
+    agree = "outputs on" if is_ours else "rationales of"
+    paper = f"[arXiv 2502.18975](https://arxiv.org/abs/2502.18975){', with a distance of ipg_hf' if is_ours else ''}"
     return (
-        "Invariance pair-guided learning ([arXiv 2502.18975](https://arxiv.org/abs/2502.18975)): each optimizer step "
-        f"first moves the weights so that the {agree} the two images of each pair agree, then along the task gradient."
+        f"Invariance pair-guided learning ({paper}): each optimizer step first moves the weights so that the {agree} "
+        "the two images of each pair agree, then along the task gradient."
     )
 
 

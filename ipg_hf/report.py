@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@cache
 def commit() -> str | None:
-    """The commit of the source tree that the package was imported from, `-dirty` where it has changes; else `None`."""
+    """The commit of the source tree that the package was imported from, `-dirty` where it has changes; else `None`.
+
+    As it is at the first call: the folder may move on later.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -124,7 +129,7 @@ def plot_training(history: Sequence[Mapping[str, float]], path: str | os.PathLik
             _plot_groups(axes, evaluated)
             continue
         axes.plot([e["step"] for e in guided], [e[f"ipg/{panel}"] for e in guided], color="tab:blue")
-        axes.set_title({"distance": "rationale distance d", "divergence": "invariance divergence c"}[panel])
+        axes.set_title({"distance": "distance d", "divergence": "invariance divergence c"}[panel])
         if any(e[f"ipg/{panel}"] > 0 for e in guided):
             axes.set_yscale("log")
         if panel == "divergence" and 0 < threshold < float("inf"):

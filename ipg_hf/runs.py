@@ -37,14 +37,22 @@ FIGURE = "training_curves.png"
 ERRORS = "first_model_errors.json"
 
 
-def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """Trains by a recipe, and its twin where asked for; pushes where asked for; returns the run record."""
+def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any], *, commit: str | None = None) -> dict[str, Any]:
+    """Trains by a recipe, and its twin where asked for; pushes where asked for; returns the run record.
+
+    Args:
+        recipe: what to train on what.
+        args: how.
+        given: the settings that were given, for the record.
+        commit: of the code that is imported; by default it is read now.
+    """
+    commit = commit or report.commit()
     if args.push_to_hub and args.process_index == 0:
         check_can_push(args)  # before another run is removed, and before hours of training
     given = {name: value for name, value in given.items() if not name.endswith("_token")}
     resume = _prepare_output(recipe, args)
     data = recipe.load_data(args.data_order_seed)
-    record, trainer = _train_one(recipe, args, given, data, resume)
+    record, trainer = _train_one(recipe, args, given, data, resume, commit)
     split = "test" if recipe.measure_test else "validation"
     columns = {recipe.method: record["metrics"][split]}
     if recipe.compare == "erm" and recipe.method != "erm":
@@ -53,7 +61,7 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, A
         twin = replace(recipe, method="erm", compare="none")
         begun = resume and list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         twin_resume = newest_checkpoint(folder) if begun else None
-        twin_record, _ = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume)
+        twin_record, _ = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume, commit)
         columns["erm"] = twin_record["metrics"][split]
     if args.process_index == 0:
         print(f"\n{report.summary_table(columns, split)}\n\nmodel, {RECORD}, README.md and {FIGURE}: {args.output_dir}")
@@ -65,17 +73,16 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any]) -> dict[str, A
 
 
 def _train_one(
-    recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None
+    recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None, commit: str | None
 ) -> tuple[dict, IPGTrainer]:
     """Returns the record and the trainer."""
-    commit = report.commit()  # of the code that is loaded: the folder may move on during the run
     processor = recipe.build_processor()
     in_batch = recipe.method == "ipg" and args.pair_source == "batch"
     if in_batch:
-        data = replace(data, train=_with_counterparts(recipe, data))
+        data = replace(data, train=_with_counterparts(recipe, data), pairs=None)
     elif args.pair_source == "batch":
         args = replace(args, pair_source="pairs")
-    sets = _inputs(data, recipe, processor, keep=("label", *row_columns(args.objective)))
+    sets = _inputs(data, recipe, processor, ("label", *row_columns(args.objective)), recipe.uses_pairs and not in_batch)
     begun, comparisons = time.monotonic(), {}
     if recipe.repeat_errors:
         sets["train"], comparisons["repeat_errors"] = _with_errors_repeated(recipe, args, data, sets, processor, resume)
@@ -210,6 +217,8 @@ def _run_files(folder: Path) -> list[Path]:
 
 
 def _with_counterparts(recipe: Recipe, data: Benchmark) -> datasets.Dataset:
+    if recipe.last_layer.get("method") == "project":
+        raise RecipeError("last_layer: project reads a set of pairs: set pair_source: pairs.")
     if not isinstance(data.pairs, datasets.Dataset):
         has = "no pairs" if data.pairs is None else "several sets, or pairs that are made in training"
         raise RecipeError(
@@ -218,11 +227,11 @@ def _with_counterparts(recipe: Recipe, data: Benchmark) -> datasets.Dataset:
     return with_counterparts(data.train, data.pairs)
 
 
-def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]) -> dict[str, Any]:
+def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str], uses_pairs: bool) -> dict[str, Any]:
     names = ["train", "validation", "pairs", "validation_pairs"]
     names += ["test", "test_pairs"] if recipe.measure_test else []
     sets = {name: getattr(data, name) for name in names}
-    if recipe.uses_pairs and sets["pairs"] is None:
+    if uses_pairs and sets["pairs"] is None:
         raise RecipeError(f"{recipe.dataset} has no training pairs of its own: give a maker, pairs: {{maker: ...}}.")
     if not recipe.preload:
         return sets
@@ -236,7 +245,7 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
         columns = {name: target for name, target in inputs.items() if name in value.column_names}
         return ImageRows(value, processor, columns, keep=keep, preload=True)
 
-    used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or recipe.uses_pairs}
+    used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or uses_pairs}
     if isinstance(used.get("pairs"), AdversarialPairs):
         used["pairs"] = replace(used["pairs"], source=used["train"])
     return sets | used

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ import pytest
 from small_suite import SUITE, TINY, TUNING, fake, write
 
 from ipg_hf import comparison_figures, runs, suite
+from ipg_hf.bench import KEEP_MEMORY, _start, execute
 from ipg_hf.cli import main
 from ipg_hf.comparison import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.recipe import RecipeError, parse_settings
 from ipg_hf.record import course
+from ipg_hf.report import commit
 from ipg_hf.suite import Tuning, draw_runs, draws, load_suite, seed_runs
 
 # ---- What a suite may say
@@ -372,6 +375,7 @@ def test_tuning_does_not_read_the_test_set_and_the_compared_runs_do(finished):
         assert set(record["metrics"]) == ({"validation"} if "draw" in name else {"validation", "test"}), name
         assert record["method"] == "ipg" and record["steps"] == 4 and record["config"]["alpha"] == 0.5
         assert {"versions", "commit", "hardware", "data"} <= set(record)
+        assert record["commit"] == commit()
         assert record["course"]["guidance"]["step"] == [2, 4]
 
 
@@ -394,6 +398,40 @@ def test_what_has_a_record_is_not_run_again(finished, monkeypatch):
 
     monkeypatch.setattr("ipg_hf.bench._start", refuse)
     assert bench(finished[0]) == 0
+
+
+def ends_at_once(*_):
+    os.abort()
+
+
+def shows_its_surroundings(config, log, *rest):
+    with open(log, "w") as file:
+        json.dump({"config": config, "rest": rest, "memory": {name: os.environ[name] for name in KEEP_MEMORY}}, file)
+
+
+def test_a_process_that_dies_before_it_says_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr("ipg_hf.bench._train", ends_at_once)
+    (tmp_path / "a-seed0").mkdir()
+    (tmp_path / "a-seed0" / "log.txt").write_text("of an earlier attempt")
+    runs = seed_runs(load_suite(write(tmp_path)), "a", {})
+    with pytest.raises(RecipeError, match="a-seed0 failed") as error:
+        execute(runs, 1, tmp_path)
+    assert "earlier attempt" not in str(error.value)
+
+
+def test_memory_is_kept_as_the_user_has_set_it(tmp_path, monkeypatch):
+    """In an interpreter of its own: what the environment is, the server of the processes reads once."""
+    monkeypatch.setattr("ipg_hf.bench._processes", lambda: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr("ipg_hf.bench._train", shows_its_surroundings)
+    for name in KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")
+    before, run = dict(os.environ), seed_runs(load_suite(write(tmp_path)), "a", {})[0]
+    process = _start(run, tmp_path / "one", 2)
+    process.join(120)
+    told = json.loads((tmp_path / "one/log.txt").read_text())
+    assert told["memory"] == {**KEEP_MEMORY, "MALLOC_TOP_PAD_": "4096"} and os.environ == before
+    assert told["config"] == str(tmp_path / "one/recipe.yaml") and told["rest"] == [True, commit()]
 
 
 def test_a_run_that_fails_stops_the_suite_after_the_one_beside_it(tmp_path, capsys):

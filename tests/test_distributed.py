@@ -56,7 +56,11 @@ CASES = {
         "gradient_accumulation_steps": 3,
         "corrective_layers": ["classifier", "resnet.encoder.stages.1"],
     },
-    "vit, root, in the batch": {"pair_source": "batch", "invariance_distance": "divergence"},
+    "vit, root, in the batch, accumulated": {
+        "pair_source": "batch",
+        "invariance_distance": "divergence",
+        "gradient_accumulation_steps": 3,
+    },
     "vit, reweight": {"objective": "reweight"},
 }
 FIGURES = ("distance", "penalty", "divergence", "violated", "loss_scale", "corrective_grad_norm", "loss_grad_norm")

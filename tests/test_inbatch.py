@@ -163,20 +163,23 @@ def test_a_run_equals_the_updates_worked_out(tmp_path, name, settings):
         assert small.differences(wanted, by_hand(name, rows(18), WHOLE, wrong, **settings)[0]) > 1e-7, wrong
 
 
+@pytest.mark.parametrize("distance", ["rationale", "divergence"])
 @pytest.mark.parametrize("name", MODELS)
-def test_accumulation_equals_one_batch(tmp_path, name):
+def test_accumulation_equals_one_batch(tmp_path, name, distance):
     """22 rows in steps of 8: the last has 6, in micro-batches of 3 and then of 3 or less."""
     ends = []
     for batch, micro in ((8, 1), (4, 2), (3, 3), (1, 8)):
         train = rows(24 if batch == 3 else 22)
         settings = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": micro}
+        settings |= {"invariance_distance": distance}
         training = run(
             tmp_path, MODELS[name][0]().double(), train, per_device_train_batch_size=batch, **settings
         )  # fmt: skip
         ends.append((batch, weights(training.model), [entry["ipg/distance"] for entry in logged(training)]))
     for batch, end, distances in ends:
         sizes = {8: ([8], [8], [6]), 4: ([4, 4], [4, 4], [4, 2]), 3: ([3] * 3, [3] * 3, [3, 3]), 1: ([8], [8], [6])}
-        wanted, figures = by_hand(name, rows(24 if batch == 3 else 22), in_steps(*sizes[batch]))
+        train = rows(24 if batch == 3 else 22)
+        wanted, figures = by_hand(name, train, in_steps(*sizes[batch]), invariance_distance=distance)
         assert small.differences(end, wanted) < 1e-12
         assert distances == pytest.approx([row[0] for row in figures], rel=1e-9)
 

@@ -82,10 +82,11 @@ def with_counterparts(dataset: datasets.Dataset, pairs: datasets.Dataset) -> dat
 
     Args:
         dataset: rows with a column `image`.
-        pairs: rows with `image_a` and `image_b`, of which one is the training image, by its stored bytes or path.
+        pairs: rows with `image_a` and `image_b`, of which one is the training image, by its stored bytes or path. All
+            of them are read into memory, as they are stored.
 
     Returns:
-        The set with a column `image_b`: the other side of the image's pair.
+        The set with a column `image_b`: the other side of the image's pair, of several pairs of the last.
 
     Raises:
         ValueError: a training image is in no pair.
