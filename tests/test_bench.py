@@ -318,7 +318,7 @@ def test_a_run_without_the_test_set_has_none(tmp_path):
     for measured in (True, False):
         recipe, args, _ = parse_settings({**TINY, "measure_test": measured}, title="")
         data = recipe.load_data(args.data_order_seed)
-        read[measured] = set(runs._inputs(data, recipe, recipe.build_processor(), ("label", "attribute")))
+        read[measured] = set(runs._inputs(data, recipe, recipe.build_processor(), ("label", "attribute"), True))
     assert read[True] - read[False] == {"test", "test_pairs"}
 
 

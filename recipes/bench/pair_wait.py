@@ -29,7 +29,7 @@ RECORD = Path(__file__).with_suffix(".json")
 VIT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 CASES = {  # images and pairs a step, pixels, steps
     "digits_vit": (64, 64, 16, 200),
-    **{name: (32, 16, 224, 24) for name in ("resnet18_timm", "vit_tiny_hf")},
+    **{name: (32, 16, 224, 12) for name in ("resnet18_timm", "vit_tiny_hf")},
 }
 ARMS = {
     "no worker": {"pair_num_workers": 0},
