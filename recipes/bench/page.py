@@ -75,6 +75,9 @@ def pair_wait(record):
     arms = list(next(iter(record.values()))["share"])
     rows = []
     for case, found in record.items():
+        if found == "not run":
+            rows.append([f"`{case}`", *["not run"] * (len(arms) + 1)])
+            continue
         shares = [f"{100 * found['share'][arm]:.1f} %" for arm in arms]
         rows.append([f"`{case}`", *shares, f"{found['load_average_of_5_minutes']:.1f}"])
     return lines_of(["case", *arms, "load"], rows)

@@ -85,7 +85,7 @@ def main():
     parser.add_argument("--write", action="store_true", help="keep the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else dict.fromkeys(CASES, "not run")
     for case in options.cases or CASES:
         found = {}
         with tempfile.TemporaryDirectory() as folder:
