@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from transformers import TrainingArguments
 
-from .guidance import LossScaling
+from .guidance import Distance, LossScaling
 from .objectives import Objective, PairObjective
 
 RationaleReduction = Literal["mean", "pair"]
@@ -40,6 +40,10 @@ class IPGConfig(TrainingArguments):
             Largest factor on the task gradient, above 0 (ours). Once the training images are fitted their gradient is
             tiny, and step 4 amplifies it to α times the corrective gradient; at `1.0` it is only ever scaled down.
             Defaults to no limit, as in the paper.
+        invariance_distance (`str`, *optional*, defaults to `"rationale"`):
+            What the corrective gradient descends on. `"rationale"`: the distance d between the rationales of the two
+            sides, the method. `"divergence"` (ours): √c, the root of the divergence of their outputs, whose gradient
+            gives most weight to the pairs that disagree most; the settings of rationales then change nothing.
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"`: distance of the mean rationales of the two sides (the paper's); needs oriented pairs.
             `"pair"`: mean over pairs of the distance within a pair (ours).
@@ -126,6 +130,9 @@ class IPGConfig(TrainingArguments):
         default="adaptive", metadata={"help": "Scale the task gradient by alpha times a ratio of norms, or by alpha."}
     )
     max_loss_scale: float | None = field(default=None, metadata={"help": "Largest factor on the task gradient."})
+    invariance_distance: Distance = field(
+        default="rationale", metadata={"help": "What is corrected: the rationales' distance, or the root of c."}
+    )
     rationale_reduction: RationaleReduction = field(
         default="mean", metadata={"help": "Distance of mean rationales (mean) or mean distance of pairs (pair)."}
     )
@@ -192,6 +199,7 @@ class IPGConfig(TrainingArguments):
         self._require("pair_num_workers", workers is None or workers >= 0, "0 or more, or None")
         for name, choices in (
             ("loss_scaling", LossScaling),
+            ("invariance_distance", Distance),
             ("rationale_reduction", RationaleReduction),
             ("rationale_norm", RationaleNorm),
             ("pair_combination", PairCombination),
@@ -215,12 +223,17 @@ class IPGConfig(TrainingArguments):
                     f"{name}={getattr(self, name)!r} does not go with pair_source='batch': set {name}={value!r}, or "
                     "pair_source='pairs' with a pair_dataset."
                 )
-        if self.rationale_reduction == "mean" and self.gradient_accumulation_steps > 1:
+        if self.means_rationales and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "pair_source='batch' with rationale_reduction='mean' is exact for whole batches alone, since the norm "
                 f"of a mean is no mean of norms: set rationale_reduction='pair', or gradient_accumulation_steps=1 "
                 f"instead of {self.gradient_accumulation_steps}."
             )
+
+    @property
+    def means_rationales(self) -> bool:
+        """Whether the distance is that of the sides' mean rationales, which is no mean over pairs."""
+        return self.invariance_distance == "rationale" and self.rationale_reduction == "mean"
 
     @property
     def data_order_seed(self) -> int:

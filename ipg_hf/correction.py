@@ -16,13 +16,21 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .gradients import average_gradients, gradient_norm, scale_gradients
-from .guidance import Norm, ProblemType, Reduction, invariance_divergence, rationale_distance
+from .guidance import (
+    Distance,
+    Norm,
+    ProblemType,
+    Reduction,
+    invariance_divergence,
+    rationale_distance,
+    root_divergence,
+)
 from .heads import ClassifierHead
 from .objectives import PairObjective, pair_penalty
 from .trial import inference
 
 PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
-GRADIENT = "gradient of z"  # no model input has such a name
+GRADIENT = "gradient of the output"  # no model input has such a name
 NOTHING_TO_CORRECT = (
     "the distance depends on no trainable parameter: unfreeze the head or network, or widen corrective_layers."
 )
@@ -64,23 +72,29 @@ def pair_measures(
     reduction: Reduction,
     norm: Norm,
     problem_type: ProblemType,
+    kind: Distance = "rationale",
 ) -> tuple[Tensor, Tensor]:
     """Distance and divergence of the pair batch that all processes hold together.
 
     Args:
         head: the layer that made the logits.
         logits: shape (2B, C), the a sides in the first half.
-        z: shape (2B, D), the input of the head, attached to the graph.
+        z: shape (2B, D), the input of the head; both attached to the graph.
         accelerator: the processes, each with B pairs of its own.
         reduction: see `guidance.rationale_distance`.
         norm: see `guidance.rationale_distance`.
         problem_type: see `guidance.invariance_divergence`.
+        kind: distance between rationales, or the root of the divergence (`guidance.root_divergence`).
 
     Returns:
         The distance, attached, whose gradient averaged over processes is that of the whole batch; and the divergence,
         detached. Both are scalars, equal on all processes (the distance up to rounding).
     """
     several = accelerator.num_processes > 1
+    if kind == "divergence":
+        own = invariance_divergence(*logits.chunk(2), problem_type=problem_type)
+        divergence = accelerator.reduce(own.detach(), "mean") if several else own.detach()
+        return root_divergence(own, divergence), divergence
     if reduction == "mean" and several:
         # the norm of the mean is not the mean of norms: every process moves its features to the common mean
         halves = torch.stack([side.mean(0) for side in z.detach().chunk(2)])
@@ -104,6 +118,7 @@ def evaluate_sides(
     reduction: Reduction,
     norm: Norm,
     problem_type: ProblemType,
+    kind: Distance = "rationale",
 ) -> dict[str, float]:
     """Flip rate, divergence and distance of all pairs together, in inference mode.
 
@@ -114,6 +129,7 @@ def evaluate_sides(
         reduction: see `guidance.rationale_distance`.
         norm: see `guidance.rationale_distance`.
         problem_type: see `guidance.invariance_divergence`.
+        kind: see [`pair_measures`].
 
     Returns:
         `flip_rate`, the share of pairs whose predicted classes differ (of several labels: any of them), or for a
@@ -131,11 +147,12 @@ def evaluate_sides(
         agreement = {"flip_rate": ((a > 0) != (b > 0)).any(-1).sum().item() / len(a)}
     else:
         agreement = {"flip_rate": (a.argmax(-1) != b.argmax(-1)).sum().item() / len(a)}
-    return {
-        **agreement,
-        "divergence": invariance_divergence(a, b, problem_type=problem_type).item(),
-        "distance": rationale_distance(head.weight, z_a, z_b, reduction=reduction, norm=norm).item(),
-    }
+    divergence = invariance_divergence(a, b, problem_type=problem_type)
+    if kind == "divergence":
+        distance = root_divergence(divergence)
+    else:
+        distance = rationale_distance(head.weight, z_a, z_b, reduction=reduction, norm=norm)
+    return {**agreement, "divergence": divergence.item(), "distance": distance.item()}
 
 
 def pair_backward(
@@ -148,6 +165,7 @@ def pair_backward(
     weight: float = 1.0,
     chunk_size: int | None = None,
     floor: float | None = None,
+    kind: Distance = "rationale",
     **settings: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the gradient of `weight` · distance of a pair batch to the parameters' gradients.
@@ -157,8 +175,9 @@ def pair_backward(
 
     In chunks (gradient caching): the features of all pairs are computed without a graph, the distance is differentiated
     with respect to them and to W, and each chunk runs once more to take the gradient of its features back through the
-    network. That costs a second forward and holds the graph of `chunk_size` pairs alone. It is exact, since the pair
-    forward is the inference forward: a pair's features depend on no other pair.
+    network (of its logits, where the distance is the root of the divergence). That costs a second forward and holds the
+    graph of `chunk_size` pairs alone. It is exact, since the pair forward is the inference forward: a pair's features
+    depend on no other pair.
 
     Args:
         forward: `ClassifierHead.run` of the head, or one compiled.
@@ -169,6 +188,7 @@ def pair_backward(
         weight: of this pair set among several.
         chunk_size: pairs whose graph is held at a time; by default all.
         floor: a divergence up to which there is no gradient; by default there is always one.
+        kind: see [`pair_measures`].
         **settings: see [`pair_measures`].
 
     Returns:
@@ -181,7 +201,7 @@ def pair_backward(
     if chunk_size is None or chunk_size >= pairs:
         with inference(model):
             logits, z = forward(model, batch)
-            distance, divergence = pair_measures(head, logits, z, accelerator, **settings)
+            distance, divergence = pair_measures(head, logits, z, accelerator, kind=kind, **settings)
             if not distance.requires_grad:
                 raise ValueError(NOTHING_TO_CORRECT)
             if floor is None or divergence > floor:
@@ -191,20 +211,22 @@ def pair_backward(
         chunks = _chunks_of_pairs(batch, chunk_size)
         parts = [[value.chunk(2) for value in forward(model, chunk)] for chunk in chunks]
     logits, z = (torch.cat([part[i][side] for side in (0, 1) for part in parts]) for i in (0, 1))
-    distance, divergence = pair_measures(head, logits, z.requires_grad_(), accelerator, **settings)
+    carrier = 0 if kind == "divergence" else 1  # of logits and z, what the distance is computed from
+    carried = (logits, z)[carrier].requires_grad_()
+    distance, divergence = pair_measures(head, logits, z, accelerator, kind=kind, **settings)
     if floor is not None and not divergence > floor:
-        return distance.detach(), divergence, logits
+        return distance.detach(), divergence, logits.detach()
     accelerator.backward(weight * distance)
-    for chunk in _chunks_of_pairs({**batch, GRADIENT: z.grad}, chunk_size):
+    for chunk in _chunks_of_pairs({**batch, GRADIENT: carried.grad}, chunk_size):
         gradient = chunk.pop(GRADIENT)
         with inference(model):
-            _, features = forward(model, chunk)
-            if not features.requires_grad:
-                if not head.weight.requires_grad:
+            output = forward(model, chunk)[carrier]
+            if not output.requires_grad:
+                if kind == "divergence" or not head.weight.requires_grad:
                     raise ValueError(NOTHING_TO_CORRECT)
                 break
-            features.backward(gradient)
-    return distance.detach(), divergence, logits
+            output.backward(gradient)
+    return distance.detach(), divergence, logits.detach()
 
 
 @contextmanager

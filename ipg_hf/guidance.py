@@ -18,6 +18,7 @@ from torch.linalg import eigh, vector_norm
 
 Reduction = Literal["mean", "pair"]
 Norm = Literal["spectral", "frobenius"]
+Distance = Literal["rationale", "divergence"]
 LossScaling = Literal["adaptive", "fixed"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
@@ -97,6 +98,24 @@ def invariance_divergence(
         high, low = torch.maximum(a, b), torch.minimum(a, b)
         p = high.exp() if problem_type == "single_label_classification" else high.sigmoid() * (-low).sigmoid()
         return (p * -torch.expm1(-gap) * gap).sum(-1).mean() / 2
+
+
+def root_divergence(divergence: Tensor, of_all: Tensor | None = None) -> Tensor:
+    """√c, a distance between the outputs on the two sides (ours), in place of that between their rationales.
+
+    c falls with the square of what the outputs differ by, and its gradient with that; the gradient of √c keeps its
+    length, as that of a norm does, and pairs count by how far their outputs are apart.
+
+    Args:
+        divergence: c of some pairs, a scalar ≥ 0, attached to the graph.
+        of_all: c of all pairs of which these are an equal part; by default these are all.
+
+    Returns: √(c of all), whose gradient is the part's in it: averaged over the parts it is that of the whole. At 0 the
+        gradient is exactly 0.
+    """
+    whole = (divergence if of_all is None else of_all).detach()
+    root = whole.sqrt()
+    return root + torch.where(root > 0, 0.5 / root, 0.0) * (divergence - divergence.detach())
 
 
 def loss_gradient_scale(

@@ -24,7 +24,8 @@ from .progress import output_spread
 
 def pair_settings(args: IPGConfig, problem_type: ProblemType) -> dict[str, Any]:
     """The arguments of `correction.pair_measures` that a config settles."""
-    return {"reduction": args.rationale_reduction, "norm": args.rationale_norm, "problem_type": problem_type}
+    rationales = {"reduction": args.rationale_reduction, "norm": args.rationale_norm}
+    return {"kind": args.invariance_distance, **rationales, "problem_type": problem_type}
 
 
 class GuidedStep:

@@ -55,6 +55,7 @@ class InBatchStep(GuidedStep):
     def __init__(self, trainer: Trainer, forward: Callable[..., tuple[Tensor, Tensor]], problem_type: ProblemType):
         super().__init__(trainer, forward, {}, problem_type)
         self._forward = forward
+        self._is_root = self.args.invariance_distance == "divergence"
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
@@ -107,8 +108,10 @@ class InBatchStep(GuidedStep):
         parameters = [parameter for parameter in chosen if parameter.requires_grad]
         pairs, gradients = len(z) // 2, [None]
         if distance.requires_grad:
+            # the root's gradient is no sum over micro-batches, that of the divergence is
+            share = pairs * (2 * distance.detach() if self._is_root else 1)
             # not into .grad, where those of the task's loss accumulate
-            gradients = torch.autograd.grad(pairs * distance, parameters, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(share * distance, parameters, retain_graph=True, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise ValueError(correction.NOTHING_TO_CORRECT)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -121,12 +124,14 @@ class InBatchStep(GuidedStep):
         parts, self._parts = self._parts, []
         sums, self._sums = self._sums, {}
         total = sum(pairs for pairs, *_ in parts)
+        distance, divergence = (sum(part[0] * part[i] for part in parts) / total for i in (1, 2))
+        share = 1 / total
+        if self._is_root:
+            distance = divergence.sqrt()
+            share = torch.where(distance > 0, 0.5 / (total * distance), 0.0)
         for parameter in module.parameters():
-            parameter.grad = sums[parameter] / total if parameter in sums else None
-        metrics = {
-            "distance": sum(pairs * distance for pairs, distance, _, _ in parts) / total,
-            "divergence": sum(pairs * divergence for pairs, _, divergence, _ in parts) / total,
-        }
+            parameter.grad = share * sums[parameter] if parameter in sums else None
+        metrics = {"distance": distance, "divergence": divergence}
         if self.problem_type == "single_label_classification":
             metrics["spread"] = torch.stack([spread for *_, spread in parts]).max()
         metrics["violated"] = (metrics["divergence"] > self.args.invariance_threshold).float()
@@ -184,7 +189,7 @@ def check_in_batch(args: IPGConfig, model: nn.Module, accelerator: Accelerator) 
         )
     if isinstance(model, FSDPModule) or accelerator.is_fsdp2:
         raise ValueError("pair_source='batch' takes two backwards of one forward, which FSDP does not: use plain DDP.")
-    if args.rationale_reduction == "mean":
+    if args.means_rationales:
         logger.warning(
             "pair_source='batch' with rationale_reduction='mean' needs training images that all have one value of the "
             "attribute, since the mean distance of pairs in both directions cancels out: use "

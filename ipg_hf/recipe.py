@@ -13,6 +13,7 @@ from inspect import signature
 from typing import Any, Literal
 
 import datasets
+import torch
 import yaml
 from transformers import (
     AutoConfig,
@@ -94,6 +95,8 @@ class Recipe:
         model_config: settings of its config.
         image_processor: settings of a `ViTImageProcessor`, for a model from scratch, or in place of the processor of a
             pretrained one (another size, say).
+        channels_last: keep the weights of convolutions channels last (`torch.channels_last`), as image networks run
+            faster on most processors and with reduced precision on GPUs.
         preload: transform all images once and keep them in memory; only without random crops and flips.
         measure_test: read the test set, once, at the end; `False` for a run that settings are chosen by.
         about: what the model card is to say of the data, beside or in place of what is known of the benchmark: see
@@ -118,6 +121,7 @@ class Recipe:
     model_type: str | None = field(default=None, metadata={"help": "Model type to train from scratch."})
     model_config: dict | str | None = field(default=None, metadata={"help": "Its config, as JSON."})
     image_processor: dict | str | None = field(default=None, metadata={"help": "Its image processor, as JSON."})
+    channels_last: bool = field(default=False, metadata={"help": "Keep weights of convolutions channels last."})
     preload: bool = field(default=False, metadata={"help": "Keep all transformed images in memory."})
     measure_test: bool = field(default=True, metadata={"help": "Read the test set at the end."})
     about: dict | str | None = field(default=None, metadata={"help": "What the card says of the data, as JSON."})
@@ -210,6 +214,10 @@ class Recipe:
 
         Weights from scratch come from the global torch generator.
         """
+        model = self._build_model(train)
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+
+    def _build_model(self, train: datasets.Dataset) -> PreTrainedModel:
         label = train.features["label"]
         labels: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
         if isinstance(label, datasets.ClassLabel):

@@ -197,6 +197,31 @@ def test_flags_win_over_the_file_and_what_is_given_is_recorded(tmp_path):
     assert "weight_decay" not in given
 
 
+def test_channels_last_is_another_layout_of_the_same_training(tmp_path):
+    small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    resnet = {"model_type": "resnet", "model_config": small, "freeze_norm": True, "optim": "sgd", "max_steps": 3}
+    saved = {}
+    for is_last in (True, False):
+        folder = tmp_path / str(is_last)
+        config = write(tmp_path / "recipe.yaml", **resnet, channels_last=is_last, output_dir=str(folder))
+        recipe, args, _ = parse_recipe(config)
+        torch.manual_seed(args.seed)
+        model = recipe.build_model(recipe.load_data(args.data_order_seed).train)
+        first = {name: value.contiguous() for name, value in model.state_dict().items()}
+        layouts = {
+            layer.weight.is_contiguous(memory_format=torch.channels_last)
+            for layer in model.modules()
+            if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)
+        }
+        assert layouts == {is_last}
+        assert main(["train", "--config", config]) == 0
+        saved[is_last] = AutoModelForImageClassification.from_pretrained(folder).state_dict()
+    moved = [name for name, value in saved[True].items() if (value - first[name]).abs().max() > 1e-4]
+    assert moved
+    for name, value in saved[True].items():
+        torch.testing.assert_close(value, saved[False][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
     model = AutoModelForImageClassification.from_pretrained(trained / "out", num_labels=3, ignore_mismatched_sizes=True)
     model.save_pretrained(tmp_path / "three")

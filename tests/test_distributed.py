@@ -25,6 +25,7 @@ CASES = {
     },
     "vit, no search for unused parameters": {"ddp_find_unused_parameters": False},
     "vit, in chunks": {"pair_chunk_size": 1},
+    "vit, root, accumulated": {"invariance_distance": "divergence", "gradient_accumulation_steps": 3},
     "resnet, frozen norm": {"freeze_norm": True, "rationale_reduction": "pair"},
     "timm, frozen norm, accumulated": {"freeze_norm": True, "gradient_accumulation_steps": 3},
     "no labels": {},
@@ -55,6 +56,7 @@ CASES = {
         "gradient_accumulation_steps": 3,
         "corrective_layers": ["classifier", "resnet.encoder.stages.1"],
     },
+    "vit, root, in the batch": {"pair_source": "batch", "invariance_distance": "divergence"},
     "vit, reweight": {"objective": "reweight"},
 }
 FIGURES = ("distance", "penalty", "divergence", "violated", "loss_scale", "corrective_grad_norm", "loss_grad_norm")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from ipg_hf.guidance import invariance_divergence, loss_gradient_scale
+from ipg_hf.guidance import invariance_divergence, loss_gradient_scale, root_divergence
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -193,3 +193,51 @@ def test_divergence_names_shapes_that_do_not_fit(shapes):
     with pytest.raises(ValueError) as error:
         invariance_divergence(*map(torch.zeros, shapes))
     assert f"{shapes[0]} and {shapes[1]}" in str(error.value)
+
+
+# --- its root, as a distance
+
+
+def test_root_by_hand():
+    """Outputs 3 and -4 apart: c = 25 / 2, √c = 5 / √2, and its gradient is the difference over 2·√c."""
+    a, b = torch.tensor([[3.0], [0.0]], requires_grad=True), torch.tensor([[0.0], [4.0]])
+    root = root_divergence(invariance_divergence(a, b, problem_type="regression"))
+    assert root.item() == pytest.approx(5 / math.sqrt(2))
+    root.backward()
+    assert a.grad.flatten().tolist() == pytest.approx([3 / (5 * math.sqrt(2)), -4 / (5 * math.sqrt(2))])
+
+
+def test_the_roots_gradient_is_that_of_all_parts_together():
+    logits = [torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
+    whole = [part.clone().requires_grad_() for part in logits]
+    root_divergence(invariance_divergence(*whole)).backward()
+    of_all = invariance_divergence(*logits)
+    parts = [part.clone().requires_grad_() for part in logits]
+    for rows in (slice(0, 3), slice(3, 6)):
+        root = root_divergence(invariance_divergence(parts[0][rows], parts[1][rows]), of_all)
+        assert root.item() == pytest.approx(of_all.sqrt().item())
+        (root / 2).backward()
+    for ours, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    # the mean of the parts' own roots is another
+    own = [invariance_divergence(logits[0][rows], logits[1][rows]).sqrt() for rows in (slice(0, 3), slice(3, 6))]
+    assert abs(sum(own) / 2 - of_all.sqrt()) > 1e-4
+
+
+def test_the_root_of_equal_outputs_has_no_gradient():
+    a = torch.tensor([[1.0, -2.0]], requires_grad=True)
+    root = root_divergence(invariance_divergence(a, a.detach().clone()))
+    root.backward()
+    assert root.item() == 0 and a.grad.tolist() == [[0.0, 0.0]]
+
+
+def test_the_roots_gradient_keeps_its_length():
+    """Where that of the divergence falls with the difference."""
+    lengths = {}
+    for scale in (1.0, 1e-3):
+        a = torch.tensor([[scale, -scale]], requires_grad=True)
+        c = invariance_divergence(a, torch.zeros(1, 2))
+        (plain,) = torch.autograd.grad(c, a, retain_graph=True)
+        (root,) = torch.autograd.grad(root_divergence(c), a)
+        lengths[scale] = plain.norm(), root.norm()
+    assert lengths[1e-3][0] < 2e-3 * lengths[1.0][0] and lengths[1e-3][1] > 0.5 * lengths[1.0][1]

@@ -68,8 +68,10 @@ def gradients_of(model, path, micro_batches, settings):
     if settings["rationale_reduction"] == "mean":
         difference = difference.mean(0, keepdim=True)
     d = torch.linalg.svdvals(difference)[:, 0].mean()
-    p, q = (x.detach().softmax(-1) for x in logits)
+    p, q = (x.softmax(-1) for x in logits)
     c = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
+    if settings["invariance_distance"] == "divergence":
+        d = c.sqrt()
     loss = F.cross_entropy(logits[0], labels)
     corrected = [n for n in parameters if n.startswith(tuple(settings["corrective_layers"] or [""]))]
     g_d = torch.autograd.grad(d, [parameters[n] for n in corrected], retain_graph=True, allow_unused=True)
@@ -84,7 +86,8 @@ def norm(gradients):
 
 def by_hand(name, train, steps, wrong=None, **given):
     """Three steps of plain SGD; `wrong` names one mistake, for the controls."""
-    settings = {"rationale_reduction": "pair", "invariance_threshold": 0.0, "corrective_layers": None} | given
+    settings = {"rationale_reduction": "pair", "invariance_threshold": 0.0, "corrective_layers": None}
+    settings |= {"invariance_distance": "rationale"} | given
     model = MODELS[name][0]().double()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -134,10 +137,11 @@ WHOLE = in_steps([6], [6], [6])
     [
         {},
         {"rationale_reduction": "mean"},
+        {"invariance_distance": "divergence"},
         {"invariance_threshold": 1.0},
         {"corrective_layers": ["classifier", "resnet.encoder.stages.1", "vit.layers.1", "timm_model.fc"]},
     ],
-    ids=["pair", "mean", "not violated", "some layers"],
+    ids=["pair", "mean", "root", "not violated", "some layers"],
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_equals_the_updates_worked_out(tmp_path, name, settings):

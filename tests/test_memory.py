@@ -31,11 +31,15 @@ BUILDS = [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, s
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("reduction", ["mean", "pair"])
-def test_chunks_give_the_gradient_of_the_whole(tmp_path, build, reduction):
-    whole, log = run(tmp_path, build, None, rationale_reduction=reduction)
+@pytest.mark.parametrize(
+    "distance",
+    [{}, {"rationale_reduction": "pair"}, {"invariance_distance": "divergence"}],
+    ids=["mean", "pair", "root"],
+)
+def test_chunks_give_the_gradient_of_the_whole(tmp_path, build, distance):
+    whole, log = run(tmp_path, build, None, **distance)
     for chunk in (1, 3, 6):
-        ours, our_log = run(tmp_path, build, chunk, rationale_reduction=reduction)
+        ours, our_log = run(tmp_path, build, chunk, **distance)
         assert differences(whole, ours) < 1e-9
         for entry, other in zip(log, our_log, strict=True):
             entry, other = ({name: e[name] for name in e if name != "ipg/pair_wait"} for e in (entry, other))

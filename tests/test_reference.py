@@ -36,7 +36,7 @@ class Case:
     freeze_norm: bool = False
     optimizer: str = "sgd"
     reduction: str = "mean"
-    norm: str = "spectral"
+    norm: str = "spectral"  # or "root": the distance is the root of the divergence
     accumulation: int = 1
     max_grad_norm: float = 0.0
     threshold: float = 0.0
@@ -50,7 +50,7 @@ FACTORS = {
     "model, freeze_norm": [("vit", False), ("resnet", False), ("resnet", True), ("timm", True), ("timm", False)],
     "optimizer": ["sgd", "adamw"],
     "reduction": ["mean", "pair"],
-    "norm": ["spectral", "frobenius"],
+    "norm": ["spectral", "frobenius", "root"],
     "accumulation": [1, 3],
     "max_grad_norm": [0.0, 0.05],
     "threshold": [0.0, math.inf],
@@ -110,14 +110,16 @@ class Reference:
         difference = rationales[: len(a)] - rationales[len(a) :]
         if self.case.reduction == "mean":
             difference = difference.mean(0, keepdim=True)
+        p, q = logits.softmax(-1).chunk(2)
+        divergence = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
         if self.case.norm == "spectral":
             distance = torch.linalg.svdvals(difference)[:, 0].mean()
-        else:
+        elif self.case.norm == "frobenius":
             distance = torch.linalg.matrix_norm(difference, "fro").mean()
-        p, q = logits.softmax(-1).detach().chunk(2)
-        divergence = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
+        else:
+            distance = divergence.sqrt()
         gradients = torch.autograd.grad(distance, list(self.parameters.values()), allow_unused=True)
-        return distance.detach(), divergence, self.named(gradients)
+        return distance.detach(), divergence.detach(), self.named(gradients)
 
     def logits(self, images):
         outputs = self.model(pixel_values=images)
@@ -244,7 +246,7 @@ def trained(case, tmp_path):
         alpha=case.alpha,
         invariance_threshold=case.threshold,
         rationale_reduction=case.reduction,
-        rationale_norm=case.norm,
+        **({"invariance_distance": "divergence"} if case.norm == "root" else {"rationale_norm": case.norm}),
         freeze_norm=case.freeze_norm,
         max_grad_norm=case.max_grad_norm,
         check_pairs=False,

@@ -70,9 +70,19 @@ def processes(record):
     return f"{first}\n\n{lines_of(titles, rows)}\n\n{note}"
 
 
+def pair_wait(record):
+    """Shares of the steps' time, in percent."""
+    arms = list(next(iter(record.values()))["share"])
+    rows = []
+    for case, found in record.items():
+        shares = [f"{100 * found['share'][arm]:.1f} %" for arm in arms]
+        rows.append([f"`{case}`", *shares, f"{found['load_average_of_5_minutes']:.1f}"])
+    return lines_of(["case", *arms, "load"], rows)
+
+
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes):
+    for make in (step, pair_memory, processes, pair_wait):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The share of the steps' time that pairs are waited for: the ViT of the digits with flips, by where pairs come from.
+"""The share of the steps' time that pairs are waited for, by network and by where the pairs come from.
 
-    python recipes/bench/pair_wait.py [--steps 200] [--write]
+    python recipes/bench/pair_wait.py [CASE ...] [--write]
 
-`ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes, two
-worker processes, and `pair_cache="cpu"`. The network and batches are those of `recipes/digits/ipg_vit_tiny.yaml`, with
-flips in place of crops. Other programs on the machine raise it; the record keeps how busy it was. `--write` keeps the
-record beside this file.
+`ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes and
+transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. All draw flips. The ViT of the
+coloured digits has steps of some hundredths of a second, far below any photograph's; the others have JPEG images of 224
+pixels, 32 images and 16 pairs a step. Other programs on the machine raise it; the record keeps how busy it was.
+`--write` keeps the figures of these cases in the record beside this file.
 """
 
 import argparse
+import json
 import os
 import tempfile
 from pathlib import Path
 
+import datasets
 import torch
+from pair_check import write_images
+from step import MODELS
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from ipg_hf import IPGConfig, IPGTrainer, report
 from ipg_hf.data import load_digits
 
+RECORD = Path(__file__).with_suffix(".json")
 VIT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+CASES = {  # images and pairs a step, pixels, steps
+    "digits_vit": (64, 64, 16, 200),
+    **{name: (32, 16, 224, 24) for name in ("resnet18_timm", "vit_tiny_hf")},
+}
 ARMS = {
     "no worker": {"pair_num_workers": 0},
     "2 workers": {"pair_num_workers": 2},
@@ -28,15 +38,27 @@ ARMS = {
 }
 
 
-def measure(folder, data, steps, settings):
+def data_of(case, folder):
+    """Training images and pairs."""
+    if case == "digits_vit":
+        data = load_digits()
+        return data.train, data.pairs
+    pairs = write_images(folder / "pairs.parquet", ("image_a", "image_b"), 256, "JPEG", 0)
+    images = pairs.select_columns(["image_a", "label"]).rename_column("image_a", "image")
+    return images.cast_column("label", datasets.ClassLabel(2)), pairs.remove_columns("label")
+
+
+def measure(case, folder, images, pairs, settings):
+    per_step, pairs_per_step, pixels, steps = CASES[case]
     torch.manual_seed(0)
     args = IPGConfig(
         folder,
         max_steps=steps,
         logging_steps=steps // 4,
-        per_device_train_batch_size=64,
-        per_device_pair_batch_size=64,
+        per_device_train_batch_size=per_step,
+        per_device_pair_batch_size=pairs_per_step,
         rationale_reduction="pair",
+        freeze_norm=True,
         random_flip=True,
         use_cpu=True,
         report_to="none",
@@ -44,12 +66,13 @@ def measure(folder, data, steps, settings):
         save_strategy="no",
         **settings,
     )
+    own = case == "digits_vit"
     trainer = IPGTrainer(
-        ViTForImageClassification(ViTConfig(**VIT, image_size=16, patch_size=8, num_labels=2)),
+        ViTForImageClassification(ViTConfig(**VIT, image_size=16, patch_size=8)) if own else MODELS[case](),
         args,
-        train_dataset=data.train,
-        pair_dataset=data.pairs,
-        processing_class=ViTImageProcessor(size={"height": 16, "width": 16}),
+        train_dataset=images,
+        pair_dataset=pairs,
+        processing_class=ViTImageProcessor(size={"height": pixels, "width": pixels}),
     )
     trainer.train()
     shares = [entry["ipg/pair_wait"] for entry in trainer.state.log_history if "ipg/pair_wait" in entry][1:]
@@ -58,19 +81,23 @@ def measure(folder, data, steps, settings):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of each training")
-    parser.add_argument("--write", action="store_true", help="keep the record")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default all")
+    parser.add_argument("--write", action="store_true", help="keep the figures")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data, found = load_digits(), {}
-    for name, settings in ARMS.items():
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for case in options.cases or CASES:
+        found = {}
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = measure(folder, data, options.steps, settings)
-        print(name, found[name])
-    if options.write:
+            images, pairs = data_of(case, Path(folder))
+            for name, settings in ARMS.items():
+                found[name] = measure(case, str(Path(folder, "run")), images, pairs, settings)
+                print(case, name, found[name], flush=True)
         facts = {"versions": report.versions(), "commit": report.commit(), "hardware": report.hardware()}
         facts |= {"load_average_of_5_minutes": round(os.getloadavg()[1], 1)}
-        report.write_json(Path(__file__).with_suffix(".json"), {"share": found, "steps": options.steps, **facts})
+        record[case] = {"share": found, "steps": CASES[case][-1], **facts}
+        if options.write:
+            report.write_json(RECORD, record)
 
 
 if __name__ == "__main__":
