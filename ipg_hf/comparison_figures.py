@@ -24,12 +24,13 @@ from .comparison import (
 from .config import IPGConfig
 from .suite import HIGHER, Suite
 
+FIGURES = ("figure", "cost", "course")
 COURSE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}
 
 
 def write_comparison(suite: Suite) -> list[Path]:
-    """Writes `table.md` and `table.csv` beside the records; where a run has finished `figure.png`; where records of a
-    suite without a grid hold the course of a guided training, `course.png`.
+    """Writes `table.md` and `table.csv` beside the records; where a run has finished `figure.png`; of a suite without a
+    grid `cost.png` too, and where its records hold the course of a guided training, `course.png`.
 
     Returns:
         The paths of those that were written.
@@ -42,13 +43,16 @@ def write_comparison(suite: Suite) -> list[Path]:
     table, rows = suite.results / "table.md", suite.results / "table.csv"
     table.write_text(f"# {suite.title}\n\n{markdown(suite, found)}\n", encoding="utf-8")
     rows.write_text(comma_separated(suite, found), encoding="utf-8")
-    paths, figure, course = [table, rows], suite.results / "figure.png", suite.results / "course.png"
-    for path in (figure, course):
+    paths, (figure, cost, course) = [table, rows], (suite.results / f"{name}.png" for name in FIGURES)
+    for path in (figure, cost, course):
         path.unlink(missing_ok=True)
     if any(standing.records for standing in found):
         draw = {0: draw_methods, 1: draw_lines, 2: draw_maps}[len(suite.grid)]
         draw(suite, found, figure)
         paths.append(figure)
+        if not suite.grid:
+            draw_costs(suite, found, cost)
+            paths.append(cost)
     guided = [] if suite.grid else guided_courses(suite, found)
     if guided:
         draw_courses(suite, guided, course)
@@ -78,6 +82,32 @@ def draw_methods(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+
+
+def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
+    """Draws the worst group on the test set (mean and sample standard deviation over seeds) against the median seconds
+    of a training, a mark for each method, as PNG."""
+    metric = measured_columns(found)["worst group"]
+    figure = _figure(7.6, 4.2)
+    axes = figure.subplots()
+    for number, standing in enumerate(found):
+        values = [*standing.values(metric).values()]
+        if not values:
+            continue
+        seconds = statistics.median(record["seconds"] for record in standing.records.values())
+        around = statistics.stdev(values) if len(values) > 1 else 0.0
+        look = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5], "markersize": 6}
+        label = _label(suite, standing)
+        axes.errorbar([seconds], [statistics.fmean(values)], around, linestyle="", capsize=2, label=label, **look)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("seconds of a training with its evaluations, median")
+    axes.set_ylabel(f"worst-group {_measure(metric)}, test: mean ± sd")
+    axes.set_ylim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
+    _title(figure, suite)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(path, dpi=140)
 
 

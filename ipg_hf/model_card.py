@@ -250,12 +250,7 @@ def _pairs(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     else:
         default = [options.get("num_pairs") for options in named.values()] if made else [about.get("num_pairs")]
         numbers = ", ".join(str(number or config.get("num_pairs") or NOT_KNOWN) for number in default)
-    texts = [
-        "Invariance pair-guided learning ([arXiv 2502.18975](https://arxiv.org/abs/2502.18975)): each optimizer step "
-        "first moves the weights so that the rationales of the two images of each pair agree, then along the task "
-        "gradient.",
-        f"Pairs: {source}. Their number: {numbers}.",
-    ]
+    texts = [_teaching(config), f"Pairs: {source}. Their number: {numbers}."]
     if config.get("pair_sets"):
         texts.append(f"Of the pair sets only {', '.join(config['pair_sets'])} was used.")
     if config.get("oriented_pairs") is False:
@@ -263,6 +258,17 @@ def _pairs(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     if config.get("degrade_pairs"):
         texts.append(f"The pairs were spoiled on purpose: {config['degrade_pairs']}.")
     return " ".join(texts)
+
+
+def _teaching(config: Mapping[str, Any]) -> str:
+    penalty = config.get("pair_objective", "ipg")
+    if penalty != "ipg":
+        return f"A penalty on pairs was added to the loss (`pair_objective: {penalty}`)."
+    agree = "outputs on" if config.get("invariance_distance") == "divergence" else "rationales of"
+    return (
+        "Invariance pair-guided learning ([arXiv 2502.18975](https://arxiv.org/abs/2502.18975)): each optimizer step "
+        f"first moves the weights so that the {agree} the two images of each pair agree, then along the task gradient."
+    )
 
 
 def _findings(record: Mapping[str, Any]) -> str:

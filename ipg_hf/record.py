@@ -25,6 +25,7 @@ MAIN_SETTINGS = (
 PAIR_SETTINGS = (
     "alpha",
     "invariance_threshold",
+    "invariance_distance",
     "rationale_reduction",
     "rationale_norm",
     "per_device_pair_batch_size",

@@ -317,6 +317,8 @@ class IPGTrainer(PublishingTrainer):
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
             loss = self._task.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)
             return (loss, outputs) if return_outputs else loss
+        if self._task is not None:
+            num_items_in_batch = None  # of an evaluation; model_accepts_loss_kwargs is not what timm's forward says
         if not self.is_guided or self.compute_loss_func is not None or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)

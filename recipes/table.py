@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from ipg_hf.comparison import markdown, standings
+from ipg_hf.comparison_figures import FIGURES
 from ipg_hf.suite import load_suite
 
 FOLDER = Path(__file__).resolve().parent
@@ -65,7 +66,7 @@ def suite_table(name: str) -> str:
 
 def suite_section(name: str) -> str:
     """The table of a suite and below it the figures that there are, for the page in this folder."""
-    figures = [f"suites/results/{name}/{figure}.png" for figure in ("figure", "course")]
+    figures = [f"suites/results/{name}/{figure}.png" for figure in FIGURES]
     links = [f"![{name}: {Path(path).stem}]({path})" for path in figures if (FOLDER / path).exists()]
     return "\n\n".join([suite_table(name), *links])
 

@@ -331,11 +331,27 @@ def test_the_course_of_the_methods_that_guide(tmp_path, drawn):
     with_course(seed_runs(suite, "ipg", {})[2])  # made before records had a course
     assert [(name, len(records)) for name, records in guided_courses(suite, standings(suite))] == [("ipg", 2)]
     paths = write_comparison(suite)
-    assert [path.name for path in paths] == ["table.md", "table.csv", "figure.png", "course.png"]
+    assert [path.name for path in paths] == ["table.md", "table.csv", "figure.png", "cost.png", "course.png"]
     above, below = drawn["course.png"].axes
     assert above.get_title() == "ipg (2 seeds)" and above.get_yscale() == "log"
     assert [[*line.get_ydata()] for line in above.lines] == [[0.5, 0.1], [0.5, 1.1], [0.01, 0.01]]
     assert [[*map(list, line.get_data())] for line in below.lines] == [[[2, 4], [1.0, 0.5]]] * 2
+
+
+def test_the_worst_group_against_the_seconds(tmp_path, drawn):
+    suite = load_suite(write(tmp_path, methods={"erm": {"method": "erm"}, "ipg": {}, "later": {"alpha": 2.0}}))
+    for name, found in {"erm": [(0.2, 10.0)], "ipg": [(0.5, 20.0), (0.7, 90.0), (0.6, 30.0)]}.items():
+        for run, (worst, seconds) in zip(seed_runs(suite, name, {}), found, strict=False):
+            fake(run, worst, seconds=seconds)
+    write_comparison(suite)
+    (axes,) = drawn["cost.png"].axes
+    marks = {bar.get_label(): [*map(list, bar.lines[0].get_data())] for bar in axes.containers}
+    assert marks == {
+        "erm (1 of 3 seeds)": [[10.0], [0.2]],
+        "ipg": [[30.0], [pytest.approx(0.6)]],
+    }
+    spreads = [bar.lines[2][0].get_segments()[0][:, 1].tolist() for bar in axes.containers]
+    assert spreads == [pytest.approx([0.2, 0.2]), pytest.approx([0.5, 0.7])]
 
 
 def test_a_figure_that_has_no_records_left_is_removed(tmp_path):
@@ -343,7 +359,9 @@ def test_a_figure_that_has_no_records_left_is_removed(tmp_path):
     run = seed_runs(suite, "ipg", {})[0]
     with_course(run, step=[2, 4], divergence=[0.0, 0.0], violated=[0.0, 0.0])
     write_comparison(suite)
-    assert all((suite.results / name).read_bytes()[:4] == b"\x89PNG" for name in ("figure.png", "course.png"))
+    assert all(
+        (suite.results / name).read_bytes()[:4] == b"\x89PNG" for name in ("figure.png", "cost.png", "course.png")
+    )
     run.record.unlink()
     assert [path.name for path in write_comparison(suite)] == ["table.md", "table.csv"]
     assert not [*suite.results.glob("*.png")]

@@ -141,6 +141,7 @@ Optimizer steps: 150; seconds: 12; hardware: 2 processor cores, no GPU; software
 | --- | --- |
 | `alpha` | 0.5 |
 | `invariance_threshold` | 0.0001 |
+| `invariance_distance` | rationale |
 | `rationale_reduction` | mean |
 | `rationale_norm` | spectral |
 | `per_device_pair_batch_size` | 32 |
@@ -244,6 +245,18 @@ def test_nothing_known():
 )
 def test_what_the_linter_found(change, told):
     assert told in str(model_card({**RECORD, "data": change}, name="x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"invariance_distance": "divergence"}, "so that the outputs on the two images of each pair agree, then along"),
+        ({"pair_objective": "kl"}, "A penalty on pairs was added to the loss (`pair_objective: kl`). Pairs: two"),
+    ],
+)
+def test_what_the_pairs_did(change, told):
+    text = str(model_card({**RECORD, "config": {**RECORD["config"], **change}}, name="x"))
+    assert told in text and "the rationales of the two images" not in text
 
 
 def test_a_regression_and_a_base_model_of_ones_own():

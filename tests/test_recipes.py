@@ -57,7 +57,11 @@ def test_the_recipes_are_all_found():
         "waterbirds",
         "celeba",
     }
-    assert [path.stem for path in SUITES] == ["colored_mnist", "digits", *sorted([*QUESTIONS, "scenes_100"])]
+    assert [path.stem for path in SUITES] == [
+        "colored_mnist",
+        "digits",
+        *sorted([*QUESTIONS, "scenes_100", "scenes_95"]),
+    ]
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -155,6 +159,7 @@ def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
         assert (suite.results / "table.md").read_text() == table
         assert (suite.results / "table.csv").read_text() == comma_separated(suite, found)
         assert (suite.results / "figure.png").exists()
+        assert (suite.results / "cost.png").exists() is not bool(suite.grid)
         assert (suite.results / "course.png").exists() is bool(guided_courses(suite, found) and not suite.grid)
 
 
