@@ -201,6 +201,7 @@ def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None
 def _finish(run: Run, folder: Path, keep_models: bool) -> str:
     """Keeps the record; returns what is said of it."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record["config"].pop("output_dir")  # a folder of this machine, and no part of what was computed
     run.record.parent.mkdir(parents=True, exist_ok=True)
     write_json(run.record, record)
     if not keep_models:

@@ -375,7 +375,7 @@ def test_tuning_does_not_read_the_test_set_and_the_compared_runs_do(finished):
         assert set(record["metrics"]) == ({"validation"} if "draw" in name else {"validation", "test"}), name
         assert record["method"] == "ipg" and record["steps"] == 4 and record["config"]["alpha"] == 0.5
         assert {"versions", "commit", "hardware", "data"} <= set(record)
-        assert record["commit"] == commit()
+        assert record["commit"] == commit() and "output_dir" not in record["config"]
         assert record["course"]["guidance"]["step"] == [2, 4]
 
 
