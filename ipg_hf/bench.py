@@ -40,8 +40,8 @@ from .suite import (
 )
 
 LOG = "log.txt"
-# glibc gives large tensors back to the system and asks for them anew at each step, which zeroes every page of them: a
-# third of a small network's step on a CPU. What the user has set stays; other C libraries do not read these.
+# glibc gives large tensors back to the system and asks for them anew at each step, which zeroes every page of them and
+# makes steps on a CPU longer. What the user has set stays; other C libraries do not read these.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 
 

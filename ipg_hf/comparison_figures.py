@@ -102,13 +102,7 @@ def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         axes.errorbar([seconds], [statistics.fmean(values)], around, linestyle="", capsize=2, label=label, **look)
     axes.set_xlim(0, None)
     axes.set_xlabel("seconds of a training with its evaluations, median")
-    axes.set_ylabel(f"worst-group {_measure(metric)}, test: mean ± sd")
-    axes.set_ylim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
-    _title(figure, suite)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    figure.savefig(path, dpi=140)
+    _save_worst_groups(figure, axes, suite, metric, path)
 
 
 def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
@@ -142,13 +136,7 @@ def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         axes.minorticks_off()
     axes.set_xticks([*places.values()], [written(value) for value in places])
     axes.set_xlabel(key)
-    axes.set_ylabel(f"worst-group {_measure(metric)}, test: mean ± sd")
-    axes.set_ylim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
-    _title(figure, suite)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    figure.savefig(path, dpi=140)
+    _save_worst_groups(figure, axes, suite, metric, path)
 
 
 def draw_maps(suite: Suite, found: Sequence[Standing], path: Path) -> None:
@@ -242,6 +230,17 @@ def draw_courses(suite: Suite, courses: Sequence[tuple[str, Sequence[Mapping[str
     for row, title in enumerate(COURSE.values()):
         panels[row][0].set_ylabel(title)
     _title(figure, suite)
+    figure.savefig(path, dpi=140)
+
+
+def _save_worst_groups(figure: Any, axes: Any, suite: Suite, metric: str, path: Path) -> None:
+    """What the figures with the worst group upwards share."""
+    axes.set_ylabel(f"worst-group {_measure(metric)}, test: mean ± sd")
+    axes.set_ylim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
+    _title(figure, suite)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(path, dpi=140)
 
 
