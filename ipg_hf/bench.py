@@ -110,7 +110,8 @@ def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = Fa
     Args:
         runs: in the order in which they start.
         jobs: how many at a time.
-        folder: each run works in a folder of its name in it; what an earlier attempt left there is begun again.
+        folder: each run works in a folder of its name in it; what an earlier attempt left there is begun again. With
+            `preload`, the transformed images of a seed stay in it until the last run with that seed has ended.
         keep_models: keep these folders.
 
     Raises:
@@ -130,6 +131,10 @@ def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = Fa
                     failures.append(_failure(run, process.exitcode, folder / run.name / LOG))
                     continue
                 done += 1
+                if run.settings["seed"] not in {
+                    other.settings["seed"] for other in [*waiting, *(entry[0] for entry in going)]
+                }:
+                    shutil.rmtree(_images(folder, run), ignore_errors=True)
                 print(f"[{done}/{total}] {run.name}: {_finish(run, folder / run.name, keep_models)}", flush=True)
             time.sleep(0.1)
     if failures:
@@ -139,6 +144,8 @@ def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = Fa
 def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**run.settings, "output_dir": str(folder), "overwrite_output_dir": True}
+    if settings.get("preload"):
+        settings.setdefault("preload_dir", str(_images(folder.parent, run)))
     config = folder / "recipe.yaml"
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     (folder / LOG).write_bytes(b"")
@@ -150,6 +157,10 @@ def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
     with _environment({**KEEP_MEMORY, **os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}):
         process.start()
     return process
+
+
+def _images(folder: Path, run: Run) -> Path:
+    return folder / f"images-seed{run.settings['seed']}"
 
 
 @cache
@@ -201,7 +212,8 @@ def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None
 def _finish(run: Run, folder: Path, keep_models: bool) -> str:
     """Keeps the record; returns what is said of it."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    record["config"].pop("output_dir")  # a folder of this machine, and no part of what was computed
+    for name in ("output_dir", "preload_dir"):  # folders of this machine, and no part of what was computed
+        record["config"].pop(name, None)
     run.record.parent.mkdir(parents=True, exist_ok=True)
     write_json(run.record, record)
     if not keep_models:

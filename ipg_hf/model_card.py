@@ -39,7 +39,10 @@ MEASURES = {
     "difference": "mean absolute difference within held-out pairs",
 }
 IN_INDEX = ("accuracy", "worst_group_accuracy", "mae", "worst_group_mae")
-PRIVATE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub")
+PRIVATE = (
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub"),
+    "preload_dir",
+)
 MADE = {  # maker -> what its pairs are
     "recolor": "each training image and the same in other colours",
     "overlay": "each training image without and with something laid over it",

@@ -98,6 +98,8 @@ class Recipe:
         channels_last: keep the weights of convolutions channels last (`torch.channels_last`), as image networks run
             faster on most processors and with reduced precision on GPUs.
         preload: transform all images once and keep them in memory; only without random crops and flips.
+        preload_dir: with `preload`, a folder that keeps the transformed images for the next run, as long as the images,
+            the processor and the versions of the packages are the same; by default nothing is kept.
         measure_test: read the test set, once, at the end; `False` for a run that settings are chosen by.
         about: what the model card is to say of the data, beside or in place of what is known of the benchmark: see
             `data.About` (`title`, `attribute`, `shortcut`, `pairs`, `license`, `source`, `hub_set`).
@@ -123,6 +125,7 @@ class Recipe:
     image_processor: dict | str | None = field(default=None, metadata={"help": "Its image processor, as JSON."})
     channels_last: bool = field(default=False, metadata={"help": "Keep weights of convolutions channels last."})
     preload: bool = field(default=False, metadata={"help": "Keep all transformed images in memory."})
+    preload_dir: str | None = field(default=None, metadata={"help": "Keep them in this folder for the next run."})
     measure_test: bool = field(default=True, metadata={"help": "Read the test set at the end."})
     about: dict | str | None = field(default=None, metadata={"help": "What the card says of the data, as JSON."})
     license: str | None = field(default=None, metadata={"help": "Licence of the trained model, for its card."})

@@ -243,7 +243,7 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
         if not isinstance(value, datasets.Dataset):
             return value
         columns = {name: target for name, target in inputs.items() if name in value.column_names}
-        return ImageRows(value, processor, columns, keep=keep, preload=True)
+        return ImageRows(value, processor, columns, keep=keep, preload=True, preload_dir=recipe.preload_dir)
 
     used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or uses_pairs}
     if isinstance(used.get("pairs"), AdversarialPairs):

@@ -29,7 +29,7 @@ OWN = (
     "push_to_hub",
 )
 # where a run's files lie is no part of what it computes
-PLACES = ("output_dir", "overwrite_output_dir", "data_dir")
+PLACES = ("output_dir", "overwrite_output_dir", "data_dir", "preload_dir")
 # the first five are needed
 KEYS = ("title", "recipe", "seeds", "reference", "methods", "settings", "tuning", "grid", "ungridded")
 ALL = "all"

@@ -442,3 +442,13 @@ def test_a_run_that_fails_stops_the_suite_after_the_one_beside_it(tmp_path, caps
     assert "bad-seed0 failed" in message and "1000000" in message and "Traceback" not in message
     assert [record.name for record in (tmp_path / "results/tiny_suite").iterdir()] == ["erm-seed0.json"]
     assert (tmp_path / "out/erm-seed0/model.safetensors").exists() and not (tmp_path / "out/later-seed0").exists()
+    # the images of a seed are transformed once for its runs, and wait for those that are still to come
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/images-seed0").iterdir()}
+    path = write(tmp_path, methods={"erm": {"method": "erm"}, "later": {}, "last": {}}, seeds=[0])
+    assert kept and bench(path, "--methods", "later") == 0
+    assert not (tmp_path / "out/images-seed0").exists()
+    assert bench(path, "--methods", "last") == 0
+    records = [
+        json.loads((tmp_path / f"results/tiny_suite/{name}-seed0.json").read_text()) for name in ("later", "last")
+    ]
+    assert records[0]["metrics"] == records[1]["metrics"] and "preload_dir" not in records[0]["config"]

@@ -2,6 +2,7 @@
 """Raw images as model inputs: one draw for both sides of a pair, every draw a function of the row's place."""
 
 import math
+import os
 from itertools import product
 
 import datasets
@@ -215,6 +216,59 @@ def test_preloading_more_than_a_chunk(monkeypatch):
     monkeypatch.setattr("ipg_hf.pairs.transforms.PRELOAD_CHUNK", 5)
     rows, loaded = (ImageRows(raw_pairs(), processor, PAIR, preload=preload) for preload in (False, True))
     assert torch.equal(pixels(loaded.__getitems__(range(N))), pixels(rows.__getitems__(range(N))))
+
+
+def kept_files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_preloaded_rows_are_kept_for_the_next_time(tmp_path, monkeypatch):
+    settings = {"columns": PAIR, "keep": ("label",), "preload": True, "preload_dir": str(tmp_path / "kept")}
+    first = ImageRows(raw_pairs(same=False), processor, **settings)
+    (name,) = kept_files(tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr("ipg_hf.pairs.transforms.process_images", None)  # nothing is transformed again
+        again = ImageRows(raw_pairs(same=False), processor, **settings)
+    for ours, theirs in zip(again.__getitems__(range(N)), first.__getitems__(range(N)), strict=True):
+        assert ours["label"] == theirs["label"] and all(torch.equal(ours[key], theirs[key]) for key in PAIR.values())
+    assert kept_files(tmp_path / "kept") == [name]
+
+
+@pytest.mark.parametrize("change", ["one image", "order", "processor", "version", "columns"])
+def test_what_makes_other_inputs_is_not_read_from_kept_ones(tmp_path, monkeypatch, change):
+    settings = {"preload": True, "preload_dir": str(tmp_path)}
+    dataset, other, columns = raw_pairs(same=False), processor, dict(PAIR)
+    ImageRows(dataset, processor, columns, **settings)
+    if change == "one image":
+        last = raw_pairs(same=True).select([N - 1])  # of which side a is the same
+        dataset = datasets.concatenate_datasets([dataset.select(range(N - 1)), last])
+    elif change == "order":
+        dataset = dataset.select(range(N)[::-1])
+    elif change == "processor":
+        other = ViTImageProcessor(**{**processor.to_dict(), "image_mean": [0.4, 0.5, 0.5]})
+    elif change == "version":
+        monkeypatch.setattr("ipg_hf.pairs.transforms.version", lambda package: "0.0")
+    else:
+        columns = {"image_a": "pixel_values_b", "image_b": "pixel_values_a"}
+    rows = ImageRows(dataset, other, columns, **settings)
+    assert len(kept_files(tmp_path)) == 2
+    fresh = ImageRows(dataset, other, columns, preload=True)
+    ours, theirs = rows.__getitems__(range(N)), fresh.__getitems__(range(N))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(ours, theirs, strict=True) for key in PAIR.values())
+
+
+def test_an_image_file_that_changed_is_transformed_again(tmp_path):
+    path = tmp_path / "image.png"
+    dataset = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
+    shades = []
+    for shade in (0, 200):
+        Image.new("RGB", (8, 8), (shade, shade, shade)).save(path)
+        os.utime(path, ns=(shade, shade))  # the sizes may agree
+        rows = ImageRows(
+            dataset, processor, {"image": "pixel_values"}, preload=True, preload_dir=str(tmp_path / "kept")
+        )
+        shades.append(rows[0]["pixel_values"].mean().item())
+    assert shades[1] - shades[0] > 0.5 and len(kept_files(tmp_path / "kept")) == 2
 
 
 @pytest.mark.parametrize("settings", [{"random_flip": True}, {"random_crop_scale": 0.9}])

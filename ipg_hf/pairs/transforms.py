@@ -7,17 +7,24 @@ order of the pairs), never of a global generator: the number of workers, of proc
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 PRELOAD_CHUNK = 512
+TRANSFORMING = ("transformers", "torch", "torchvision", "timm", "pillow")
 
 
 class ImageRows(torch.utils.data.Dataset):
@@ -34,6 +41,9 @@ class ImageRows(torch.utils.data.Dataset):
         random_crop_scale: smallest share of the area that a random crop keeps; 1.0 crops nothing.
         seed: seed of the draws.
         preload: transform every row once, now, and keep the tensors in memory. Only without random draws.
+        preload_dir: with `preload`, a folder that keeps these tensors for the next time, a safetensors file under the
+            hash of the images (of an image that is a file beside the set: its path, size and time of change), the
+            processor's settings and the versions of what transforms. Nothing is removed from it.
 
     Items are dicts: input name -> tensor, of floats and shape (channels, height, width) for most models; kept column ->
     its value. What a processor gives beside the main input (masks) comes under its own name, with the side of a pair
@@ -52,6 +62,7 @@ class ImageRows(torch.utils.data.Dataset):
         random_crop_scale: float = 1.0,
         seed: int = 0,
         preload: bool = False,
+        preload_dir: str | None = None,
     ):
         self.columns = dict(columns)
         self.keep = [name for name in keep if name in dataset.column_names]
@@ -67,7 +78,7 @@ class ImageRows(torch.utils.data.Dataset):
         if preload:
             if self.is_random:
                 raise ValueError("preload=True keeps one version of each image: it needs no random flip and no crop.")
-            self._preloaded = self._load_all()
+            self._preloaded = self._load_all(preload_dir)
 
     takes_positions = True
 
@@ -119,6 +130,9 @@ class ImageRows(torch.utils.data.Dataset):
         return self.random_flip and bool(draw[4] < 0.5)
 
     def _transformed(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Any]:
+        return self._inputs(batch, draws) | {name: batch[name] for name in self.keep}
+
+    def _inputs(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Tensor]:
         images = {
             name: [self._augmented(*pair) for pair in zip(batch[name], draws, strict=True)] for name in self.columns
         }
@@ -130,7 +144,7 @@ class ImageRows(torch.utils.data.Dataset):
             for (column, target), part in zip(self.columns.items(), values.chunk(len(self.columns)), strict=True):
                 side = column[-2:] if column.endswith(("_a", "_b")) else ""
                 table[target if name == main else f"{name}{side}"] = part
-        return table | {name: batch[name] for name in self.keep}
+        return table
 
     def _augmented(self, image: Image.Image, draw: np.ndarray | None) -> Image.Image:
         if draw is None:
@@ -141,13 +155,47 @@ class ImageRows(torch.utils.data.Dataset):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
 
-    def _load_all(self) -> dict[str, Tensor]:
-        tables = [
-            self._transformed(self.dataset[start : start + PRELOAD_CHUNK], draws)
-            for start in range(0, len(self), PRELOAD_CHUNK)
-            for draws in [[None] * min(PRELOAD_CHUNK, len(self) - start)]
-        ]
-        return {name: torch.cat([torch.as_tensor(table[name]) for table in tables]) for name in tables[0]}
+    def _load_all(self, folder: str | None) -> dict[str, Tensor]:
+        kept = {name: torch.as_tensor(self.dataset[name][:]) for name in self.keep}
+        path = None if folder is None else Path(folder) / f"{self._content_hash()}.safetensors"
+        if path is not None and path.is_file():
+            return load_file(path) | kept
+        images = self.dataset.select_columns([*self.columns])
+        chunks = (images[start : start + PRELOAD_CHUNK] for start in range(0, len(self), PRELOAD_CHUNK))
+        tables = [self._inputs(chunk, [None] * len(next(iter(chunk.values())))) for chunk in chunks]
+        inputs = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}")
+            save_file(inputs, part)
+            os.replace(part, path)  # another run may read, or write the same
+        return inputs | kept
+
+    def _content_hash(self) -> str:
+        versions = {name: _version(name) for name in TRANSFORMING}
+        facts = [type(self.processor).__name__, self.processor.to_dict(), versions, self.columns]
+        content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
+        for name in self.columns:
+            stored = self.dataset.cast_column(name, datasets.Image(decode=False))
+            for start in range(0, len(self), PRELOAD_CHUNK):
+                for image in stored[start : start + PRELOAD_CHUNK][name]:
+                    content.update(_image_content(image))
+        return content.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _image_content(stored: Mapping[str, Any]) -> bytes:
+    """What tells a stored image from others: its bytes, after their number, or the facts of its file."""
+    if stored["bytes"] is not None:
+        return len(stored["bytes"]).to_bytes(8, "big") + stored["bytes"]
+    facts = os.stat(stored["path"])
+    return f"{os.path.abspath(stored['path'])} {facts.st_size} {facts.st_mtime_ns}\n".encode()
 
 
 def as_model_inputs(
