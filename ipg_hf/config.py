@@ -81,6 +81,10 @@ class IPGConfig(TrainingArguments):
         freeze_norm (`bool`, *optional*, defaults to `False`):
             Keep batch-norm layers on their running statistics in the task forward too, as they are in the pair forward
             and at inference. Advised for pretrained networks with batch norm.
+        running_norm (`bool`, *optional*, defaults to `False`):
+            The same for networks from scratch (ours): batch-norm layers normalise by their running statistics in the
+            task forward too, without a gradient through them, and each optimizer step moves the statistics on by all
+            its rows. Not together with `freeze_norm` or `torch_compile`.
         shared_optimizer_state (`bool`, *optional*, defaults to `True`):
             Whether the corrective and the task update share the optimizer's state (momentum, Adam moments). `False` is
             an ablation; such a run cannot be resumed.
@@ -157,6 +161,9 @@ class IPGConfig(TrainingArguments):
     freeze_norm: bool = field(
         default=False, metadata={"help": "Keep batch-norm layers on their running statistics in the task forward."}
     )
+    running_norm: bool = field(
+        default=False, metadata={"help": "As freeze_norm, but let each step update the running statistics."}
+    )
     shared_optimizer_state: bool = field(
         default=True, metadata={"help": "Share the optimizer's state between the two updates (False: an ablation)."}
     )
@@ -211,6 +218,9 @@ class IPGConfig(TrainingArguments):
         ):
             self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
 
+        for name in ("freeze_norm", "torch_compile"):
+            if self.running_norm and getattr(self, name):
+                raise ValueError(f"running_norm=True does not go with {name}=True: leave one of the two out.")
         if self.pair_source == "batch":
             self._check_in_batch()
 
@@ -229,6 +239,11 @@ class IPGConfig(TrainingArguments):
                 f"of a mean is no mean of norms: set rationale_reduction='pair', or gradient_accumulation_steps=1 "
                 f"instead of {self.gradient_accumulation_steps}."
             )
+
+    @property
+    def holds_norm(self) -> bool:
+        """Whether batch-norm layers normalise by their running statistics in training too."""
+        return self.freeze_norm or self.running_norm
 
     @property
     def means_rationales(self) -> bool:

@@ -21,7 +21,7 @@ from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
 from .heads import features_of
 from .layers import moving_only
-from .models import norm_layers
+from .norms import norm_layers
 from .pairs.loader import check_sides, is_stream, seeded
 from .progress import output_spread
 from .trial import hooked, logits_of
@@ -182,10 +182,10 @@ def check_in_batch(args: IPGConfig, model: nn.Module, accelerator: Accelerator) 
     Raises:
         ValueError: the model or the launch is one under which it would not be exact.
     """
-    if norm_layers(model) and not args.freeze_norm:
+    if norm_layers(model) and not args.holds_norm:
         raise ValueError(
             f"pair_source='batch' measures the pairs in the task's forward, and {type(model).__name__} has batch-norm "
-            "layers, which make an image's features depend on the others there: set freeze_norm=True."
+            "layers, which make an image's features depend on the others there: set freeze_norm=True, or running_norm."
         )
     if isinstance(model, FSDPModule) or accelerator.is_fsdp2:
         raise ValueError("pair_source='batch' takes two backwards of one forward, which FSDP does not: use plain DDP.")

@@ -12,9 +12,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 
 def load_image_classifier(
@@ -75,22 +72,6 @@ def check_all_loaded(model: nn.Module, missing: Collection[str]) -> None:
         raise ValueError(
             f"the checkpoint lacks {len(lost)} of the model's weights, such as {min(lost)}. One saved by Trainer "
             "may have other names (transformers issue 43701): load it by from_pretrained and train from there."
-        )
-
-
-def norm_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that normalise by running statistics (batch norm of any kind) at inference."""
-    kind = nn.modules.batchnorm._NormBase
-    return [layer for layer in model.modules() if isinstance(layer, kind) and layer.running_mean is not None]
-
-
-def warn_of_batch_statistics(model: nn.Module) -> None:
-    """Warns where a model normalises by its batch's statistics in training and by others at inference."""
-    if norm_layers(model):
-        logger.warning(
-            f"{type(model).__name__} has batch-norm layers that hold statistics, and freeze_norm is off: what the "
-            "pairs teach under the running statistics may not reach the task forward, which uses its batch's. Set "
-            "freeze_norm=True when fine-tuning a pretrained network."
         )
 
 

@@ -27,7 +27,8 @@ from .guided import GuidedStep, pair_settings
 from .heads import ClassifierHead, CompiledRun, find_head
 from .inbatch import InBatchStep, check_in_batch, first_pair
 from .layers import parameters_matching
-from .models import check_all_loaded, forward_inputs, norm_layers, takes_labels, warn_of_batch_statistics
+from .models import check_all_loaded, forward_inputs, takes_labels
+from .norms import RunningNorm, norm_layers, warn_of_batch_statistics
 from .objectives import classification_loss, find_problem_type
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
 from .pairs.cache import check_cacheable
@@ -144,6 +145,7 @@ class IPGTrainer(PublishingTrainer):
                 self.model, *outputs_and_labels, **kwargs, smoothing=args.label_smoothing_factor
             )
             self.label_names = self.label_names or ["labels"]
+        self._running_norm = RunningNorm() if args.running_norm else None
         self._task: TaskObjective | None = None
         if args.objective != "erm":
             if self.compute_loss_func is not None and not self._computes_loss:
@@ -175,7 +177,7 @@ class IPGTrainer(PublishingTrainer):
                 check_cacheable(dataset, title, self.args.pair_cache)
         if self.args.pair_source == "batch":
             check_in_batch(self.args, self.model, self.accelerator)
-        elif not self.args.freeze_norm:
+        elif not self.args.holds_norm:
             warn_of_batch_statistics(self.model)
         if self.args.corrective_layers is not None:
             parameters_matching(self.model, self.args.corrective_layers)
@@ -270,6 +272,8 @@ class IPGTrainer(PublishingTrainer):
         if self.accelerator.sync_gradients:
             if self.is_guided:
                 self._guided_step.end(model)
+            if self._running_norm is not None:
+                self._running_norm.end_step(self.accelerator)
             if self._task is not None:
                 self._task.end_step(self.accelerator)
         return loss
@@ -303,16 +307,20 @@ class IPGTrainer(PublishingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`, without the `attribute` column; with pairs, exact under accumulation (R6)."""
-        if self.is_guided and self.args.pair_source == "batch" and model.training:
-            with self._guided_step.watching(model, inputs):
-                return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
+        with ExitStack() as around:
+            if self.args.holds_norm:
+                for layer in norm_layers(self.model):
+                    layer.eval()
+            if self.is_guided and self.args.pair_source == "batch":
+                around.enter_context(self._guided_step.watching(model, inputs))
+            if self._running_norm is not None:
+                around.enter_context(self._running_norm.collecting(self.model))
+            return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _task_loss(self, model, inputs, return_outputs, num_items_in_batch):
         given, inputs = inputs, self._of_the_model(inputs)
-        if self.args.freeze_norm and model.training:
-            for module in norm_layers(self.model):
-                module.eval()
         if self._task is not None and model.training:
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
             loss = self._task.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)

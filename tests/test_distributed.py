@@ -28,6 +28,11 @@ CASES = {
     "vit, root, accumulated": {"invariance_distance": "divergence", "gradient_accumulation_steps": 3},
     "resnet, frozen norm": {"freeze_norm": True, "rationale_reduction": "pair"},
     "timm, frozen norm, accumulated": {"freeze_norm": True, "gradient_accumulation_steps": 3},
+    "resnet, running norm, accumulated": {
+        "running_norm": True,
+        "rationale_reduction": "pair",
+        "gradient_accumulation_steps": 3,
+    },
     "no labels": {},
     "two heads": {},
     "adversarial": {},

@@ -7,7 +7,7 @@ import torch
 from small import differences, logged, pairs, rows, trainer, weights
 
 from ipg_hf.heads import ClassifierHead
-from ipg_hf.models import norm_layers
+from ipg_hf.norms import norm_layers
 
 
 def run(folder, build, chunk, **kwargs):

@@ -26,6 +26,7 @@ ORDER = [
     "metrics",
     "last_layer",
     "layers",
+    "norms",
     "models",
     "objectives",
     "config",
