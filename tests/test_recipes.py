@@ -39,8 +39,8 @@ def load_table():
     return module
 
 
-def pair_quality():
-    spec = importlib.util.spec_from_file_location("pair_quality", RECIPES / "pair_quality.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -182,7 +182,8 @@ def test_the_tables_are_those_of_the_records(page):
     assert load_table().rendered(text) == text
     for dataset in ("digits", "colored_mnist"):
         assert f"<!-- table: {dataset}" in text
-    assert pair_quality().rendered(text) == text
+    for name in ("pair_quality", "readability"):
+        assert script(name).rendered(text) == text
 
 
 def test_a_row_by_hand():
