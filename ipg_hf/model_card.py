@@ -40,8 +40,12 @@ MEASURES = {
 }
 IN_INDEX = ("accuracy", "worst_group_accuracy", "mae", "worst_group_mae")
 PRIVATE = (
-    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_dir", "push_to_hub"),
+    "output_dir",
+    "overwrite_output_dir",
     "preload_dir",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "push_to_hub",
 )
 MADE = {  # maker -> what its pairs are
     "recolor": "each training image and the same in other colours",

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +35,16 @@ def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fill_marked(page: str, marker: str, made: Callable[..., str]) -> str:
+    """A page with each part between `<!-- MARKER: WORD ... -->` and `<!-- end -->` made anew by `made(*words)`."""
+    start = f"<!-- {marker}: "
+    parts = page.split(start)
+    for number, part in enumerate(parts[1:], 1):
+        words, rest = part.split(" -->", 1)[0], part.split("<!-- end -->", 1)[1]
+        parts[number] = f"{words} -->\n{made(*words.split())}\n<!-- end -->{rest}"
+    return start.join(parts)
 
 
 def versions() -> dict[str, str | None]:

@@ -16,6 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ipg_hf.comparison import spread
+from ipg_hf.report import fill_marked
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "recipes/README.md", ROOT / "recipes/pair_quality.png"
 LEVELS = {
@@ -73,19 +76,14 @@ def table(dataset: str) -> str:
     for recipe, kinds in curves(dataset).items():
         for kind, levels in kinds.items():
             for level, values in levels.items():
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells = [f"`{recipe}`", kind, f"{level:g}", len(values), f"{statistics.mean(values):.3f}{spread}"]
+                cells = [f"`{recipe}`", kind, f"{level:g}", len(values), spread(values)]
                 lines.append("| " + " | ".join(map(str, [*cells, f"{min(values):.3f}"])) + " |")
     return "\n".join(lines)
 
 
 def rendered(page: str) -> str:
     """The page with each table put anew between `<!-- pair quality: DATASET -->` and `<!-- end -->`."""
-    parts = page.split("<!-- pair quality: ")
-    for number, part in enumerate(parts[1:], 1):
-        dataset, rest = part.split(" -->", 1)[0], part.split("<!-- end -->", 1)[1]
-        parts[number] = f"{dataset} -->\n{table(dataset)}\n<!-- end -->{rest}"
-    return "<!-- pair quality: ".join(parts)
+    return fill_marked(page, "pair quality", table)
 
 
 def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:

@@ -15,6 +15,9 @@ import shutil
 import statistics
 from pathlib import Path
 
+from ipg_hf.comparison import spread
+from ipg_hf.report import fill_marked
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "recipes/README.md", ROOT / "recipes/readability.png"
 TIMES, TARGETS = ("before", "after"), ("label", "attribute")
@@ -69,19 +72,13 @@ def table(dataset: str) -> str:
     lines = [f"| recipe | seeds | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for recipe, found in scores(dataset).items():
         columns = [found[time, target] for target in TARGETS for time in TIMES]
-        spreads = [f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "" for values in columns]
-        cells = [f"{statistics.mean(values):.3f}{spread}" for values, spread in zip(columns, spreads, strict=True)]
-        lines.append(f"| `{recipe}` | {len(columns[0])} | {' | '.join(cells)} |")
+        lines.append(f"| `{recipe}` | {len(columns[0])} | {' | '.join(map(spread, columns))} |")
     return "\n".join(lines)
 
 
 def rendered(page: str) -> str:
     """The page with each table put anew between `<!-- readability: DATASET -->` and `<!-- end -->`."""
-    parts = page.split("<!-- readability: ")
-    for number, part in enumerate(parts[1:], 1):
-        dataset, rest = part.split(" -->", 1)[0], part.split("<!-- end -->", 1)[1]
-        parts[number] = f"{dataset} -->\n{table(dataset)}\n<!-- end -->{rest}"
-    return "<!-- readability: ".join(parts)
+    return fill_marked(page, "readability", table)
 
 
 def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:

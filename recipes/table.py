@@ -10,8 +10,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from ipg_hf.comparison import markdown, standings
+from ipg_hf.comparison import markdown, spread, standings
 from ipg_hf.comparison_figures import FIGURES
+from ipg_hf.report import fill_marked
 from ipg_hf.suite import load_suite
 
 FOLDER = Path(__file__).resolve().parent
@@ -33,9 +34,7 @@ def row(name: str, runs: list[dict], columns: dict[str, str]) -> str:
     """One line of the table; sd is the sample standard deviation over seeds."""
 
     def column(key: str) -> str:
-        values = [run["metrics"]["test"][key] for run in runs]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.3f}{spread}"
+        return spread([run["metrics"]["test"][key] for run in runs])
 
     whole, group, pairs = columns.values()
     worst = (min if columns is CLASSES else max)(run["metrics"]["test"][group] for run in runs)
@@ -76,13 +75,8 @@ def rendered(page: str) -> str:
 
     A marker is `<!-- table: DATASET [RECIPE ...] -->` or, with figures, `<!-- suite: NAME -->`.
     """
-    for marker, made in (("<!-- table: ", table), ("<!-- suite: ", suite_section)):
-        parts = page.split(marker)
-        for number, part in enumerate(parts[1:], 1):
-            names = part.split(" -->", 1)[0]
-            rest = part.split("<!-- end -->", 1)[1]
-            parts[number] = f"{names} -->\n{made(*names.split())}\n<!-- end -->{rest}"
-        page = marker.join(parts)
+    for marker, made in (("table", table), ("suite", suite_section)):
+        page = fill_marked(page, marker, made)
     return page
 
 

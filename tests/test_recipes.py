@@ -32,13 +32,6 @@ RECORDS = sorted(RECIPES.glob("*/results/*.json"))
 SUITE_RECORDS = sorted(RECIPES.glob("suites/results/*/*.json"))
 
 
-def load_table():
-    spec = importlib.util.spec_from_file_location("table", RECIPES / "table.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def script(name):
     spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -153,7 +146,7 @@ def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
     found = standings(suite)  # refuses records of other settings, and of no run of the suite
     assert f"<!-- suite: {path.stem} -->" in (RECIPES / "README.md").read_text()
     if any(standing.records for standing in found):
-        table = f"# {load_table().suite_table(path.stem)}\n"
+        table = f"# {script('table').suite_table(path.stem)}\n"
         assert (suite.results / "table.md").read_text() == table
         assert (suite.results / "table.csv").read_text() == comma_separated(suite, found)
         assert (suite.results / "figure.png").exists()
@@ -176,10 +169,10 @@ def test_a_record_of_a_suite_says_what_made_it(path):
     assert (RECIPES / "suites" / f"{path.parent.name}.yaml").exists()
 
 
-@pytest.mark.parametrize("page", load_table().PAGES, ids=lambda page: str(page.relative_to(RECIPES.parent)))
+@pytest.mark.parametrize("page", script("table").PAGES, ids=lambda page: str(page.relative_to(RECIPES.parent)))
 def test_the_tables_are_those_of_the_records(page):
     text = page.read_text()
-    assert load_table().rendered(text) == text
+    assert script("table").rendered(text) == text
     for dataset in ("digits", "colored_mnist"):
         assert f"<!-- table: {dataset}" in text
     for name in ("pair_quality", "readability"):
@@ -192,7 +185,7 @@ def test_a_row_by_hand():
         for a in (0.8, 0.6)
     ]
     # mean .7, sd = sqrt((.1² + .1²) / 1) = .141; halves for the worst group
-    table = load_table()
+    table = script("table")
     assert (
         table.row("x", runs, table.CLASSES)
         == "| `x` | 2 | 0.700 ± 0.141 | 0.350 ± 0.071 | 0.300 | 0.500 ± 0.000 | 10 |"
