@@ -89,7 +89,7 @@ class GuidedStep:
             alpha=self.args.alpha,
             threshold=self.args.invariance_threshold,
             scaling=self.args.loss_scaling,
-            maximum=torch.inf if self.args.max_loss_scale is None else self.args.max_loss_scale,
+            maximum=self.args.max_loss_scale,
         )
         scale_gradients(model, metrics["loss_scale"])
         self.progress.add(metrics)

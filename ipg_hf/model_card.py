@@ -271,7 +271,7 @@ def _teaching(config: Mapping[str, Any]) -> str:
     penalty = config.get("pair_objective", "ipg")
     if penalty != "ipg":
         return f"A penalty on pairs was added to the loss (`pair_objective: {penalty}`)."
-    is_ours = config.get("invariance_distance") == "divergence"
+    is_ours = config.get("invariance_distance", IPGConfig.invariance_distance) == "divergence"
     agree = "outputs on" if is_ours else "rationales of"
     paper = f"[arXiv 2502.18975](https://arxiv.org/abs/2502.18975){', with a distance of ipg_hf' if is_ours else ''}"
     return (

@@ -25,6 +25,7 @@ MAIN_SETTINGS = (
 PAIR_SETTINGS = (
     "alpha",
     "invariance_threshold",
+    "max_loss_scale",
     "invariance_distance",
     "rationale_reduction",
     "rationale_norm",

@@ -56,7 +56,7 @@ class IPGTrainer(PublishingTrainer):
     data = load_digits()
     trainer = IPGTrainer(
         model=load_image_classifier("path/or/hub-id", num_labels=2),
-        args=IPGConfig("out", alpha=1.0, invariance_threshold=1e-3),
+        args=IPGConfig("out"),
         train_dataset=data.train,  # image, label
         eval_dataset=data.validation,
         pair_dataset=data.pairs,  # image_a, image_b

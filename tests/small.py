@@ -190,6 +190,10 @@ def config(output_dir, **kwargs):
         "max_steps": 3,
         "per_device_train_batch_size": 8,
         "per_device_pair_batch_size": 4,
+        # the paper's, which the reference steps compute
+        "invariance_distance": "rationale",
+        "invariance_threshold": 1e-4,
+        "max_loss_scale": float("inf"),
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,

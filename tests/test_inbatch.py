@@ -353,7 +353,10 @@ def test_a_trainer_that_does_not_train(tmp_path):
         ({"correction_interval": 2}, ["correction_interval=2"]),
         ({"pair_cache": "cpu"}, ["pair_cache='cpu'"]),
         ({"torch_compile": True}, ["torch_compile=True"]),
-        ({"gradient_accumulation_steps": 2}, ["rationale_reduction='mean'", "set rationale_reduction='pair'"]),
+        (
+            {"gradient_accumulation_steps": 2, "invariance_distance": "rationale"},
+            ["rationale_reduction='mean'", "set rationale_reduction='pair'"],
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, settings, words):

@@ -37,6 +37,7 @@ RECORD = {
         "dataset": "files",
         "dataset_options": {"attribute": "place"},
         "alpha": 0.5,
+        "invariance_distance": "rationale",
         "learning_rate": 0.01,
         "load_best_model_at_end": True,
         "metric_for_best_model": "worst_group_accuracy",
@@ -140,7 +141,8 @@ Optimizer steps: 150; seconds: 12; hardware: 2 processor cores, no GPU; software
 | setting | value |
 | --- | --- |
 | `alpha` | 0.5 |
-| `invariance_threshold` | 0.0001 |
+| `invariance_threshold` | 0.01 |
+| `max_loss_scale` | 1.0 |
 | `invariance_distance` | rationale |
 | `rationale_reduction` | mean |
 | `rationale_norm` | spectral |
@@ -177,6 +179,7 @@ dataset: files
 dataset_options:
   attribute: place
 alpha: 0.5
+invariance_distance: rationale
 learning_rate: 0.01
 load_best_model_at_end: true
 metric_for_best_model: worst_group_accuracy
@@ -257,6 +260,12 @@ def test_what_the_linter_found(change, told):
 def test_what_the_pairs_did(change, told):
     text = str(model_card({**RECORD, "config": {**RECORD["config"], **change}}, name="x"))
     assert told in text and "the rationales of the two images" not in text
+
+
+def test_what_the_pairs_did_by_default():
+    config = {name: value for name, value in RECORD["config"].items() if name != "invariance_distance"}
+    assert "so that the outputs on the two images" in str(model_card({**RECORD, "config": config}, name="x"))
+    assert "so that the rationales of the two images" in str(model_card(RECORD, name="x"))
 
 
 def test_a_regression_and_a_base_model_of_ones_own():

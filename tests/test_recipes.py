@@ -12,6 +12,7 @@ import yaml
 
 from ipg_hf.comparison import comma_separated, standings
 from ipg_hf.comparison_figures import guided_courses
+from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
 from ipg_hf.recipe import MAKERS, parse_recipe
 from ipg_hf.suite import load_suite
@@ -152,6 +153,17 @@ def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
         assert (suite.results / "figure.png").exists()
         assert (suite.results / "cost.png").exists() is not bool(suite.grid)
         assert (suite.results / "course.png").exists() is bool(guided_courses(suite, found) and not suite.grid)
+
+
+def test_the_defaults_are_what_was_measured_on_all_benchmarks():
+    suites = [load_suite(path) for path in SUITES if path.stem.startswith("transfer_")]
+    assert len(suites) == 3
+    for suite in suites:
+        measured = suite.methods["root"]
+        assert set(measured) == {"invariance_distance", "max_loss_scale", "alpha", "invariance_threshold"}
+        assert measured == {name: getattr(IPGConfig, name) for name in measured}
+        (found,) = [standing for standing in standings(suite) if standing.name == "root"]
+        assert len(found.records) == len(suite.seeds)
 
 
 def test_no_record_names_a_folder_of_the_machine_that_made_it():

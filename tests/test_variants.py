@@ -84,6 +84,8 @@ def train_mlp(folder, data, names):
         max_steps=250,
         learning_rate=3e-3,
         invariance_threshold=1e-3,
+        max_loss_scale=float("inf"),
+        invariance_distance="rationale",
         rationale_reduction="pair",
         per_device_train_batch_size=64,
         per_device_pair_batch_size=64,

@@ -57,6 +57,7 @@ def measure(case, folder, images, pairs, settings):
         logging_steps=steps // 4,
         per_device_train_batch_size=per_step,
         per_device_pair_batch_size=pairs_per_step,
+        invariance_distance="rationale",
         rationale_reduction="pair",
         freeze_norm=True,
         random_flip=True,

@@ -95,6 +95,7 @@ def trainer_of(case, arm, folder, images, pairs, callback, **changes):
         "max_steps": size["warm"] + size["steps"],
         "per_device_train_batch_size": size["images"] + (2 * size["pairs"] if arm == "bound" else 0),
         "per_device_pair_batch_size": size["pairs"],
+        "invariance_distance": "rationale",  # the dearer one
         "learning_rate": 1e-5,
         "logging_steps": 10_000,
         "save_strategy": "no",
