@@ -40,7 +40,7 @@ CODES = {
     "evaluation-image": ("error", "Drop these pairs: what is trained on cannot be measured on."),
     "scores-failed": ("error", "Give the model's own image processor, with one size that fits the model."),
     "attributes-swapped": ("warning", "Swap the sides of these rows, or keep off rationale_reduction='mean'."),
-    "sides-unoriented": ("warning", "One attribute value on side a throughout, or keep off rationale_reduction='mean'."),
+    "sides-unoriented": ("warning", "One attribute value on side a, or keep off rationale_reduction='mean'."),
     "sides-swapped": ("warning", "Look at these rows: swap their sides, or keep off rationale_reduction='mean'."),
     "evaluation-near": ("warning", "Look at these pairs; drop those that show an image of the evaluation set."),
     "pair-repeated": ("warning", "Drop these rows: each holds the two images of an earlier one."),
