@@ -28,6 +28,7 @@ QUESTIONS = [
     "scaling_digits",
     "sensitivity_colored_mnist",
     "sensitivity_digits",
+    "sensitivity_scenes_100",
 ]
 RECORDS = sorted(RECIPES.glob("*/results/*.json"))
 SUITE_RECORDS = sorted(RECIPES.glob("suites/results/*/*.json"))
@@ -52,7 +53,8 @@ def test_the_recipes_are_all_found():
         "celeba",
     }
     benchmarks = ["colored_mnist", "digits", "scenes_100"]
-    comparisons = [*benchmarks, "scenes_95", "speed_digits", *(f"transfer_{name}" for name in benchmarks)]
+    comparisons = [*benchmarks, "scenes_95", "few_pairs", "norm_colored_mnist"]
+    comparisons += [f"{kind}_{name}" for name in benchmarks for kind in ("transfer", "speed")]
     assert [path.stem for path in SUITES] == sorted([*QUESTIONS, *comparisons])
 
 
