@@ -36,7 +36,7 @@ class IPGConfig(TrainingArguments):
             benchmark.
         loss_scaling (`str`, *optional*, defaults to `"adaptive"`):
             How it is scaled. `"adaptive"`: by α·‖g_d‖/‖g_L‖, the method. `"fixed"`: by α itself, whatever the norms of
-            the corrective and the task gradient are (an ablation).
+            the corrective and the task gradient are, and at most by `max_loss_scale` (an ablation).
         max_loss_scale (`float`, *optional*, defaults to `1.0`):
             Largest factor on the task gradient, above 0 (ours). Once the training images are fitted their gradient is
             tiny, and step 4 amplifies it to α times the corrective gradient; at `1.0` it is only ever scaled down.
@@ -45,7 +45,7 @@ class IPGConfig(TrainingArguments):
             What the corrective gradient descends on. `"rationale"`: the distance d between the rationales of the two
             sides, the paper's. `"divergence"` (ours): √c, the root of the divergence of their outputs, whose gradient
             gives most weight to the pairs that disagree most; the settings of rationales then change nothing. It is the
-            default since one α and one t serve all benchmarks measured, with the paper's they do not
+            default since one α and one t serve the three benchmarks it was chosen on, with the paper's they do not
             (recipes/README.md, "One setting for all benchmarks").
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             `"mean"`: distance of the mean rationales of the two sides (the paper's); needs oriented pairs.
@@ -60,8 +60,8 @@ class IPGConfig(TrainingArguments):
             then taken at the point that the step begins at, not the task's at the corrected one, and one forward of the
             batch serves both: of the arithmetic of B pairs and B images one forward in three is saved, and no backward.
             The pairs go through the task's forward: batch norm needs `freeze_norm`, and dropout draws anew for each
-            side, so that equal sides are apart. `rationale_reduction="pair"` unless all training images have one value
-            of the attribute.
+            side, so that equal sides are apart. With the rationales' distance `rationale_reduction="pair"`, unless all
+            training images have one value of the attribute.
         pair_chunk_size (`int`, *optional*):
             Pairs whose graph is held in memory at a time. The result is the same; each step has a second forward of its
             pairs. Defaults to all pairs of a step. Checkpointing of activations does not act in the pair forward, which
@@ -221,19 +221,39 @@ class IPGConfig(TrainingArguments):
         ):
             self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
 
-        for name in ("freeze_norm", "torch_compile"):
-            if self.running_norm and getattr(self, name):
-                raise ValueError(f"running_norm=True does not go with {name}=True: leave one of the two out.")
-        if self.pair_source == "batch":
-            self._check_in_batch()
+        self.check_together()
 
-    def _check_in_batch(self) -> None:
+    def check_together(self, is_compiled: bool = False) -> None:
+        """Looks for settings that do not go together; the trainer does so again, as a launcher may have added some.
+
+        Args:
+            is_compiled: whether accelerate compiles the model, whatever `torch_compile` is.
+
+        Raises:
+            ValueError: names the settings, and which to leave out.
+        """
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        # where accelerate launch asks for them, the fields stay as they were
+        own |= {"fp16": self.mixed_precision == "fp16", "torch_compile": self.torch_compile or is_compiled}
+        for name in ("freeze_norm", "torch_compile"):
+            if self.running_norm and own[name]:
+                raise ValueError(f"running_norm=True does not go with {name}=True: leave one of the two out.")
+        if self.pair_objective != "ipg":
+            wanted = {"correction_interval": 1, "correction_schedule": "always", "shared_optimizer_state": True}
+            for name, value in wanted.items():
+                if own[name] != value:
+                    raise ValueError(
+                        f"{name}={own[name]!r} does not go with pair_objective={self.pair_objective!r}, a penalty that "
+                        f"is part of every step's one update: set {name}={value!r}."
+                    )
+        if self.pair_source != "batch":
+            return
         wanted = {"pair_objective": "ipg", "pair_chunk_size": None, "correction_interval": 1, "pair_cache": "none"}
         wanted |= {"fp16": False, "torch_compile": False}
         for name, value in wanted.items():
-            if getattr(self, name) != value:
+            if own[name] != value:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} does not go with pair_source='batch': set {name}={value!r}, or "
+                    f"{name}={own[name]!r} does not go with pair_source='batch': set {name}={value!r}, or "
                     "pair_source='pairs' with a pair_dataset."
                 )
         if self.means_rationales and self.gradient_accumulation_steps > 1:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -34,33 +33,6 @@ GRADIENT = "gradient of the output"  # no model input has such a name
 NOTHING_TO_CORRECT = (
     "the distance depends on no trainable parameter: unfreeze the head or network, or widen corrective_layers."
 )
-
-
-def check_launcher(accelerator: Accelerator, devices: int = 1, is_model_parallel: bool = False) -> None:
-    """Raises ValueError, naming what to use instead, for launchers under which a guided step would not be exact.
-
-    Args:
-        accelerator: the processes.
-        devices: that this one process drives (`TrainingArguments.n_gpu`).
-        is_model_parallel: whether the model's layers lie on several of them (`Trainer.is_model_parallel`).
-    """
-    kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
-    instead = "Use plain data parallelism (accelerate launch --multi_gpu) or FSDP2 (--use_fsdp --fsdp_version 2)."
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"IPGTrainer with pairs does not run under {kind.value}, whose engine takes each backward as one step of "
-            f"the optimizer, while a guided step has two of each. {instead}"
-        )
-    if plugin is not None and plugin.fsdp_version == 1:
-        raise ValueError(f"IPGTrainer with pairs does not run under FSDP1, whose parameters are flattened. {instead}")
-    if devices > 1 or is_model_parallel:
-        raise ValueError(
-            f"IPGTrainer with pairs takes one device a process, and this one has {devices} (torch.nn.DataParallel) or "
-            f"a model spread over several. {instead}"
-        )
-    parallel = getattr(accelerator, "parallelism_config", None)
-    if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
-        raise ValueError(f"IPGTrainer with pairs does not run under tensor or context parallelism. {instead}")
 
 
 def pair_measures(
@@ -96,7 +68,9 @@ def pair_measures(
         divergence = accelerator.reduce(own.detach(), "mean") if several else own.detach()
         return root_divergence(own, divergence), divergence
     if reduction == "mean" and several:
-        # the norm of the mean is not the mean of norms: every process moves its features to the common mean
+        # the norm of the mean is not the mean of norms: every process moves its features to the common mean; in half
+        # precision that would lose what the sides still differ by
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         halves = torch.stack([side.mean(0) for side in z.detach().chunk(2)])
         shift = accelerator.reduce(halves, "mean") - halves
         z = z + shift.repeat_interleave(len(z) // 2, 0)

@@ -58,13 +58,14 @@ class GuidedStep:
         self._backward = partial(backward, forward, trainer.head, chunk_size=self.args.pair_chunk_size, **measures)
         self._own_state = None if self.args.shared_optimizer_state else defaultdict(dict)
         self._metrics: dict[str, Tensor] | None = None
-        layers = self.args.corrective_layers
         module = self.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        self._corrected = None if layers is None else parameters_matching(module, layers)
+        self._corrected = parameters_matching(module, self.args.corrective_layers)
 
     def begin(self, model: nn.Module) -> None:
         """Called before each micro-batch: corrects before the first of an optimizer step."""
         if self._metrics is None:
+            if callable(getattr(self.trainer.optimizer, "train", None)):
+                self.trainer.optimizer.train()  # schedule-free: Trainer does so too late for the first of two updates
             self._metrics = self._correct(model) if self.progress.is_due() else dict(self.progress.held)
 
     def end(self, model: nn.Module) -> None:
@@ -112,7 +113,9 @@ class GuidedStep:
             self.progress.skipped += 1
             return {}
         metrics["corrective_grad_norm"] = norm
-        self.progress.hold(metrics, self.args.correction_interval, self.args.correction_schedule)
+        costs = {f"{name}/{key}" if name else key for name, loader in self.loaders.items() for key in loader.cost}
+        held = {name: value for name, value in metrics.items() if name not in costs}  # paid once
+        self.progress.hold(held, self.args.correction_interval, self.args.correction_schedule)
         return metrics
 
     def _look(self, module: nn.Module) -> dict[str, Tensor]:

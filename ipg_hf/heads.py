@@ -110,12 +110,14 @@ class ClassifierHead:
         proven.
 
         Args:
-            model: the model, eager (not compiled) and whole (not sharded).
+            model: the model, eager (not compiled). A sharded one is passed over: it was whole when it was made.
             inputs: keyword arguments of its forward, without labels; two images are enough.
 
         Raises:
             ValueError: the layer's output is not the logits, or `W z + b` is not its output.
         """
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            return
         problem = try_layers(model, self.layers, inputs).problem(self.paths)
         if problem:
             others = [repr(name) for name, _ in _candidates(model) if name not in self.paths]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def parameters_matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the parameters that patterns choose.
+def parameters_matching(model: nn.Module, patterns: Sequence[str] | None) -> set[str] | None:
+    """Names of the parameters that patterns choose; `None`, for all, without patterns.
 
     Args:
         model: the model.
@@ -23,6 +23,8 @@ def parameters_matching(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     Raises:
         ValueError: a pattern matches nothing, or parameters that are all frozen.
     """
+    if patterns is None:
+        return None
     named = dict(model.named_parameters(remove_duplicate=False))
     chosen: set[str] = set()
     for pattern in patterns:

@@ -26,7 +26,7 @@ def warn_of_batch_statistics(model: nn.Module) -> None:
         logger.warning(
             f"{type(model).__name__} has batch-norm layers that hold statistics, and freeze_norm is off: what the "
             "pairs teach under the running statistics may not reach the task forward, which uses its batch's. Set "
-            "freeze_norm=True when fine-tuning a pretrained network, running_norm=True when training from scratch."
+            "freeze_norm=True, or running_norm=True, which goes on to update the statistics, from scratch."
         )
 
 
@@ -39,11 +39,16 @@ class RunningNorm:
 
         running ← (1 - m) running + m (mean, or unbiased variance), m the layer's momentum,
 
-    as torch does after each forward; here the result does not depend on how the rows were split.
+    as torch does after each forward; here the result does not depend on how the rows were split. Where a step brings
+    one value a channel (one row without spatial extent), the mean alone moves; torch refuses such a batch.
     """
 
     def __init__(self):
         self._sums: dict[nn.Module, Tensor] = {}
+
+    def clear(self) -> None:
+        """Forgets the micro-batches of a step that was not ended."""
+        self._sums.clear()
 
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:
@@ -77,6 +82,7 @@ class RunningNorm:
         for layer, (count, total, squares) in zip(layers, sums, strict=True):
             shift = total / count
             variance = (squares - total * shift) / (count - 1)
+            variance = torch.where(count > 1, variance, layer.running_var)  # one value has none: the mean alone moves
             layer.num_batches_tracked.add_(1)
             momentum = layer.momentum
             if momentum is None:  # torch's cumulative mean

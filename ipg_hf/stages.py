@@ -137,6 +137,12 @@ def check_last_layer(settings: Mapping[str, Any], trainer: IPGTrainer, sets: Map
             raise ValueError(
                 f"last_layer: project needs stored pairs, but the set {name or 'of pairs'} is a {type(pairs).__name__}."
             )
+    most = min(head.weight.shape[1] - 1, sum(map(len, named_sets(sets["pairs"]).values())))
+    if isinstance(settings["rank"], int) and settings["rank"] > most:
+        raise ValueError(
+            f"last_layer: rank={settings['rank']} is more than the {most} directions that these pairs and "
+            f"{head.weight.shape[1]} features can give: set {most} or less, or a share such as 0.9."
+        )
 
 
 def change_last_layer(

@@ -144,7 +144,9 @@ class TaskObjective:
             return
         sums, shares = accelerator.reduce(self.sums, "sum"), torch.tensor(self.shares.shares, dtype=torch.float64)
         step_size = self.args.group_dro_step_size
-        self.shares.shares = group_dro_shares(shares, sums.cpu(), self.counts.cpu(), step_size=step_size).tolist()
+        shares = group_dro_shares(shares, sums.cpu(), self.counts.cpu(), step_size=step_size)
+        if torch.isfinite(shares).all():  # a loss that overflowed is skipped by fp16's scaler, and would be kept here
+            self.shares.shares = shares.tolist()
 
     def _groups(self, labels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         attributes = inputs[ATTRIBUTE].to(labels.device) if self.column == ATTRIBUTE else 0

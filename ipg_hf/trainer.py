@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
@@ -26,6 +25,7 @@ from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
 from .heads import ClassifierHead, CompiledRun, find_head
 from .inbatch import InBatchStep, check_in_batch, first_pair
+from .launch import check_launch
 from .layers import parameters_matching
 from .models import check_all_loaded, forward_inputs, takes_labels
 from .norms import RunningNorm, norm_layers, warn_of_batch_statistics
@@ -121,7 +121,6 @@ class IPGTrainer(PublishingTrainer):
         self._pair_loaders: dict[str, PairLoader | AdversarialLoader] = {}
         self._at_end = ExitStack()
 
-        # ---- Trainer
         trainer_kwargs |= {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
@@ -145,6 +144,7 @@ class IPGTrainer(PublishingTrainer):
                 self.model, *outputs_and_labels, **kwargs, smoothing=args.label_smoothing_factor
             )
             self.label_names = self.label_names or ["labels"]
+        args.check_together(is_compiled=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
         self._running_norm = RunningNorm() if args.running_norm else None
         self._task: TaskObjective | None = None
         if args.objective != "erm":
@@ -157,7 +157,7 @@ class IPGTrainer(PublishingTrainer):
             self._prepare_guidance()
 
     def _prepare_guidance(self) -> None:
-        correction.check_launcher(self.accelerator, self.args.n_gpu, self.is_model_parallel)
+        check_launch(self.accelerator, self.args.n_gpu, self.is_model_parallel, self.args.optim.value)
         labels = self.args.pair_objective == "augmentation"
         self._with_labels = PairCollator(self._inputs, self._inputs[0], labels=labels)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
@@ -179,8 +179,7 @@ class IPGTrainer(PublishingTrainer):
             check_in_batch(self.args, self.model, self.accelerator)
         elif not self.args.holds_norm:
             warn_of_batch_statistics(self.model)
-        if self.args.corrective_layers is not None:
-            parameters_matching(self.model, self.args.corrective_layers)
+        parameters_matching(self.model, self.args.corrective_layers)
         self.head = self._proven_head()
         self.progress = PairProgress()
         self.add_callback(self.progress)
@@ -229,17 +228,14 @@ class IPGTrainer(PublishingTrainer):
             # by a loader: random transforms must not draw from the global generators, whose state a resume restores
             pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
         head = find_head(self.model, self.head_path, pair)
-        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
-            head.verify(self.model, pair)  # it was, before it was sharded
+        head.verify(self.model, pair)
         return head
 
     # ---- The step ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`; before it, the last time that the model is whole, the head is proven anew.
-
-        It may have been replaced since construction (`reset_classifier`, `model_init`).
-        """
+        """As `Trainer.create_optimizer`; before it, when the model is whole for the last time, the head is proven anew:
+        it may have been replaced since construction (`reset_classifier`, `model_init`)."""
         if self.is_guided:
             self.head = self._proven_head()
         return super().create_optimizer(model)
@@ -262,8 +258,7 @@ class IPGTrainer(PublishingTrainer):
             self._at_end.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer.training_step`; the corrective update comes before the first micro-batch of an optimizer step,
-        the scaling of the loss gradient after the last."""
+        """As `Trainer.training_step`, the guidance before an optimizer step's first micro-batch and after its last."""
         if self.is_guided:
             if self._guided_state is not self.state:
                 self._begin_guidance(model, inputs)
@@ -290,10 +285,14 @@ class IPGTrainer(PublishingTrainer):
 
     def _begin_guidance(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
+        self._at_end.close()  # an attempt that auto_find_batch_size gave up
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
         problem_type = find_problem_type(self.model, inputs.get("labels"))
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._pair_loaders = {name: self._pair_loader(name, module, problem_type) for name in self.pair_datasets}
+        self._pair_loaders |= {name: self._pair_loader(name, module, problem_type) for name in self.pair_datasets}
+        self._at_end.callback(self._pair_loaders.clear)  # and with them the pairs that are kept in memory
+        if self._running_norm is not None:
+            self._at_end.callback(self._running_norm.clear)
         compiler = self.accelerator.state.dynamo_plugin
         forward: Callable[..., tuple[Tensor, Tensor]] = self.head.run
         if compiler.backend != DynamoBackend.NO:
@@ -384,6 +383,11 @@ class IPGTrainer(PublishingTrainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         super()._issue_warnings_after_load(load_result)
         check_all_loaded(self.model, load_result.missing_keys)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # with save_strategy="best" Trainer keeps what this calls a new best alone, and not what SIGTERM asks for
+        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SaveAtStepEnd)]
+        return super()._determine_best_metric(metrics, trial) or any(callback.stopping for callback in callbacks)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

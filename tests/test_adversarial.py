@@ -180,6 +180,9 @@ def test_a_training_logs_what_the_search_costs(tmp_path):
     kept = run(tmp_path, AdversarialPairs(small.images(16), steps=2, every=3), logging_steps=3)
     assert logged(kept)[0]["ipg/adversarial_images"] == pytest.approx(4)
     assert kept.progress.positions == {"": 4}
+    settings = {"correction_interval": 2, "logging_steps": 2, "max_steps": 4}
+    seldom = run(tmp_path, AdversarialPairs(small.images(16), steps=2), **settings)
+    assert [entry["ipg/adversarial_images"] for entry in logged(seldom)] == [6, 6]
     named = run(tmp_path, {"any": AdversarialPairs(small.images(16)), "frame": small.pairs(8)})
     assert {"ipg/any/adversarial_images", "ipg/any/divergence", "ipg/frame/distance"} <= logged(named)[0].keys()
 

@@ -70,6 +70,7 @@ CASES = {
 }
 FIGURES = ("distance", "penalty", "divergence", "violated", "loss_scale", "corrective_grad_norm", "loss_grad_norm")
 BATCH_STATISTICS = "resnet, batch statistics"  # of each process's share
+HALF = "resnet, bfloat16"
 UNEVEN = "uneven"
 
 
@@ -77,8 +78,13 @@ def build(case):
     import small
 
     builders = {"resnet": small.resnet, "timm": small.timm_resnet, "two heads": small.deit_with_teacher}
-    model = builders.get(case.split(",")[0], small.vit)(2).double()
+    model = builders.get(case.split(",")[0], small.vit)(2)
+    model = model.bfloat16() if case == HALF else model.double()
     return small.Wrapped(model) if case == "no labels" else model
+
+
+def as_bfloat16(rows):
+    return [{k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in rows]
 
 
 def train(folder, case):
@@ -93,6 +99,8 @@ def train(folder, case):
     images, pairs = 200, 10
     if case == UNEVEN:  # 11 images in batches of 6, 11 pairs in batches of 6, over two epochs and a bit
         images, pairs, settings = 11, 11, {"num_train_epochs": 3, "max_steps": -1}
+    if case == HALF:
+        settings = {"freeze_norm": True, "max_steps": 1}
     args = small.config(
         folder,
         **{"max_steps": STEPS} | settings,
@@ -103,7 +111,10 @@ def train(folder, case):
         per_device_pair_batch_size=PAIRS // processes,
         check_pairs=False,
     )
-    drawn = small.Recorded(small.pairs(pairs, dtype=torch.float64))
+    sides = small.pairs(pairs, dtype=torch.float64)
+    if case == HALF:  # sides that nearly agree, as they do once a training has got anywhere
+        sides = [{"pixel_values_a": a, "pixel_values_b": 0.98 * a} for a in (pair["pixel_values_a"] for pair in sides)]
+    drawn = small.Recorded(as_bfloat16(sides) if case == HALF else sides)
     pair_set = AdversarialPairs(small.images(pairs, dtype=torch.float64)) if case == "adversarial" else drawn
     grouped = "objective" in settings
     rows = small.grouped(images) if grouped else small.rows(images, dtype=torch.float64)
@@ -111,6 +122,7 @@ def train(folder, case):
         others = small.rows(images, seed=7, dtype=torch.float64)
         rows = [row | {"pixel_values_b": other["pixel_values"]} for row, other in zip(rows, others, strict=True)]
         pair_set = None
+    rows = as_bfloat16(rows) if case == HALF else rows
     trainer = IPGTrainer(build(case), args, train_dataset=rows, pair_dataset=pair_set)
     drawn.drawn.clear()
     if os.environ.get("WITHOUT_REDUCTION"):  # the control: each process corrects by its own pairs
@@ -182,6 +194,15 @@ def test_processes_equal_one(tmp_path, one, processes):
 def test_gradients_in_many_messages_equal_one_process(tmp_path, one):
     case = "vit, pair, accumulated, clipped"
     assert difference(one / case, launch(tmp_path, 2, [case], SMALL_BUCKETS="1") / case) < 1e-9
+
+
+def test_features_of_half_precision_are_averaged_in_full(tmp_path):
+    """The mean features of two processes, rounded to bfloat16, would hide what the sides differ by."""
+    distances = []
+    for processes in (1, 2):
+        folder = launch(tmp_path / str(processes), processes, [HALF])
+        distances.append(of_rank(folder / HALF, 0)["logs"][0]["ipg/distance"])
+    assert distances[1] == pytest.approx(distances[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("case", ["vit", "vit, pair"])

@@ -9,6 +9,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from PIL import Image
 from small import bit_equal, logged, trainer, weights
 from torch import nn
@@ -363,6 +364,29 @@ def test_settings_that_do_not_go_together(tmp_path, settings, words):
     with pytest.raises(ValueError) as error:
         IPGConfig(str(tmp_path), use_cpu=True, pair_source="batch", **settings)
     assert all(word in str(error.value) for word in [*words, "pair_source='batch'"]), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "settings", "words"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", {}, "fp16=True does not go with pair_source='batch'"),
+        ("ACCELERATE_DYNAMO_BACKEND", "eager", {}, "torch_compile=True does not go with pair_source='batch'"),
+        (
+            "UNUSED",
+            "",
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+            "gradient_accumulation_steps=1 instead of 2",
+        ),
+    ],
+)
+def test_what_a_launcher_adds_does_not_go_together_either(tmp_path, monkeypatch, variable, value, settings, words):
+    monkeypatch.setenv(variable, value)
+    AcceleratorState._reset_state()
+    try:
+        with pytest.raises(ValueError, match=words):
+            run(tmp_path, small.vit(), pair_source="batch", rationale_reduction="mean", **settings)
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_the_source_is_one_of_two(tmp_path):

@@ -193,6 +193,7 @@ class Told(TrainerCallback):
             manager().is_checkpoint_requested = True
 
 
+BEST = {"save_strategy": "best", "metric_for_best_model": "loss"}
 EPOCHS = {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
@@ -205,6 +206,8 @@ EPOCHS = {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy"
         ("on_step_end", 5, 5, {}),
         ("on_optimizer_step", 3, 4, EPOCHS),  # the last of an epoch, whose logs are due
         ("on_optimizer_step", 5, 6, EPOCHS),  # the middle of an epoch, which has none
+        ("on_optimizer_step", 5, 6, {**BEST, "greater_is_better": True}),  # one of the two evaluations is no new best
+        ("on_optimizer_step", 5, 6, {**BEST, "greater_is_better": False}),
     ],
 )
 def test_wherever_in_a_step_it_is_told(tmp_path, whole, event, step, at, settings):
@@ -214,7 +217,7 @@ def test_wherever_in_a_step_it_is_told(tmp_path, whole, event, step, at, setting
     run(folder, Told(event, step), enable_jit_checkpoint=True, **settings)
     assert signal.getsignal(signal.SIGTERM) is before
     assert step_of(folder) == at
-    expected = run(tmp_path / "whole", **settings) if "eval_strategy" in settings else whole
+    expected = run(tmp_path / "whole", **settings) if len(settings) > 1 else whole
     check_equal(expected, run(folder, resume=True, **settings), at)
 
 

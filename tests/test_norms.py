@@ -36,6 +36,11 @@ def test_statistics_by_hand():
     assert layer.num_batches_tracked.item() == 1
 
 
+def test_one_value_has_no_variance():
+    layer = moved_by(nn.BatchNorm1d(1).eval(), torch.tensor([[5.0]]))
+    assert (layer.running_mean.item(), layer.running_var.item()) == (pytest.approx(0.5), 1.0)
+
+
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 @pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 4)), (nn.BatchNorm2d, (6, 4, 3, 5))])
 def test_statistics_are_those_that_torch_would_have(momentum, kind, shape):
@@ -138,4 +143,4 @@ def test_it_needs_no_warning_of_batch_statistics(tmp_path, caplog):
     trainer(tmp_path, small.resnet(), running_norm=True)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     trainer(tmp_path, small.resnet())
-    assert "running_norm=True when training from scratch" in caplog.text
+    assert "Set freeze_norm=True, or running_norm=True" in caplog.text

@@ -35,6 +35,7 @@ ORDER = [
     "checkpoints",
     "gradients",
     "correction",
+    "launch",
     "guided",
     "inbatch",
     "task",

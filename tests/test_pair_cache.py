@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs in memory: the training is that without them, to the last bit, and what cannot be kept is refused."""
 
+import gc
 import logging
 import time
+import weakref
 
 import datasets
 import numpy as np
@@ -277,3 +279,27 @@ def test_the_time_waited_is_of_the_steps_since_the_last_line():
         progress.waited += waited
         progress.stepped += stepped
         assert progress.pop(1.0, 0.1)["ipg/pair_wait"] == wanted
+
+
+def test_an_attempt_that_failed_lets_go_of_its_pairs(tmp_path):
+    """`auto_find_batch_size` tries smaller batches where memory is short: what was kept must not be there twice."""
+    model, kept, alive = small.vit(), [], []
+    whole = model.forward
+
+    def short_of_memory(pixel_values=None, labels=None, **kwargs):
+        if model.training and len(pixel_values) > 4:
+            kept.append(weakref.ref(training._pair_loaders[""].dataset))
+            raise RuntimeError("CUDA out of memory. Tried to allocate all there is.")
+        return whole(pixel_values=pixel_values, labels=labels, **kwargs)
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            gc.collect()
+            alive.append(any(cached() is not None for cached in kept))
+
+    model.forward = short_of_memory
+    settings = {"pair_cache": "cpu", "auto_find_batch_size": True, "callbacks": [Look()]}
+    training = trainer(tmp_path, model, pair_dataset=raw_pairs(), processing_class=PROCESSORS["vit"], **settings)
+    training.train()
+    assert kept and alive == [False] * 3
+    assert not training._pair_loaders and not training._guided_step.loaders

@@ -34,6 +34,18 @@ def full_precision_afterwards():
     AcceleratorState._reset_state()
 
 
+def test_an_overflow_leaves_the_shares_of_groups_as_they_were(tmp_path):
+    """The scaler skips such a step; GroupDRO's q would keep what it was made of for good."""
+    model, settings = small.vit().double(), {"objective": "group_dro", "group_dro_step_size": 1.0, "max_steps": 1}
+    handle = model.classifier.register_forward_hook(lambda layer, args, logits: logits * math.inf)
+    training = with_scaler(trainer(tmp_path, model, small.grouped(), {}, **settings), 2.0**4)
+    training.train()
+    assert training._task.shares.shares == [0.25] * 4 and bit_equal(weights(model), weights(small.vit().double()))
+    handle.remove()
+    training.train()
+    assert training._task.shares.shares != [0.25] * 4 and sum(training._task.shares.shares) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -53,7 +53,7 @@ def test_the_recipes_are_all_found():
         "celeba",
     }
     benchmarks = ["colored_mnist", "digits", "scenes_100"]
-    comparisons = [*benchmarks, "scenes_95", "few_pairs", "norm_colored_mnist"]
+    comparisons = [*benchmarks, "scenes_95", "few_pairs", "norm_colored_mnist", "makers_scenes_95"]
     comparisons += [f"{kind}_{name}" for name in benchmarks for kind in ("transfer", "speed")]
     assert [path.stem for path in SUITES] == sorted([*QUESTIONS, *comparisons])
 

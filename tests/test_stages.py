@@ -140,13 +140,16 @@ def test_settings_as_flags(tmp_path):
     ("changes", "expected"),
     [
         ({"last_layer": {"method": "project", "rank": 1}, "pairs": {"maker": "adversarial"}}, "AdversarialPairs"),
+        ({"last_layer": {"method": "project", "rank": 16}}, "rank=16 is more than the 15 directions"),
+        ({"last_layer": {"method": "project", "rank": 5}, "num_pairs": 4}, "rank=5 is more than the 4 directions"),
         ({"last_layer": DFR, "dataset": "stroke_mass"}, "1 outputs"),
         ({"repeat_errors": TWICE, "dataset": "stroke_mass"}, "numbers"),
         ({"repeat_errors": TWICE, "objective": "group_dro"}, "group_dro"),
     ],
 )
 def test_what_cannot_be_compared_is_named_before_a_training(tmp_path, capsys, changes, expected):
-    assert main(["train", "--config", write(tmp_path, num_pairs=None, metric_for_best_model="loss", **changes)]) == 2
+    settings = {"num_pairs": None, "metric_for_best_model": "loss", **changes}
+    assert main(["train", "--config", write(tmp_path, **settings)]) == 2
     assert expected in capsys.readouterr().err
     assert not [*tmp_path.glob("out/checkpoint-*")] and not (tmp_path / "out" / "run.json").exists()
 

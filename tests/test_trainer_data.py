@@ -17,7 +17,8 @@ from small import Around, bit_equal, logged, trainer, weights
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor
 
-from ipg_hf import IPGConfig, IPGTrainer, correction
+from ipg_hf import IPGConfig, IPGTrainer
+from ipg_hf.launch import check_launch
 
 
 @pytest.fixture
@@ -276,6 +277,9 @@ def test_augmentation_changes_with_the_epoch(tmp_path):
         ({"per_device_pair_batch_size": 0}, ["per_device_pair_batch_size=0", "1 or more"]),
         ({"random_crop_scale": 0.0}, ["random_crop_scale=0.0", "(0, 1]"]),
         ({"pair_num_workers": -1}, ["pair_num_workers=-1", "0 or more"]),
+        ({"pair_objective": "kl", "correction_interval": 2}, ["correction_interval=2", "pair_objective='kl'"]),
+        ({"pair_objective": "kl", "correction_schedule": "violated"}, ["set correction_schedule='always'"]),
+        ({"pair_objective": "kl", "shared_optimizer_state": False}, ["set shared_optimizer_state=True"]),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, settings, words):
@@ -346,14 +350,24 @@ def launched(kind="MULTI_GPU", fsdp_version=None, parallel=None):
 )
 def test_launchers_that_are_refused(accelerator, others, words):
     with pytest.raises(ValueError) as error:
-        correction.check_launcher(accelerator, **others)
+        check_launch(accelerator, **others)
     assert all(word in str(error.value) for word in [*words, "--multi_gpu", "--fsdp_version 2"]), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("optim", "instead"),
+    [("lomo", "adamw_torch"), ("galore_adamw_layerwise", "galore_adamw"), ("adalomo", "adamw_torch")],
+)
+def test_optimizers_that_step_in_the_backward_are_refused(tmp_path, optim, instead):
+    with pytest.raises(ValueError, match=f"optim='{optim}', which moves .* Use '{instead}"):
+        small.trainer(tmp_path, optim=optim)
+    small.trainer(tmp_path, pair_dataset={}, optim=optim)  # plain training is Trainer's
 
 
 def test_launchers_that_are_taken():
     sharded = launched("FSDP", fsdp_version=2, parallel=ParallelismConfig(dp_shard_size=2))
     for accelerator in (launched("NO"), launched("MULTI_GPU"), launched("MULTI_CPU"), sharded):
-        correction.check_launcher(accelerator)
+        check_launch(accelerator)
 
 
 def test_a_refused_launcher_stops_the_trainer(tmp_path):
