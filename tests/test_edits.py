@@ -2,6 +2,7 @@
 """Pairs made of images: by recolouring, overlays, other backgrounds, matching; and pairs that lie on disk."""
 
 import csv
+import io
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ from ipg_hf.pairs import (
     pairs_from_folders,
     pairs_from_table,
     recolor_pairs,
+    with_counterparts,
 )
 from ipg_hf.pairs.edits import fill_foreground
 from ipg_hf.pairs.matching import extract_features
@@ -242,6 +244,49 @@ def test_a_background_is_swapped_around_the_foreground():
     edge, ground = soft[14, 8], np.array([0, 0, 255])
     assert 0 < np.abs(edge - ground).sum() < np.abs(soft[14, 14] - ground).sum() + 200
     assert (soft[0, 0] == ground).all()
+
+
+def as_files(source, kind, mode="RGB"):
+    """The set with its images as files of a kind in memory."""
+    files = []
+    for image in source["image"]:
+        buffer = io.BytesIO()
+        image.convert(mode).save(buffer, kind)
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    return source.remove_columns("image").add_column("image", files, feature=datasets.Image())
+
+
+def stored(pairs, column):
+    return [row["bytes"] for row in pairs.cast_column(column, datasets.Image(decode=False))[column]]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_side_that_is_the_image_itself_keeps_its_file(kind):
+    source = as_files(photos(), kind)
+    pairs = recolor_pairs(source)
+    own = stored(source, "image")
+    assert stored(pairs, "image_a") == own and not {*stored(pairs, "image_b")} & {*own}
+    assert len(with_counterparts(source, pairs)) == len(source)
+    other = recolor_pairs(as_files(photos(), kind, {"JPEG": "CMYK", "PNG": "P"}[kind]))
+    assert all(row["image_a"].mode == "RGB" for row in other)  # what was of another mode is made anew
+
+
+def test_a_background_may_leave_the_image_on_its_own_side():
+    source = as_files(photos(masks=True), "JPEG")
+    pairs = background_pairs(source, keep_own=True, soft_edge=0)
+    plain = background_pairs(source, soft_edge=0)
+    own = stored(source, "image")
+    for number, place in enumerate(source["attribute"]):
+        sides = [stored(pairs, f"image_{side}")[number] for side in "ab"]
+        assert sides[place] == own[number] != sides[1 - place]
+        assert own[number] not in [stored(plain, f"image_{side}")[number] for side in "ab"]
+        composed, image = pixels(pairs[number]["image_" + "ab"[1 - place]]), pixels(source[number]["image"])
+        assert (composed[8:20, 8:20] == image[8:20, 8:20]).all() and (composed[:8] != image[:8]).any()
+    others = stored(with_counterparts(source, pairs), "image_b")
+    assert not {*others} & {*own}
+    wrong = source.remove_columns("attribute").add_column("attribute", [2] * len(source))
+    with pytest.raises(ValueError, match="keep_own=True needs 'attribute' to be 0 or 1, but it is 2"):
+        background_pairs(wrong, keep_own=True, backgrounds=([photo(1)], [photo(2)]))
 
 
 def test_backgrounds_of_the_set_itself_come_without_their_foreground():

@@ -139,6 +139,7 @@ def background_pairs(
     mask: str = "mask",
     attribute: str = "attribute",
     soft_edge: float = 1.5,
+    keep_own: bool = False,
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> Any:
@@ -151,8 +152,11 @@ def background_pairs(
             filled from around it (our reading; clean photographs are better). Of 16 drawn ones that is taken whose
             filled part the new foreground hides best.
         mask: column of masks, images of one channel, 0 background and 255 foreground; resized to the image.
-        attribute: column of a binary attribute, the kind of background; used where `backgrounds` is not given.
+        attribute: column of a binary attribute, the kind of background; used where `backgrounds` is not given, and by
+            `keep_own`.
         soft_edge: radius in pixels of the Gaussian blur of the mask, for the transition between the two; 0 or more.
+        keep_own: the side of the image's own kind is the image as it is, and the other alone is composed: pairs for
+            `pair_source="batch"`. What composing leaves behind then tells the sides apart too.
         num_pairs: as in [`recolor_pairs`].
         seed: non-negative; seed of all draws.
 
@@ -160,7 +164,8 @@ def background_pairs(
         As [`recolor_pairs`]; a foreground stands at the same spot on both sides.
 
     Raises:
-        ValueError: a column is missing; a mask is empty or covers all; there are no backgrounds of a kind.
+        ValueError: a column is missing; a mask is empty or covers all; there are no backgrounds of a kind; with
+            `keep_own` an attribute is neither 0 nor 1.
     """
     if soft_edge < 0:
         raise ValueError(f"soft_edge={soft_edge} is not valid: it must be 0 or more pixels.")
@@ -181,7 +186,12 @@ def background_pairs(
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         alpha = _alpha(row[mask], image.size, soft_edge)
         sides = []
-        for images, filled in zip(backgrounds, shapes, strict=True):
+        if keep_own and row[attribute] not in (0, 1):
+            raise ValueError(f"keep_own=True needs {attribute!r} to be 0 or 1, but it is {row[attribute]!r}.")
+        for value, (images, filled) in enumerate(zip(backgrounds, shapes, strict=True)):
+            if keep_own and row[attribute] == value:
+                sides.append(image)
+                continue
             drawn = rng.integers(len(images), size=1 if filled is None else CANDIDATES)
             shows = 0 if filled is None else (filled[drawn] & ~_coarse([row[mask]])).sum((1, 2)).argmin()
             found = images[int(drawn[shows])]
@@ -192,7 +202,8 @@ def background_pairs(
         return sides[0], sides[1]
 
     names = feature if isinstance(feature, datasets.ClassLabel) else datasets.ClassLabel(names=["0", "1"])
-    return _edited(source, edit, names, needs=[mask], num_pairs=num_pairs, seed=seed)
+    needs = [mask, attribute] if keep_own else [mask]
+    return _edited(source, edit, names, needs=needs, num_pairs=num_pairs, seed=seed)
 
 
 def fill_foreground(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -245,7 +256,7 @@ def _edited(
     features |= {"attribute_a": names, "attribute_b": names, "source_id": datasets.Value("int64")}
 
     def pair(row: dict[str, Any], number: int) -> dict[str, Any]:
-        image = row["image"].convert("RGB")
+        image = row["image"] if row["image"].mode == "RGB" else row["image"].convert("RGB")
         a, b = edit(image, row, np.random.default_rng((seed, 5, number)))
         if a.size != b.size or a.mode != b.mode or ImageChops.difference(a, b).getbbox() is None:
             raise ValueError(
@@ -262,11 +273,15 @@ def _edited(
     rows = rows[draw_rows(len(rows), num_pairs, seed=seed, of="source rows")]
     needed = [name for name in dict.fromkeys(("image", *needs, "label")) if name in columns]
     chosen = source.with_format(None).select_columns(needed).select(rows)
+    stored = chosen.select_columns("image").cast_column("image", datasets.Image(decode=False))
 
-    def numbered(row: dict[str, Any], place: int) -> dict[str, Any]:
+    def numbered(row: Mapping[str, Any], place: int) -> dict[str, Any]:
         made = pair(row, int(rows[place]))
-        files = {name: {"bytes": encode_image(made[name]), "path": None} for name in ("image_a", "image_b")}
-        return {**made, **files}
+        for name in ("image_a", "image_b"):
+            # the image itself stays what it was, a JPEG say: smaller, and known again as one of the training images
+            is_own = made[name] is row["image"]
+            made[name] = stored[place]["image"] if is_own else {"bytes": encode_image(made[name]), "path": None}
+        return made
 
     return chosen.map(numbered, with_indices=True, remove_columns=needed, features=features, desc="Making pairs")
 
