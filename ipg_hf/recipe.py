@@ -297,6 +297,8 @@ def parse_settings(
         raise
     except ValueError as failure:
         raise RecipeError(str(failure)) from failure
+    if recipe.repeat_errors and args.objective != "erm":
+        raise RecipeError(f"repeat_errors trains plainly twice: leave objective at erm (now {args.objective}).")
     return recipe, args, {key: getattr(recipe, key, value) for key, value in values.items()}
 
 

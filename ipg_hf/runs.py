@@ -144,8 +144,6 @@ def _with_errors_repeated(
     """The training set with the first model's errors repeated, and what the record keeps of it."""
     if not isinstance(data.train.features["label"], datasets.ClassLabel):
         raise RecipeError(f"repeat_errors counts wrong classes, but the labels of {recipe.dataset} are numbers.")
-    if args.objective != "erm":
-        raise RecipeError(f"repeat_errors trains plainly twice: leave objective at erm (now {args.objective}).")
     path, settings = Path(args.output_dir) / ERRORS, recipe.repeat_errors
     if resume and path.is_file():  # the training goes on with the rows that it began with
         wrong = np.isin(np.arange(len(data.train)), json.loads(path.read_text(encoding="utf-8"))["rows"])
