@@ -105,7 +105,9 @@ class GuidedStep:
         if self.is_penalty:
             return metrics
         norm: Tensor | None = torch.zeros_like(metrics["divergence"])
-        if self.args.correction_schedule == "always" or metrics["violated"]:
+        always = self.args.correction_schedule == "always"
+        disagree = not always and bool(metrics["violated"])  # waits for the device, before the first update is queued
+        if always or disagree:
             norm = correction.corrective_update(
                 module, self.trainer.optimizer, self.accelerator, self.args.max_grad_norm, self._own_state
             )
@@ -115,7 +117,8 @@ class GuidedStep:
         metrics["corrective_grad_norm"] = norm
         costs = {f"{name}/{key}" if name else key for name, loader in self.loaders.items() for key in loader.cost}
         held = {name: value for name, value in metrics.items() if name not in costs}  # paid once
-        self.progress.hold(held, self.args.correction_interval, self.args.correction_schedule)
+        if self.args.correction_interval > 1:
+            self.progress.hold(held, 1 if disagree else self.args.correction_interval)
         return metrics
 
     def _look(self, module: nn.Module) -> dict[str, Tensor]:

@@ -120,18 +120,9 @@ class PairProgress(TrainerCallback, ExportableState):
         self.wait = max(0, self.wait - 1) if self.held else 0
         return self.wait == 0
 
-    def hold(self, metrics: dict[str, Tensor], interval: int, schedule: str) -> None:
-        """Keeps what was measured for the steps until the pairs are looked at again.
-
-        Args:
-            metrics: of the step (detached scalars), with `violated`.
-            interval: optimizer steps from one look to the next.
-            schedule: `"always"`, or `"violated"`: the next look is at the next step while the pairs disagree.
-        """
-        if interval > 1:
-            self.held, self.wait = dict(metrics), interval
-            if schedule == "violated" and metrics["violated"]:
-                self.wait = 1
+    def hold(self, metrics: dict[str, Tensor], wait: int) -> None:
+        """Keeps what was measured (detached scalars) for `wait` optimizer steps, until the next look at the pairs."""
+        self.held, self.wait = dict(metrics), wait
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds the metrics of one optimizer step (detached scalars)."""
@@ -154,7 +145,8 @@ class PairProgress(TrainerCallback, ExportableState):
                 if collapsed and not self.warned:
                     logger.warning(
                         "The model's outputs on the pairs have become one constant: the trivial solution, which has "
-                        f"distance and divergence 0. Use a larger alpha (now {alpha}) or a smaller learning_rate (now "
+                        "distance and divergence 0. Use the defaults of invariance_distance and max_loss_scale where "
+                        f"they were changed, a larger alpha (now {alpha}) or a smaller learning_rate (now "
                         f"{learning_rate}), and choose the checkpoint by worst-group accuracy on validation. (Pairs of "
                         "one label alone look like this in a sound run too.)"
                     )

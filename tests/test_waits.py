@@ -56,7 +56,12 @@ def test_a_guided_step_waits_once(tmp_path, monkeypatch, reduction):
     assert reads(tmp_path, monkeypatch, **settings) == [(1, 0)] * 3
 
 
-def test_correcting_while_the_pairs_disagree_waits_for_the_divergence_too(tmp_path, monkeypatch):
-    settings = {"correction_schedule": "violated", "invariance_threshold": 0.0}
-    found = reads(tmp_path, monkeypatch, **settings)
-    assert found == [(3, 0)] * 3
+@pytest.mark.parametrize("interval", [1, 4])
+def test_correcting_while_the_pairs_disagree_waits_for_the_divergence_too(tmp_path, monkeypatch, interval):
+    """Before the backward of the pairs and after it; then for the norm."""
+    settings = {"correction_schedule": "violated", "invariance_threshold": 0.0, "correction_interval": interval}
+    assert reads(tmp_path, monkeypatch, **settings) == [(3, 0)] * 3
+
+
+def test_a_fixed_interval_waits_once_a_look(tmp_path, monkeypatch):
+    assert reads(tmp_path, monkeypatch, correction_interval=2) == [(1, 0), (0, 0), (1, 0)]
