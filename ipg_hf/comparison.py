@@ -142,7 +142,8 @@ def markdown(suite: Suite, found: Sequence[Standing]) -> str:
         extreme = "lowest" if worst == HIGHER else "highest"
         titles += ["worst group, mean ± sd", "median", extreme] if title == "worst group" else [title]
     several = len(suite.methods) > 1
-    titles += ["seconds a run", *([f"against `{suite.reference}`", "against the best other"] if several else [])]
+    against = [*(f"`{name}`" for name in suite.references), "the best other"] if several else []
+    titles += ["seconds a run", *(f"against {other}" for other in against)]
     rows = [titles, ["---"] * len(titles), *(_row(suite, standing, found, columns) for standing in found)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines[1] = "|" + "---|" * len(titles)
@@ -214,13 +215,16 @@ def _row(suite: Suite, standing: Standing, found: Sequence[Standing], columns: M
 def _differences(
     suite: Suite, standing: Standing, found: Sequence[Standing]
 ) -> dict[str, tuple[str | None, Interval | None]]:
-    """Of the worst group at one point of the grid: to the reference, and to the best other method."""
+    """Of the worst group at one point of the grid: to each reference, and to the best other method."""
     metric = measured_columns(found)["worst group"]
     worst = {other.name: other.values(metric) for other in found if other.point in (standing.point, {})}
     sign = 1 if metric == HIGHER else -1
     scores = {name: {seed: sign * value for seed, value in values.items()} for name, values in worst.items()}
-    reference = suite.reference if standing.name != suite.reference and suite.reference in worst else None
-    others = {"reference": reference, "best_other": best_other(standing.name, scores)}
+    others = {
+        f"reference_{number}" if number > 1 else "reference": name if name in worst.keys() - {standing.name} else None
+        for number, name in enumerate(suite.references, 1)
+    }
+    others["best_other"] = best_other(standing.name, scores)
     return {
         title: (other, paired_difference(worst[standing.name], worst[other]) if other else None)
         for title, other in others.items()

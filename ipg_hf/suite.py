@@ -60,7 +60,7 @@ class Suite:
         title: for the table and the figure.
         base: the settings that all methods share.
         seeds: of the runs that are compared.
-        reference: the method that differences are taken to.
+        references: the methods that differences are taken to.
         methods: name -> the settings in which it departs from the shared ones; a value that is itself a mapping
             replaces the shared one whole.
         tuning: how settings are chosen, or `None` where they are given.
@@ -73,7 +73,7 @@ class Suite:
     title: str
     base: Mapping[str, Any]
     seeds: Sequence[int]
-    reference: str
+    references: Sequence[str]
     methods: Mapping[str, Mapping[str, Any]]
     tuning: Tuning | None
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -99,15 +99,15 @@ def load_suite(path: str | Path) -> Suite:
     """Reads a suite and validates the settings of each of its runs.
 
     Raises:
-        RecipeError: the file, the recipe or a value cannot be used, or the settings of a method are no recipe; the
-            message names the value and the fix.
+        RecipeError: the file, its recipe or a value cannot be used; the message names the value and the fix.
     """
     path = Path(path)
     given = read_yaml(path)
     _known(given, KEYS, str(path))
     for key in KEYS[:5]:
         _require(key in given, f"{path}: {key} is missing.")
-    for key, kind in {"title": str, "recipe": str, "seeds": list, "reference": str, "methods": dict}.items():
+    given["reference"] = [given["reference"]] if isinstance(given["reference"], str) else given["reference"]
+    for key, kind in {"title": str, "recipe": str, "seeds": list, "reference": list, "methods": dict}.items():
         _require(isinstance(given[key], kind), f"{path}: {key}={given[key]!r} must be a {kind.__name__}.")
     recipe, changes = path.parent / given["recipe"], _changes(given.get("settings"), f"{path}: settings")
     shared = read_yaml(recipe)
@@ -117,7 +117,7 @@ def load_suite(path: str | Path) -> Suite:
         title=given["title"],
         base={key: value for key, value in {**shared, **changes}.items() if key not in OWN},
         seeds=given["seeds"],
-        reference=given["reference"],
+        references=given["reference"],
         methods={name: _changes(value, f"{path}: methods: {name}") for name, value in given["methods"].items()},
         tuning=_tuning(given.get("tuning"), f"{path}: tuning"),
         grid=_grid(given.get("grid"), f"{path}: grid"),
@@ -315,7 +315,7 @@ def _validate(suite: Suite) -> None:
     seeds = suite.seeds
     valid = seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len({*seeds}) == len(seeds)
     _require(bool(valid), f"{path}: seeds={seeds!r} must be different whole numbers of 0 or more.")
-    _known([suite.reference], suite.methods, f"{path}: reference")
+    _known(suite.references, suite.methods, f"{path}: reference")
     if suite.tuning:
         _known(suite.tuning.ranges, [ALL, *suite.methods], f"{path}: tuning: ranges")
     for name, changes in suite.methods.items():

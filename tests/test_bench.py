@@ -35,6 +35,8 @@ from ipg_hf.suite import Tuning, draw_runs, draws, load_suite, seed_runs
         ({"seeds": [-1]}, ["seeds=[-1]"]),
         ({"seeds": 3}, ["seeds=3", "list"]),
         ({"reference": "erms"}, ["reference", "'erms'", "'erm'"]),
+        ({"reference": ["erm", "b"]}, ["reference", "'b'"]),
+        ({"reference": 3}, ["reference=3", "list"]),
         ({"methods": {}}, ["methods is empty"]),
         ({"methods": {"erm": {"alhpa": 1}}}, ["methods: erm", "'alhpa'", "'alpha'"]),
         ({"methods": {"erm": {"alpha": "big"}}}, ["methods: erm", "alpha", "big"]),
@@ -285,6 +287,20 @@ def test_csv_and_figure(compared):
     assert b["best_other"] == "a" and b["best_other_difference_n"] == "1" and b["best_other_difference_low"] == ""
     assert json.loads(a["settings"]) == {"alpha": 0.5}
     assert c["seeds"] == "0" and c["worst_group_accuracy_mean"] == "" and c["seconds_median"] == ""
+
+
+def test_differences_to_several_references(compared):
+    compared.write_text(compared.read_text().replace("reference: erm", "reference: [erm, b]"))
+    assert main(["bench", str(compared), "--only", "render"]) == 0
+    folder = compared.parent / "results/tiny_suite"
+    lines = (folder / "table.md").read_text().splitlines()
+    assert lines[2].endswith("| against `erm` | against `b` | against the best other |")
+    with open(folder / "table.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    for name, others in {"a": ["erm", "b"], "erm": ["", "b"], "b": ["erm", ""]}.items():
+        assert [rows[name]["reference"], rows[name]["reference_2"]] == others
+    own, other = (float(rows["a"][f"{key}_difference_mean"]) for key in ("reference", "reference_2"))
+    assert own == pytest.approx(0.4) and other == pytest.approx(-0.4)  # of the one seed that b has
 
 
 def test_two_suites_of_one_folder_do_not_mix(compared):
