@@ -44,6 +44,32 @@ def test_the_arms_train_on_what_they_are_named_for(tiny, tmp_path):
     assert kinds == {"erm": "Trainer", "ipg": "IPGTrainer", "bound": "Trainer"}
 
 
+def test_pairs_in_the_batch_are_measured_against_both_sides_alone(tiny, tmp_path, monkeypatch):
+    settings = {"rationale_reduction": "pair", "pair_source": "batch"}
+    monkeypatch.setitem(tiny.CASES, "mlp_in_batch", {"model": "mlp", "size": "mlp", "settings": settings})
+    monkeypatch.setitem(tiny.SIZES["mlp"], "pairs", 8)
+    row = tiny.measured("mlp_in_batch", 1)
+    assert row["cpu"]["to_scaled_erm"]["ratio"] == pytest.approx(row["cpu"]["to_erm"]["ratio"] / 2, abs=2e-3)
+    data = tiny.data_of("mlp_in_batch")
+    trainers = [tiny.trainer_of("mlp_in_batch", arm, str(tmp_path), *data, tiny.Clock(1, 2)) for arm in tiny.ARMS]
+    assert [trainer.args.train_batch_size for trainer in trainers] == [8, 8, 16]
+
+
+def test_batch_norm_is_held_in_every_arm(tiny, tmp_path):
+    import torch
+
+    after = {}
+    for arm in tiny.ARMS:
+        sizes = {"per_device_train_batch_size": 2, "per_device_pair_batch_size": 2, "max_steps": 2}
+        data = tiny.data_of("resnet18_hf")
+        trainer = tiny.trainer_of("resnet18_hf", arm, str(tmp_path), *data, tiny.Clock(1, 1), **sizes)
+        trainer.train()
+        after[arm] = [layer.running_mean for layer in tiny.norm_layers(trainer.model)]
+        assert trainer.model.training
+    for means in after.values():
+        assert means and all(torch.equal(mean, torch.zeros_like(mean)) for mean in means)
+
+
 def test_ratios_by_hand(tiny):
     """Medians 4 and 2; the rounds' own ratios 1, 2 and 4."""
     found = tiny.ratio([2.0, 4.0, 8.0], [2.0, 2.0, 2.0])

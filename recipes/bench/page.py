@@ -23,8 +23,8 @@ def of_ratio(found):
 
 def step(record):
     """One row a case; the processor's time where there is one, else the time that passed."""
-    titles = ("case", "B", "P", "seconds a step (ERM, IPG)", "IPG / ERM on B + 2P", "IPG / ERM · (B + 2P) / B")
-    titles += ("IPG / ERM", "wall: IPG / ERM on B + 2P", "load", "rounds")
+    titles = ("case", "B", "P", "seconds a step (ERM, IPG)", "IPG / bound", "IPG / bound by ERM's speed")
+    titles += ("IPG / ERM", "wall: IPG / bound", "load", "rounds")
     rows = []
     for case, row in record.items():
         if row == "not run":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guided step on two processes that share the batches (gloo, one machine), and the messages that it adds.
 
-    python recipes/bench/processes.py [--rounds 5] [--write]
+    python recipes/bench/processes.py [--rounds 3] [--write]
 
 Steps: the batches of step.py on one process and on two, one thread each, plain training and guided, in turn. Messages:
 the mean of all gradients over the two processes, in buckets as the library does it and a message a parameter, in turn
@@ -85,7 +85,7 @@ def work(target, job, *arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="keep the record")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

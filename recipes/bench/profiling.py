@@ -122,7 +122,10 @@ class Parts:
 
 
 def profiled(size, trainer_of, case, images, pairs, steps=None):
-    """Milliseconds of processor time a step: by part, by operator of torch, and by function of this library."""
+    """Milliseconds a step: by part, by operator of torch, and by function of this library; and the whole of each run.
+
+    Processor time, but for the operators, which torch.profiler times by the wall clock.
+    """
     steps = steps or max(2, size["steps"])
     parts, operators, calls = Parts(), torch.profiler.profile(activities=[ProfilerActivity.CPU]), cProfile.Profile()
     starts = {"parts": parts.start, "operators": operators.start, "functions": calls.enable}
@@ -153,6 +156,7 @@ def profiled(size, trainer_of, case, images, pairs, steps=None):
         "parts": {name: 1e3 * seconds / steps for name, seconds in parts.seconds.items()},
         "operators": {row.key: row.self_cpu_time_total / 1e3 / steps for row in operators.key_averages()},
         "functions": functions,
+        "whole": {kind: 1e3 * clocks[kind].seconds[0 if kind == "operators" else 1] for kind in starts},
     }
 
 
@@ -164,17 +168,22 @@ def profile_page(found):
         "# Where the time of a guided step goes",
         "",
         f"Made by `python recipes/bench/step.py {' '.join(found)} --profile --write`: {versions}; "
-        f"{machine['machine']}, {machine['torch_threads']} thread; commit {report.commit()}. Milliseconds of processor "
-        "time a step. Parts are timed without the parts inside them; operators by torch.profiler, functions of ipg_hf "
-        "by cProfile, each in a run of its own and without what they call. [README.md](README.md) explains them.",
+        f"{machine['machine']}, {machine['torch_threads']} thread; commit {report.commit()}. Milliseconds a step. "
+        "Parts are timed without the parts inside them; operators by torch.profiler, functions of ipg_hf by cProfile, "
+        "without what they call; each kind in a run of its own, of whose step the shares are. Processor time, that of "
+        "the operators of the wall clock. [README.md](README.md) explains the largest.",
     ]
     for case, row in found.items():
-        size, total = row["size"], sum(row["parts"].values())
+        size = row["size"]
         lines += ["", f"## {case}: {size['images']} images, {size['pairs']} pairs, {size['pixels']} pixels"]
         for kind, count in (("parts", None), ("operators", 8), ("functions", 5)):
             top = sorted(row[kind].items(), key=lambda entry: -entry[1])[:count]
-            lines += ["", f"| {kind[:-1]} | ms | share of the step |", "|---|---|---|"]
+            total = row["whole"][kind]
+            lines += ["", f"| {kind[:-1]} | ms | share of its step of {milliseconds(total)} |", "|---|---|---|"]
             for name, value in top:
-                lines.append(f"| {name} | {value:,.0f} |" if value >= 100 else f"| {name} | {value:.3g} |")
-                lines[-1] += f" {100 * value / total:.1f} % |"
+                lines.append(f"| {name} | {milliseconds(value)} | {100 * value / total:.1f} % |")
     return "\n".join(lines) + "\n"
+
+
+def milliseconds(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guided step costs: `IPGTrainer` on B images and P pairs against `Trainer` on B and on B + 2P images.
+"""What a guided step costs: `IPGTrainer` on B images and P pairs against `Trainer` on B images and on its bound.
 
-    python recipes/bench/step.py [CASE ...] [--device cuda] [--rounds 9] [--write]
+    python recipes/bench/step.py [CASE ...] [--device cuda] [--rounds 5] [--write]
     python recipes/bench/step.py mlp vit_tiny_hf --profile [--write]
 
-A guided step does the arithmetic of B + 2P images, so that plain training on so many is the bound. In every round each
+A guided step does the arithmetic of B + 2P images, so that plain training on so many is the bound; for pairs in the
+batch (P = B, `pair_source="batch"`) it is B + P, with which one forward would serve both gradients. In every round each
 arm trains for a few steps, in turn and in reverse turn, so that a busy moment of the machine falls on all; the first
 steps of each (buffers, compilation) are not timed. Weights and images are random and in memory; the time of a step
 holds its data loading. `--profile` says where the time of one guided step goes. `--write` keeps the figures of these
@@ -34,6 +35,7 @@ from transformers import (
 
 from ipg_hf import IPGConfig, IPGTrainer, load_image_classifier, report
 from ipg_hf.data.colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification
+from ipg_hf.norms import norm_layers
 
 RECORD = Path(__file__).with_suffix(".json")
 POOL, ROWS = 64, 50_000  # different images; rows that a data set says it has, so that no epoch ends
@@ -52,27 +54,35 @@ MODELS = {
 SIZES = {  # by device: B, P, pixels, steps warmed up and timed a round, the target for the ratio to the bound
     "mlp": {"images": 256, "pairs": 300, "pixels": 28, "warm": 5, "steps": 40, "target": 1.25},
     "cpu": {"images": 32, "pairs": 16, "pixels": 224, "warm": 1, "steps": 1, "target": 1.05},
+    "cpu_in_batch": {"images": 32, "pairs": 32, "pixels": 224, "warm": 1, "steps": 1, "target": None},
     "cuda": {"images": 128, "pairs": 64, "pixels": 224, "warm": 10, "steps": 30, "target": 1.05},
 }
 HALF = {"use_cpu": False, "bf16": True}
+PAIR = {"rationale_reduction": "pair"}
 CASES = {
-    "mlp": {"model": "mlp", "size": "mlp", "settings": {"rationale_reduction": "pair"}},
+    "mlp": {"model": "mlp", "size": "mlp", "settings": PAIR},
+    "mlp_divergence": {"model": "mlp", "size": "mlp", "settings": {"invariance_distance": "divergence"}},
+    "mlp_every_4th": {"model": "mlp", "size": "mlp", "settings": {**PAIR, "correction_interval": 4}},
     **{name: {"model": name, "size": "cpu", "settings": {}} for name in list(MODELS)[1:5]},
+    **{
+        f"{name}_in_batch": {"model": name, "size": "cpu_in_batch", "settings": {**PAIR, "pair_source": "batch"}}
+        for name in ("resnet18_timm", "vit_tiny_hf")
+    },
     **{name: {"model": name, "size": "cuda", "settings": HALF} for name in ("resnet50", "vit_b16")},
     **{
         f"{name}_compiled": {"model": name, "size": "cuda", "settings": {**HALF, "torch_compile": True}}
         for name in ("resnet50", "vit_b16")
     },
 }
-ARMS = ("erm", "ipg", "bound")  # Trainer on B, IPGTrainer on B and P, Trainer on B + 2P
+ARMS = ("erm", "ipg", "bound")  # Trainer on B, IPGTrainer on B and P, Trainer on the images of the bound
 
 
 class Images(Dataset):
-    """Rows of one image with a label, or of the two sides of a pair."""
+    """Rows of an image, or of the two sides of a pair; with a label where the side `""` is among them."""
 
     def __init__(self, pixels, sides=("",)):
         self.values = {f"pixel_values{side}": torch.randn(POOL, 3, pixels, pixels) for side in sides}
-        self.labelled = sides == ("",)
+        self.labelled = "" in sides
 
     def __len__(self):
         return ROWS
@@ -82,9 +92,28 @@ class Images(Dataset):
         return found | {"labels": row % 2} if self.labelled else found
 
 
+def in_batch(case):
+    return CASES[case]["settings"].get("pair_source") == "batch"
+
+
+def work(case):
+    """Images of the bound."""
+    size = SIZES[CASES[case]["size"]]
+    return size["images"] + (1 if in_batch(case) else 2) * size["pairs"]
+
+
 def data_of(case):
+    """Images, and pairs: with `pair_source="batch"` images with their counterparts."""
     pixels = SIZES[CASES[case]["size"]]["pixels"]
-    return Images(pixels), Images(pixels, ("_a", "_b"))
+    return Images(pixels), Images(pixels, ("", "_b") if in_batch(case) else ("_a", "_b"))
+
+
+def with_norm_held(model):
+    """The model with its batch norm at the running statistics in training too, as `freeze_norm` does to the guided."""
+    for layer in norm_layers(model):
+        layer.eval()
+        layer.train = lambda mode=True, layer=layer: layer
+    return model
 
 
 def trainer_of(case, arm, folder, images, pairs, callback, **changes):
@@ -93,7 +122,7 @@ def trainer_of(case, arm, folder, images, pairs, callback, **changes):
     torch.manual_seed(0)
     settings = {
         "max_steps": size["warm"] + size["steps"],
-        "per_device_train_batch_size": size["images"] + (2 * size["pairs"] if arm == "bound" else 0),
+        "per_device_train_batch_size": work(case) if arm == "bound" else size["images"],
         "per_device_pair_batch_size": size["pairs"],
         "invariance_distance": "rationale",  # the dearer one
         "learning_rate": 1e-5,
@@ -103,13 +132,16 @@ def trainer_of(case, arm, folder, images, pairs, callback, **changes):
         "disable_tqdm": True,
         "use_cpu": True,
         "check_pairs": False,
-        "freeze_norm": True,  # in the guided arm alone: Trainer does not know it
+        "freeze_norm": True,
         **CASES[case]["settings"],
         **changes,
     }
-    given = {"args": IPGConfig(folder, **settings), "train_dataset": images, "callbacks": [callback]}
+    given = {"args": IPGConfig(folder, **settings), "callbacks": [callback]}
     model = MODELS[CASES[case]["model"]]()
-    return IPGTrainer(model, pair_dataset=pairs, **given) if arm == "ipg" else Trainer(model, **given)
+    if arm != "ipg":
+        return Trainer(with_norm_held(model), train_dataset=images, **given)
+    data = {"train_dataset": pairs} if in_batch(case) else {"train_dataset": images, "pair_dataset": pairs}
+    return IPGTrainer(model, **data, **given)
 
 
 def seconds_a_step(case, arm, images, pairs, **changes):
@@ -140,8 +172,7 @@ def measured(case, rounds):
         for arm in ARMS[:: -1 if number % 2 else 1]:
             seconds[arm].append(seconds_a_step(case, arm, images, pairs))
     times = {kind: {arm: [pair[i] for pair in seconds[arm]] for arm in ARMS} for i, kind in ((0, "wall"), (1, "cpu"))}
-    # the work of B + 2P images at the speed of batches of B
-    share = (size["images"] + 2 * size["pairs"]) / size["images"]
+    share = work(case) / size["images"]  # the work of the bound at the speed of batches of B
     row = {**size, "rounds": rounds, "settings": CASES[case]["settings"], "load": quartiles(loads)}
     for kind in times if CASES[case]["size"] != "cuda" else ["wall"]:
         found = times[kind]
@@ -158,7 +189,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; by default the device's")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="where the time of a guided step goes")
     parser.add_argument("--write", action="store_true", help="keep the figures")
     options = parser.parse_args()
