@@ -5,8 +5,8 @@
 
 `ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes and
 transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. All draw flips. The ViT of the
-coloured digits has steps of some hundredths of a second, far below any photograph's; the others have JPEG images of 224
-pixels, 32 images and 16 pairs a step. Other programs on the machine raise it; the record keeps how busy it was.
+coloured digits and the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a
+second, far below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. Other programs on the machine raise it; the record keeps how busy it was.
 `--write` keeps the figures of these cases in the record beside this file.
 """
 
@@ -23,11 +23,12 @@ from step import MODELS
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from ipg_hf import IPGConfig, IPGTrainer, report
-from ipg_hf.data import load_digits
+from ipg_hf.data import load_colored_mnist, load_digits
 
 RECORD = Path(__file__).with_suffix(".json")
 VIT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 CASES = {  # images and pairs a step, pixels, steps
+    "mlp": (256, 300, 28, 200),
     "digits_vit": (64, 64, 16, 200),
     **{name: (32, 16, 224, 12) for name in ("resnet18_timm", "vit_tiny_hf")},
 }
@@ -40,8 +41,8 @@ ARMS = {
 
 def data_of(case, folder):
     """Training images and pairs."""
-    if case == "digits_vit":
-        data = load_digits()
+    if case in ("mlp", "digits_vit"):
+        data = load_digits() if case == "digits_vit" else load_colored_mnist()
         return data.train, data.pairs
     pairs = write_images(folder / "pairs.parquet", ("image_a", "image_b"), 256, "JPEG", 0)
     images = pairs.select_columns(["image_a", "label"]).rename_column("image_a", "image")
