@@ -6,7 +6,8 @@
 `ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes and
 transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. All draw flips. The ViT of the
 coloured digits and the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a
-second, far below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. Other programs on the machine raise it; the record keeps how busy it was.
+second, far below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. Other
+programs on the machine raise it; the record keeps how busy it was.
 `--write` keeps the figures of these cases in the record beside this file.
 """
 
