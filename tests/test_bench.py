@@ -35,7 +35,7 @@ from ipg_hf.suite import Tuning, draw_runs, draws, load_suite, seed_runs
         ({"seeds": [-1]}, ["seeds=[-1]"]),
         ({"seeds": 3}, ["seeds=3", "list"]),
         ({"reference": "erms"}, ["reference", "'erms'", "'erm'"]),
-        ({"reference": ["erm", "b"]}, ["reference", "'b'"]),
+        ({"reference": ["erm", "c"]}, ["reference", "'c'"]),
         ({"reference": 3}, ["reference=3", "list"]),
         ({"methods": {}}, ["methods is empty"]),
         ({"methods": {"erm": {"alhpa": 1}}}, ["methods: erm", "'alhpa'", "'alpha'"]),
