@@ -78,7 +78,7 @@ def pair_wait(record):
         if found == "not run":
             rows.append([f"`{case}`", *["not run"] * (len(arms) + 1)])
             continue
-        shares = [f"{100 * found['share'][arm]:.1f} %" for arm in arms]
+        shares = [f"{100 * found['share'][arm]:.1f} %" if arm in found["share"] else "-" for arm in arms]
         rows.append([f"`{case}`", *shares, f"{found['load_average_of_5_minutes']:.1f}"])
     return lines_of(["case", *arms, "load"], rows)
 

@@ -4,10 +4,11 @@
     python recipes/bench/pair_wait.py [CASE ...] [--write]
 
 `ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes and
-transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. All draw flips. The ViT of the
+transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. All but `mlp_tensors` draw flips. The ViT of the
 coloured digits and the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a
-second, far below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. Other
-programs on the machine raise it; the record keeps how busy it was.
+second, far below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step.
+`mlp_tensors` has finished tensors in memory, as `preload` keeps them. Other programs on the machine raise the share;
+the record keeps how busy it was.
 `--write` keeps the figures of these cases in the record beside this file.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 import datasets
 import torch
 from pair_check import write_images
-from step import MODELS
+from step import MODELS, Images
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from ipg_hf import IPGConfig, IPGTrainer, report
@@ -30,6 +31,7 @@ RECORD = Path(__file__).with_suffix(".json")
 VIT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 CASES = {  # images and pairs a step, pixels, steps
     "mlp": (256, 300, 28, 200),
+    "mlp_tensors": (256, 300, 28, 200),
     "digits_vit": (64, 64, 16, 200),
     **{name: (32, 16, 224, 12) for name in ("resnet18_timm", "vit_tiny_hf")},
 }
@@ -42,6 +44,8 @@ ARMS = {
 
 def data_of(case, folder):
     """Training images and pairs."""
+    if case == "mlp_tensors":
+        return Images(28), Images(28, ("_a", "_b"))
     if case in ("mlp", "digits_vit"):
         data = load_digits() if case == "digits_vit" else load_colored_mnist()
         return data.train, data.pairs
@@ -62,20 +66,22 @@ def measure(case, folder, images, pairs, settings):
         invariance_distance="rationale",
         rationale_reduction="pair",
         freeze_norm=True,
-        random_flip=True,
+        random_flip=case != "mlp_tensors",
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
         **settings,
     )
-    own = case == "digits_vit"
+    own, raw = case == "digits_vit", case != "mlp_tensors"
     trainer = IPGTrainer(
-        ViTForImageClassification(ViTConfig(**VIT, image_size=16, patch_size=8)) if own else MODELS[case](),
+        ViTForImageClassification(ViTConfig(**VIT, image_size=16, patch_size=8))
+        if own
+        else MODELS[case.removesuffix("_tensors")](),
         args,
         train_dataset=images,
         pair_dataset=pairs,
-        processing_class=ViTImageProcessor(size={"height": pixels, "width": pixels}),
+        processing_class=ViTImageProcessor(size={"height": pixels, "width": pixels}) if raw else None,
     )
     trainer.train()
     shares = [entry["ipg/pair_wait"] for entry in trainer.state.log_history if "ipg/pair_wait" in entry][1:]
@@ -94,6 +100,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             images, pairs = data_of(case, Path(folder))
             for name, settings in ARMS.items():
+                if case == "mlp_tensors" and name == "cache":  # they are in memory
+                    continue
                 found[name] = measure(case, str(Path(folder, "run")), images, pairs, settings)
                 print(case, name, found[name], flush=True)
         facts = {"versions": report.versions(), "commit": report.commit(), "hardware": report.hardware()}
