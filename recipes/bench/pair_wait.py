@@ -4,11 +4,11 @@
     python recipes/bench/pair_wait.py [CASE ...] [--write]
 
 `ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes and
-transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. All but `mlp_tensors` draw flips. The ViT of the
-coloured digits and the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a
-second, far below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step.
-`mlp_tensors` has finished tensors in memory, as `preload` keeps them. Other programs on the machine raise the share;
-the record keeps how busy it was.
+transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. The ViT of the coloured digits and
+the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a second, far below any
+photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. All draw flips but
+`mlp_tensors`, whose pairs are finished tensors in memory, as `preload` keeps them. Other programs on the machine raise
+the share; the record keeps how busy it was.
 `--write` keeps the figures of these cases in the record beside this file.
 """
 
