@@ -56,6 +56,7 @@ def data_of(case, folder):
 
 def measure(case, folder, images, pairs, settings):
     per_step, pairs_per_step, pixels, steps = CASES[case]
+    raw = case != "mlp_tensors"
     torch.manual_seed(0)
     args = IPGConfig(
         folder,
@@ -66,14 +67,14 @@ def measure(case, folder, images, pairs, settings):
         invariance_distance="rationale",
         rationale_reduction="pair",
         freeze_norm=True,
-        random_flip=case != "mlp_tensors",
+        random_flip=raw,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
         save_strategy="no",
         **settings,
     )
-    own, raw = case == "digits_vit", case != "mlp_tensors"
+    own = case == "digits_vit"
     trainer = IPGTrainer(
         ViTForImageClassification(ViTConfig(**VIT, image_size=16, patch_size=8))
         if own
