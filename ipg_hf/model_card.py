@@ -264,6 +264,8 @@ def _pairs(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         texts.append("The sides of a random half of them were swapped on purpose.")
     if config.get("degrade_pairs"):
         texts.append(f"The pairs were spoiled on purpose: {config['degrade_pairs']}.")
+    if config.get("mix_pairs"):
+        texts.append("That is with mixtures of two pairs, by which a smaller number was enlarged (`mix_pairs`).")
     return " ".join(texts)
 
 

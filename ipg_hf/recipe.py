@@ -34,6 +34,7 @@ from .pairs import (
     background_pairs,
     degrade_pairs,
     match_pairs,
+    mix_pairs,
     overlay_pairs,
     pairs_from_folders,
     pairs_from_table,
@@ -57,7 +58,7 @@ FROM_FILES = ("folders", "table")
 LAST_LAYERS = {"dfr": ("num_fits", "strengths"), "project": ("rank",)}
 
 MAPPINGS = (
-    *("dataset_options", "pairs", "degrade_pairs", "last_layer", "repeat_errors"),
+    *("dataset_options", "pairs", "degrade_pairs", "mix_pairs", "last_layer", "repeat_errors"),
     *("model_config", "image_processor", "about"),
 )
 
@@ -80,6 +81,7 @@ class Recipe:
             `{SET: {"maker": ...}, ...}` for several sets; by default the benchmark's own.
         pair_sets: of a benchmark with several pair sets, the names of those to train with; by default all.
         degrade_pairs: shares and strengths that spoil the training pairs (an ablation, see `pairs.degrade_pairs`).
+        mix_pairs: `{"num_pairs": 20000}` enlarges the training pairs to so many by mixtures (see `pairs.mix_pairs`).
         method: `"ipg"`, or `"erm"` for plain training without the pairs.
         compare: `"erm"` trains the twin without pairs too, in the folder `erm` of the output folder.
         last_layer: what becomes of the last layer after the training (a comparison, see `last_layer`):
@@ -115,6 +117,7 @@ class Recipe:
     pairs: dict | str | None = field(default=None, metadata={"help": "A maker of pairs and its arguments, as JSON."})
     pair_sets: list[str] | None = field(default=None, metadata={"help": "Names of the pair sets to train with."})
     degrade_pairs: dict | str | None = field(default=None, metadata={"help": "Spoil the training pairs, as JSON."})
+    mix_pairs: dict | str | None = field(default=None, metadata={"help": "Enlarge the training pairs, as JSON."})
     method: Literal["ipg", "erm"] = field(default="ipg", metadata={"help": "ipg, or erm: without the pairs."})
     compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train this twin too."})
     last_layer: dict | str | None = field(default=None, metadata={"help": "Change it after training, as JSON."})
@@ -186,12 +189,11 @@ class Recipe:
                 if name not in sets:
                     raise RecipeError(f"pair_sets: {self.dataset} has no pair set {name!r}.{nearest(name, sets)}")
             data = replace(data, pairs={name: sets[name] for name in self.pair_sets})
-        if self.degrade_pairs:
-            spoiled = {
-                name: _called(degrade_pairs, self.degrade_pairs, pairs, seed=seed)
-                for name, pairs in named_sets(data.pairs).items()
-            }
-            data = replace(data, pairs=spoiled if isinstance(data.pairs, dict) else spoiled[""])
+        for change, options in ((degrade_pairs, self.degrade_pairs), (mix_pairs, self.mix_pairs)):
+            if options:
+                sets = named_sets(data.pairs).items()
+                changed = {name: _called(change, options, pairs, seed=seed) for name, pairs in sets}
+                data = replace(data, pairs=changed if isinstance(data.pairs, dict) else changed[""])
         return data
 
     def _make_pairs(self, options: Any, data: Benchmark, seed: int) -> Any:

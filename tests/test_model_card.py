@@ -268,6 +268,18 @@ def test_what_the_pairs_did_by_default():
     assert "so that the rationales of the two images" in str(model_card(RECORD, name="x"))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"degrade_pairs": {"residual": 0.3}}, "The pairs were spoiled on purpose: {'residual': 0.3}."),
+        ({"mix_pairs": {"num_pairs": 900}}, "with mixtures of two pairs, by which a smaller number was enlarged"),
+    ],
+)
+def test_what_became_of_the_pairs(change, told):
+    assert told in str(model_card({**RECORD, "config": {**RECORD["config"], **change}}, name="x"))
+    assert told not in str(model_card(RECORD, name="x"))
+
+
 def test_a_regression_and_a_base_model_of_ones_own():
     metrics = {"mae": 0.1, "worst_group_mae": 0.2, "group_mae/above/red": 0.2, "group_n/above/red": 4.0}
     record = {**RECORD, "metrics": {"test": metrics}, "base_model": None}

@@ -8,6 +8,7 @@ from .linter import Finding, check_pairs, format_findings
 from .loader import PairCollator, PairLoader, PairSampler
 from .makers import pairs_from_render
 from .matching import match_pairs
+from .mixing import mix_pairs
 from .preview import preview_pairs
 from .scores import score_pairs
 from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table, with_counterparts
@@ -25,6 +26,7 @@ __all__ = [
     "degrade_pairs",
     "format_findings",
     "match_pairs",
+    "mix_pairs",
     "overlay_pairs",
     "pairs_from_columns",
     "pairs_from_folders",

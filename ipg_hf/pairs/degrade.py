@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import datasets
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from .makers import encode_image, image_column
+from .makers import decode_image, encode_image, image_column
 
 KINDS = ("mislabelled", "unoriented", "residual")
 
@@ -81,19 +80,13 @@ def _partners(labels: np.ndarray, rng: np.random.Generator, *, same: bool) -> np
 
 
 def _mixed(one: Mapping, other: Mapping, share: float, row: int) -> dict[str, bytes | None]:
-    first, second = (_opened(value) for value in (one, other))
+    first, second = (decode_image(value) for value in (one, other))
     if first.size != second.size or first.mode != second.mode:
         raise ValueError(
             f"residual={share} mixes images of one size and mode, but row {row} has {first.mode} of {first.size} and "
             f"its partner {second.mode} of {second.size} pixels."
         )
     return {"bytes": encode_image(Image.blend(first, second, share)), "path": None}
-
-
-def _opened(value: Mapping) -> Image.Image:
-    image = Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
-    image.load()
-    return image
 
 
 def _with_sides(
