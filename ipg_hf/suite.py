@@ -115,7 +115,8 @@ def load_suite(path: str | Path) -> Suite:
     suite = Suite(
         path=path,
         title=given["title"],
-        base={key: value for key, value in {**shared, **changes}.items() if key not in OWN},
+        # null takes a key of the recipe out again
+        base={key: value for key, value in {**shared, **changes}.items() if key not in OWN and value is not None},
         seeds=given["seeds"],
         references=given["reference"],
         methods={name: _changes(value, f"{path}: methods: {name}") for name, value in given["methods"].items()},

@@ -95,6 +95,8 @@ def test_settings_go_from_the_recipe_over_the_suite_to_the_method(tmp_path):
     assert run.settings["max_steps"] == 5 and run.settings["model_type"] == "vit"
     assert run.record == tmp_path / "results/tiny_suite/a-seed2.json"
     assert "output_dir" not in run.settings and read.base.get("seed") is None
+    plain = load_suite(write(tmp_path, settings={"model_config": None, "max_steps": 5}))
+    assert plain.base == {key: value for key, value in read.base.items() if key not in ("model_config", "alpha")}
 
 
 # ---- Draws
