@@ -6,12 +6,11 @@
 
 Probes for the label and for the attribute, fitted on validation and scored on the test set, every group counting the
 same (`ipg_hf.audit_numbers.linear_probe`). A record is `recipes/<dataset>/results/readability/<recipe>-seed<n>.json`,
-the record of the run with its `probes`; what has one is not run again.
+the record of the run with its `probes`; what has one is not run again. The models stay in `outputs/`.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from ipg_hf.report import fill_marked
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FIGURE = ROOT / "recipes/README.md", ROOT / "recipes/readability.png"
 TIMES, TARGETS = ("before", "after"), ("label", "attribute")
+PLACES = ("output_dir", "overwrite_output_dir")
 
 
 def run(recipe_file: Path, seed: int) -> None:
-    """Trains one seed of a recipe, and probes the model as it began and as it ended."""
+    """Probes one seed of a recipe as it began and as it ended; trains it where `run.py` has not."""
     from transformers import set_seed
 
     from ipg_hf.audit import audit
@@ -37,21 +37,24 @@ def run(recipe_file: Path, seed: int) -> None:
     path = recipe_file.parent / "results/readability" / f"{name}.json"
     if path.exists():
         return
-    output = ROOT / "outputs" / f"readability-{recipe_file.parent.name}-{name}"
+    output = ROOT / "outputs" / f"{recipe_file.parent.name}-{name}"  # run.py's
     flags = ["--seed", str(seed), "--output_dir", str(output), "--overwrite_output_dir", "true"]
     recipe, args, given = parse_recipe(str(recipe_file), flags)
-    record = train(recipe, args, given)
+    finished = output / "run.json"
+    record = json.loads(finished.read_text()) if finished.exists() else train(recipe, args, given)
+    other = [key for key, value in record["config"].items() if key not in PLACES and value != given.get(key)]
+    if other:
+        raise SystemExit(f"{output} holds a run with other settings ({', '.join(other)}): remove it.")
     data = recipe.load_data(args.data_order_seed)
     set_seed(args.seed)  # as the training began
     before, (after, processor) = recipe.build_model(data.train), load_trained(str(output), recipe, data)
     models = {"before": ("", before, processor), "after": (str(output), after, processor)}
     report, _ = audit(models, data, batch_size=args.per_device_eval_batch_size)
     record["probes"] = {entry["name"]: entry["probes"] for entry in report["models"]}
-    for place in ("output_dir", "overwrite_output_dir"):
-        record["config"].pop(place)
+    for place in PLACES:
+        record["config"].pop(place, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
-    shutil.rmtree(output)
 
 
 def scores(dataset: str) -> dict[str, dict[tuple[str, str], list[float]]]:
@@ -81,7 +84,7 @@ def rendered(page: str) -> str:
     return fill_marked(page, "readability", table)
 
 
-def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:
+def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist", "scenes")) -> None:
     """A line from before to after for each recipe, label and attribute in a panel each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
