@@ -58,7 +58,7 @@ class Suite:
     Args:
         path: the YAML file.
         title: for the table and the figure.
-        base: the settings that all methods share.
+        base: the settings that all methods share; a key that the suite sets to null is left out.
         seeds: of the runs that are compared.
         references: the methods that differences are taken to.
         methods: name -> the settings in which it departs from the shared ones; a value that is itself a mapping
@@ -115,7 +115,6 @@ def load_suite(path: str | Path) -> Suite:
     suite = Suite(
         path=path,
         title=given["title"],
-        # null takes a key of the recipe out again
         base={key: value for key, value in {**shared, **changes}.items() if key not in OWN and value is not None},
         seeds=given["seeds"],
         references=given["reference"],
