@@ -43,7 +43,7 @@ NOTE_OF_DIFFERENCES = (
 )
 NOTE_OF_GRIDS = " The grid shows what a setting does on the test set; no setting is chosen by it."
 NOTE_OF_POINTS = (
-    " Differences are taken at one point of the grid; a method without a point is run once, for all of them."
+    " Differences are taken at one point of the grid; a method that the grid does not vary is run once and compared at every point."
 )
 NOTE_OF_ERRORS = " Worst group: the highest error; a negative difference is the better one."
 
