@@ -207,7 +207,7 @@ def test_the_table_by_hand(tmp_path):
     assert rows[0][-2:] == rows[6][-2:] == ["-", "-"]
     text = "\n".join(lines)
     assert text.count("- `kl`: `pair_objective=kl`.") == 1
-    assert "no setting is chosen by it" in text and "run once, for all of them" in text
+    assert "no setting is chosen by it" in text and "run once and compared at every point" in text
 
 
 def test_the_rows_of_the_csv(tmp_path):
