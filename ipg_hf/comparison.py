@@ -43,7 +43,8 @@ NOTE_OF_DIFFERENCES = (
 )
 NOTE_OF_GRIDS = " The grid shows what a setting does on the test set; no setting is chosen by it."
 NOTE_OF_POINTS = (
-    " Differences are taken at one point of the grid; a method that the grid does not vary is run once and compared at every point."
+    " Differences are taken at one point of the grid; a method that the grid does not vary is run once and compared at "
+    "every point."
 )
 NOTE_OF_ERRORS = " Worst group: the highest error; a negative difference is the better one."
 
@@ -294,4 +295,4 @@ def _short(commit: str | None) -> str:
 
 def _machine(hardware: Mapping[str, Any]) -> str:
     threads = f"{hardware['torch_threads']} of {hardware['cpus']} processors"
-    return ", ".join([hardware["machine"], threads, *hardware["gpus"]])
+    return ", ".join([hardware.get("cpu", hardware["machine"]), threads, *hardware["gpus"]])

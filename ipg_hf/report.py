@@ -79,10 +79,25 @@ def commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: processor type and count, threads that torch uses, accelerators."""
+    """The machine: processor type and count, threads that torch uses, accelerators.
+
+    On Linux `cpu` names the processor and the instructions that torch uses: they decide how sums are rounded, so that
+    a seed is another training on another one.
+    """
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpus, threads = os.cpu_count(), torch.get_num_threads()
-    return {"machine": platform.machine(), "cpus": cpus, "torch_threads": threads, "gpus": gpus}
+    found = {"machine": platform.machine(), "cpus": cpus, "torch_threads": threads, "gpus": gpus}
+    listed = Path("/proc/cpuinfo")
+    name = processor_name(listed.read_text(errors="replace")) if listed.exists() else ""
+    return found | ({"cpu": f"{name}, {torch.backends.cpu.get_cpu_capability()}"} if name else {})
+
+
+def processor_name(cpuinfo: str) -> str:
+    """Name, family and model of the first processor in a `/proc/cpuinfo`, empty where it has no name."""
+    lines = [line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines()]
+    known = {key.strip(): value.strip() for key, _, value in lines}
+    numbers = [f"{key.split()[-1]} {known[key]}" for key in ("cpu family", "model") if key in known]
+    return ", ".join([known["model name"], *numbers]) if known.get("model name") else ""
 
 
 def summary_table(columns: Mapping[str, Mapping[str, float]], split: str = "test") -> str:

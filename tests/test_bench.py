@@ -20,7 +20,7 @@ from ipg_hf.cli import main
 from ipg_hf.comparison import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.recipe import RecipeError, parse_settings
 from ipg_hf.record import course
-from ipg_hf.report import commit
+from ipg_hf.report import commit, hardware, processor_name
 from ipg_hf.suite import Tuning, draw_runs, draws, load_suite, seed_runs
 
 # ---- What a suite may say
@@ -255,6 +255,27 @@ def test_the_table_by_hand(compared):
     text = "\n".join(lines)
     assert "Code: 0123456789. Machine: x86_64, 1 of 2 processors." in text
     assert "- `a`: `alpha=0.5`." in text and "- `b`: the shared settings." in text
+
+
+def test_the_machine_is_its_processor_where_a_record_names_it(tmp_path):
+    suite = load_suite(write(tmp_path))
+    for run, cpu in zip(seed_runs(suite, "erm", {}), ("Zen, AVX2", "Xeon, AVX512", None), strict=True):
+        fake(run, 0.5)
+        record = json.loads(run.record.read_text())
+        record["hardware"] |= {"cpu": cpu} if cpu else {}
+        run.record.write_text(json.dumps(record))
+    expected = "Machine: Xeon, AVX512, 1 of 2 processors; Zen, AVX2, 1 of 2 processors; x86_64, 1 of 2 processors."
+    assert expected in markdown(suite, standings(suite))
+
+
+def test_a_processor_as_linux_gives_it():
+    first = "processor\t: 0\nvendor_id\t: X\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon: Gold @ 2.1GHz\n"
+    assert (
+        processor_name(first + "\nprocessor\t: 1\nmodel name\t: Other\n") == "Xeon: Gold @ 2.1GHz, family 6, model 143"
+    )
+    assert processor_name("processor\t: 0\nBogoMIPS\t: 100\nCPU part\t: 0xd0c\n") == ""  # as ARM has it
+    found = hardware()
+    assert found["machine"] and found.get("cpu", "a, b").count(",") >= 1
 
 
 def test_errors_are_better_when_low(tmp_path):
