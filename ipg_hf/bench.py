@@ -22,8 +22,9 @@ import torch
 import yaml
 
 from .comparison_figures import write_comparison
+from .metrics import DivergedError
 from .recipe import RecipeError, nearest, parse_recipe
-from .report import commit, write_json
+from .report import commit, hardware, versions, write_json
 from .runs import RECORD, train
 from .suite import (
     LOWER,
@@ -191,6 +192,8 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None:
     """What `ipg train --config FILE` does, in a process of its own, with what is printed in a file.
 
+    A draw that diverges leaves a record without metrics: that is what these settings come to.
+
     Args:
         config: the recipe.
         log: the file.
@@ -203,10 +206,16 @@ def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None
             os.dup2(file.fileno(), stream.fileno())
     if on_one_thread:
         torch.set_num_threads(1)
+    begun = time.monotonic()
     try:
-        train(*parse_recipe(config, []), commit=code)
+        recipe, args, given = parse_recipe(config, [])
+        train(recipe, args, given, commit=code)
     except (ValueError, OSError) as failure:
-        sys.exit(f"error: {failure}")
+        if not isinstance(failure, DivergedError) or recipe.measure_test:
+            sys.exit(f"error: {failure}")
+        record = {"config": given, "seed": args.seed, "method": recipe.method, "metrics": {}, "diverged": str(failure)}
+        record |= {"seconds": round(time.monotonic() - begun, 1), "versions": versions()}
+        write_json(Path(args.output_dir) / RECORD, record | {"commit": code, "hardware": hardware()})
 
 
 def _finish(run: Run, folder: Path, keep_models: bool) -> str:
@@ -218,6 +227,8 @@ def _finish(run: Run, folder: Path, keep_models: bool) -> str:
     write_json(run.record, record)
     if not keep_models:
         shutil.rmtree(folder)
+    if "diverged" in record:
+        return f"diverged, {record['seconds']:.0f} s"
     score = abs(validation_score(record))
     kind = "worst-group error" if LOWER in record["metrics"]["validation"] else "worst group"
     return f"{kind} on validation {score:.3f}, {record['seconds']:.0f} s"

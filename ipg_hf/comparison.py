@@ -262,9 +262,10 @@ def _settings(suite: Suite, standing: Standing) -> str:
         return f"{given}."
     if standing.draw is None:
         return f"{given}; {len(standing.scores)} of {suite.tuning.draws} draws have run."
-    score = abs(standing.scores[standing.draw])
+    score, diverged = abs(standing.scores[standing.draw]), standing.scores.count(-math.inf)
+    tried = f"{suite.tuning.draws} draws{f', of which {diverged} diverged,' if diverged else ''}"
     return (
-        f"{given}; of {suite.tuning.draws} draws number {standing.draw} is the best on validation (worst group "
+        f"{given}; of {tried} number {standing.draw} is the best on validation (worst group "
         f"{score:.3f}, seed {suite.tuning.seed}): {_listed(standing.drawn)}."
     )
 

@@ -19,6 +19,10 @@ IGNORED = -100
 _INTEGERS = datasets.Value("int64")
 
 
+class DivergedError(ValueError):
+    """A model gives NaN or infinity: its training has diverged, or its inputs are NaN."""
+
+
 def group_counts(
     labels: np.ndarray, attributes: np.ndarray, num_labels: int, num_attributes: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
@@ -240,7 +244,7 @@ class GroupMetrics:
 
     Raises:
         ValueError: `train_dataset` is no `datasets.Dataset` with a column `label`. On a call: no rows, different
-            lengths, NaN logits, a label or attribute out of range.
+            lengths, a label or attribute out of range; NaN logits (`DivergedError`).
     """
 
     def __init__(self, train_dataset: datasets.Dataset | None = None):
@@ -269,7 +273,7 @@ class GroupMetrics:
             raise ValueError("there are no rows to measure: the set is empty, or every label is -100.")
         num_nan = int(np.isnan(logits).any(1).sum())
         if num_nan:
-            raise ValueError(
+            raise DivergedError(
                 f"the logits of {num_nan} of {len(logits)} rows are NaN: the model has diverged, or its inputs are "
                 "NaN. Lower the learning rate, or look for NaN in the images."
             )
@@ -291,7 +295,7 @@ class GroupErrors:
     or labels. Returns `mae`, and with attributes `worst_group_mae`, `group_mae/<half>/<attribute>` and `group_n/...`.
 
     Raises:
-        ValueError: on a call, for different lengths or NaN predictions.
+        ValueError: on a call, for different lengths or NaN predictions (`DivergedError`).
     """
 
     def __init__(self, train_dataset: datasets.Dataset):
@@ -309,7 +313,7 @@ class GroupErrors:
         _check_lengths(columns)
         errors = np.abs(columns["predictions"] - columns["labels"])
         if not np.isfinite(errors).all():
-            raise ValueError(
+            raise DivergedError(
                 "predictions or labels are NaN or infinite: the model has diverged. Lower the learning rate."
             )
         metrics = {"mae": float(errors.mean())}

@@ -199,7 +199,12 @@ def chosen(suite: Suite, method: str) -> tuple[int | None, dict[str, Any]] | Non
 
 
 def validation_score(record: Mapping[str, Any]) -> float:
-    """What tuning makes as high as it can: worst-group accuracy, or the negative of the worst-group error."""
+    """What tuning makes as high as it can: worst-group accuracy, or the negative of the worst-group error.
+
+    Minus infinity where the run diverged.
+    """
+    if "diverged" in record:
+        return -math.inf
     metrics = record["metrics"]["validation"]
     score = metrics[HIGHER] if HIGHER in metrics else -metrics[LOWER]
     return -math.inf if math.isnan(score) else score

@@ -474,6 +474,30 @@ def test_memory_is_kept_as_the_user_has_set_it(tmp_path, monkeypatch):
     assert told["config"] == str(tmp_path / "one/recipe.yaml") and told["rest"] == [True, commit()]
 
 
+def test_a_draw_that_diverges_is_the_worst_and_the_suite_goes_on(tmp_path, capsys):
+    tuning = {"draws": 3, "ranges": {"all": {"learning_rate": [1e-3, 1e38]}}}
+    path = write(tmp_path, methods={"ipg": None}, reference="ipg", seeds=[0], tuning=tuning)
+    assert bench(path) == 0
+    records = {
+        name: json.loads((tmp_path / f"results/tiny_suite/{name}.json").read_text())
+        for name in ("ipg-draw0", "ipg-draw1", "ipg-draw2", "ipg-seed0")
+    }
+    rates = {name: record["config"]["learning_rate"] for name, record in records.items()}
+    lost = [name for name, record in records.items() if "diverged" in record]
+    assert 0 < len(lost) < 3 and lost == [name for name, rate in rates.items() if rate > 1], rates
+    assert "NaN" in records[lost[0]]["diverged"] and records[lost[0]]["metrics"] == {}
+    assert {"config", "seed", "method", "seconds", "versions", "commit", "hardware"} <= set(records[lost[0]])
+    assert f"{lost[0]}: diverged" in capsys.readouterr().out
+    table = (tmp_path / "results/tiny_suite/table.md").read_text()
+    assert f"of 3 draws, of which {len(lost)} diverged, number" in table and rates["ipg-seed0"] == 1e-3
+    # of a compared run there is no result
+    path = write(tmp_path, methods={"ipg": {"learning_rate": 1e38}}, reference="ipg", seeds=[1], tuning=None)
+    for record in (tmp_path / "results/tiny_suite").glob("*.json"):
+        record.unlink()
+    assert bench(path) == 2
+    assert "the model has diverged" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_stops_the_suite_after_the_one_beside_it(tmp_path, capsys):
     methods = {"bad": {"num_pairs": 10**6}, "erm": {"method": "erm"}, "later": {}}
     path = write(tmp_path, methods=methods, seeds=[0])
