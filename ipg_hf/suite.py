@@ -199,13 +199,8 @@ def chosen(suite: Suite, method: str) -> tuple[int | None, dict[str, Any]] | Non
 
 
 def validation_score(record: Mapping[str, Any]) -> float:
-    """What tuning makes as high as it can: worst-group accuracy, or the negative of the worst-group error.
-
-    Minus infinity where the run diverged.
-    """
-    if "diverged" in record:
-        return -math.inf
-    metrics = record["metrics"]["validation"]
+    """What tuning makes high: worst-group accuracy, or the negative of the worst-group error; -inf if it diverged."""
+    metrics = record["metrics"].get("validation", {LOWER: math.inf})  # a run that diverged has none
     score = metrics[HIGHER] if HIGHER in metrics else -metrics[LOWER]
     return -math.inf if math.isnan(score) else score
 
