@@ -68,10 +68,13 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
             own = files[side][row]
             mixed = own if partner == row else _mixture(image(side, row), image(side, partner), cells, (row, partner))
             sides[side].append(mixed)
-    table = raw.with_format("arrow")[:]
-    columns = {name: (table[name].take(pa.array(rows)), pairs.features[name]) for name in table.column_names}
-    columns |= {side: (image_column(sides[side]), pairs.features[side]) for side in SIDES}
-    return dataset_of(columns)
+
+    def values(name: str) -> pa.ChunkedArray:
+        if name in SIDES:
+            return image_column(sides[name])
+        return raw.select_columns([name]).with_format("arrow")[:][name].take(pa.array(rows))
+
+    return dataset_of({name: (values(name), pairs.features[name]) for name in pairs.column_names})
 
 
 def _alike(pairs: datasets.Dataset) -> list[np.ndarray]:
