@@ -159,6 +159,21 @@ def test_paths_stay_paths(tmp_path):
     assert Image.open(io.BytesIO(mixed[2]["image_a"]["bytes"])).size == (8, 8)
 
 
+def test_a_photograph_is_turned_as_its_camera_says():
+    """As `datasets` turns it: the mixture of an image with itself is that image."""
+    row = np.zeros((8, 8, 3), np.uint8)
+    row[:4] = 255
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    Image.fromarray(row).save(buffer, "PNG", exif=exif)
+    stored_image = {"bytes": buffer.getvalue(), "path": None}
+    features = datasets.Features({"image_a": datasets.Image(), "image_b": datasets.Image()})
+    pairs = datasets.Dataset.from_dict({side: [stored_image] * 2 for side in features}, features=features)
+    assert (pixels(pairs[0]["image_a"]) != row).any()
+    for changed in (mix_pairs(pairs, num_pairs=3)[2]["image_a"], degrade_pairs(pairs, residual=0.5)[0]["image_b"]):
+        assert (pixels(changed) == pixels(pairs[0]["image_a"])).all()
+
+
 def test_a_recipe_enlarges_its_training_pairs_alone():
     plain = Recipe(num_pairs=20).load_data(seed=1)
     data = Recipe(num_pairs=20, mix_pairs=json.dumps({"num_pairs": 90, "grid": GRID})).load_data(seed=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from .makers import decode_image, encode_image, image_column
+from .makers import encode_image, image_column
 
 KINDS = ("mislabelled", "unoriented", "residual")
 
@@ -80,7 +80,7 @@ def _partners(labels: np.ndarray, rng: np.random.Generator, *, same: bool) -> np
 
 
 def _mixed(one: Mapping, other: Mapping, share: float, row: int) -> dict[str, bytes | None]:
-    first, second = (decode_image(value) for value in (one, other))
+    first, second = (datasets.Image().decode_example(value) for value in (one, other))
     if first.size != second.size or first.mode != second.mode:
         raise ValueError(
             f"residual={share} mixes images of one size and mode, but row {row} has {first.mode} of {first.size} and "

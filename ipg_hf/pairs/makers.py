@@ -187,13 +187,6 @@ def encode_image(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(file: Mapping[str, Any]) -> Image.Image:
-    """One image of a file as `datasets.Image(decode=False)` gives it."""
-    image = Image.open(io.BytesIO(file["bytes"]) if file["bytes"] is not None else file["path"])
-    image.load()
-    return image
-
-
 def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.ndarray:
     """Row numbers of `wanted` rows drawn without replacement, ascending; all of them where `wanted` is `None`.
 

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .makers import dataset_of, decode_image, encode_image, image_column
+from .makers import dataset_of, encode_image, image_column
 
 SIDES = ("image_a", "image_b")
 HELD = 512  # decoded images held at once
@@ -55,7 +55,7 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
 
     @lru_cache(HELD)
     def image(side: str, row: int) -> np.ndarray:
-        return np.asarray(decode_image(files[side][row]).convert("RGB"))
+        return np.asarray(datasets.Image().decode_example(files[side][row]).convert("RGB"))
 
     alike = _alike(raw)
     rows = np.arange(num_pairs) % count
