@@ -440,13 +440,15 @@ def test_what_is_said_of_a_benchmark_depends_on_its_options():
         assert describe(name, options) != ABOUT[name] and {*changes} <= {f.name for f in dataclasses.fields(About)}
 
 
-IPG_DATA = Path(os.environ.get("IPG_DATA") or "/nonexistent")
+def needs(name):
+    found = (Path(os.environ.get("IPG_DATA") or "/nonexistent") / name).exists()
+    return pytest.mark.skipif(not found, reason=f"IPG_DATA names no folder with {name}")
 
 
-@pytest.mark.parametrize("images", ["mnist", "fashion_mnist"])
+@pytest.mark.parametrize(
+    "images", [pytest.param(images, marks=needs(f"{images}.npz")) for images in ("mnist", "fashion_mnist")]
+)
 def test_whole_domainbed(images):
-    if not (IPG_DATA / f"{images}.npz").is_file():
-        pytest.skip(f"IPG_DATA names no folder with {images}.npz")
     benchmark = load_colored_mnist(images=images, protocol="domainbed")
     sizes = [len(getattr(benchmark, field.name)) for field in dataclasses.fields(benchmark)]
     assert sizes == [37_335, 9_332, 23_333, 20_000, 9_332, 23_333]
@@ -454,7 +456,7 @@ def test_whole_domainbed(images):
     assert np.bincount(2 * label + color).min() > 600
 
 
-@pytest.mark.skipif(not (IPG_DATA / "scenes").is_dir(), reason="IPG_DATA names no folder with scenes")
+@needs("scenes")
 def test_whole_scenes():
     for correlation, groups in (("95", [1092, 58, 24, 456]), ("100", [1092, 0, 0, 456])):
         benchmark = load_scenes(correlation=correlation)
@@ -464,10 +466,7 @@ def test_whole_scenes():
         assert sizes[1:] == [480, 880, 960, 240, 440]
 
 
-@pytest.mark.skipif(
-    not (IPG_DATA / "mnist.npz").is_file(),
-    reason="IPG_DATA names no folder with mnist.npz",
-)
+@needs("mnist.npz")
 def test_whole_mnist():
     benchmark = load_colored_mnist()
     sizes = [len(getattr(benchmark, field.name)) for field in dataclasses.fields(benchmark)]
