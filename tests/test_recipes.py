@@ -54,7 +54,7 @@ def test_the_recipes_are_all_found():
     }
     benchmarks = ["colored_mnist", "digits", "scenes_100"]
     comparisons = [*benchmarks, "scenes_95", "few_pairs", "norm_colored_mnist", "makers_scenes_95"]
-    comparisons += ["few_pairs_tuned", "stability_scenes_100"]
+    comparisons += ["few_pairs_long", "few_pairs_tuned", "scaling_scenes_100", "stability_scenes_100"]
     comparisons += [f"{kind}_{name}" for name in benchmarks for kind in ("transfer", "speed")]
     assert [path.stem for path in SUITES] == sorted([*QUESTIONS, *comparisons])
 
