@@ -286,8 +286,12 @@ def _provenance(found: Sequence[Standing]) -> str:
     if not records:
         return ""
     commits = sorted({_short(record["commit"]) for record in records})
-    machines = sorted({_machine(record["hardware"]) for record in records})
-    return f"Code: {', '.join(commits)}. Machine: {'; '.join(machines)}."
+    return f"Code: {', '.join(commits)}. Machine: {'; '.join(machines(found))}."
+
+
+def machines(found: Sequence[Standing]) -> list[str]:
+    """On what the runs were made, each kind once; seconds compare within one."""
+    return sorted({_machine(record["hardware"]) for standing in found for record in standing.records.values()})
 
 
 def _short(commit: str | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from .comparison import (
     Standing,
     comma_separated,
+    machines,
     markdown,
     measured_columns,
     progress,
@@ -87,7 +88,7 @@ def draw_methods(suite: Suite, found: Sequence[Standing], path: Path) -> None:
 
 def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     """Draws the worst group on the test set (mean and sample standard deviation over seeds) against the median seconds
-    of a training, a mark for each method, as PNG."""
+    of a training, a mark for each method, as PNG; says so where the runs were made on more than one kind of machine."""
     metric = measured_columns(found)["worst group"]
     figure = _figure(7.6, 4.2)
     axes = figure.subplots()
@@ -101,7 +102,8 @@ def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         label = _label(suite, standing)
         axes.errorbar([seconds], [statistics.fmean(values)], around, linestyle="", capsize=2, label=label, **look)
     axes.set_xlim(0, None)
-    axes.set_xlabel("seconds of a training with its evaluations, median")
+    mixed = "\non different machines: these seconds do not compare" if len(machines(found)) > 1 else ""
+    axes.set_xlabel(f"seconds of a training with its evaluations, median{mixed}")
     _save_worst_groups(figure, axes, suite, metric, path)
 
 

@@ -352,6 +352,19 @@ def test_the_worst_group_against_the_seconds(tmp_path, drawn):
     }
     spreads = [bar.lines[2][0].get_segments()[0][:, 1].tolist() for bar in axes.containers]
     assert spreads == [pytest.approx([0.2, 0.2]), pytest.approx([0.5, 0.7])]
+    assert axes.get_xlabel() == "seconds of a training with its evaluations, median"
+
+
+def test_seconds_of_different_machines_are_marked(tmp_path, drawn):
+    suite = load_suite(write(tmp_path, methods=METHODS))
+    for run, cpu in zip(seed_runs(suite, "ipg", {}), ("Zen, AVX2", "Xeon, AVX512"), strict=False):
+        fake(run, 0.5)
+        record = json.loads(run.record.read_text())
+        record["hardware"]["cpu"] = cpu
+        run.record.write_text(json.dumps(record))
+    write_comparison(suite)
+    (axes,) = drawn["cost.png"].axes
+    assert axes.get_xlabel().endswith("\non different machines: these seconds do not compare")
 
 
 def test_a_figure_that_has_no_records_left_is_removed(tmp_path):
