@@ -37,7 +37,7 @@ def write(folder, recipe=TINY, changes=None, **more):
     return path
 
 
-def fake(run, worst, split="test", seconds=10.0, **metrics):
+def fake(run, worst, split="test", seconds=10.0, cpu=None, **metrics):
     """The record of a run that was not made."""
     values = {"accuracy": 0.5, "worst_group_accuracy": worst, "flip_rate": 0.25, **metrics}
     record = {
@@ -45,7 +45,7 @@ def fake(run, worst, split="test", seconds=10.0, **metrics):
         "metrics": {"validation": values, **({"test": values} if split == "test" else {})},
         "seconds": seconds,
         "commit": "0123456789abcdef",
-        "hardware": {"machine": "x86_64", "cpus": 2, "torch_threads": 1, "gpus": []},
+        "hardware": {"machine": "x86_64", "cpus": 2, "torch_threads": 1, "gpus": []} | ({"cpu": cpu} if cpu else {}),
     }
     run.record.parent.mkdir(parents=True, exist_ok=True)
     run.record.write_text(json.dumps(record))
