@@ -32,8 +32,8 @@ class IPGConfig(TrainingArguments):
             the corrective gradient. Smaller values hold the task back more.
         invariance_threshold (`float`, *optional*, defaults to `0.01`):
             Threshold t >= 0 of the invariance divergence (nats). While the divergence of the pair batch is above it,
-            the task gradient is scaled; `inf` never scales it (an ablation). The paper's go from 2e-6 to 1e-1 by
-            benchmark.
+            the task gradient is scaled; `inf` never scales it (an ablation; not with
+            `correction_schedule="violated"`, which would never correct). The paper's go from 2e-6 to 1e-1 by benchmark.
         loss_scaling (`str`, *optional*, defaults to `"adaptive"`):
             How it is scaled. `"adaptive"`: by α·‖g_d‖/‖g_L‖, the method. `"fixed"`: by α itself, whatever the norms of
             the corrective and the task gradient are, and at most by `max_loss_scale` (an ablation).
@@ -238,6 +238,11 @@ class IPGConfig(TrainingArguments):
         for name in ("freeze_norm", "torch_compile"):
             if self.running_norm and own[name]:
                 raise ValueError(f"running_norm=True does not go with {name}=True: leave one of the two out.")
+        if self.correction_schedule == "violated" and self.invariance_threshold == math.inf:
+            raise ValueError(
+                "correction_schedule='violated' with invariance_threshold=inf would never correct, since no divergence "
+                "is above it: give a finite threshold, or correction_schedule='always'."
+            )
         if self.pair_objective != "ipg":
             wanted = {"correction_interval": 1, "correction_schedule": "always", "shared_optimizer_state": True}
             for name, value in wanted.items():

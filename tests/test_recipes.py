@@ -33,6 +33,7 @@ QUESTIONS = [
 WITHOUT_ERM = {"few_pairs_long": "kl", "scaling_scenes_100": "adaptive"}  # suite -> what its differences are taken to
 RECORDS = sorted(RECIPES.glob("*/results/*.json"))
 SUITE_RECORDS = sorted(RECIPES.glob("suites/results/*/*.json"))
+REPEATS = sorted(path.relative_to(RECIPES / "suites/repeats") for path in RECIPES.glob("suites/repeats/*/*.json"))
 
 
 def script(name):
@@ -184,6 +185,16 @@ def test_a_record_of_a_suite_says_what_made_it(path):
     assert ("test" in record["metrics"]) == ("-seed" in path.stem)
     assert not any(text.startswith("/") for text in record["config"].values() if isinstance(text, str))
     assert (RECIPES / "suites" / f"{path.parent.name}.yaml").exists()
+
+
+@pytest.mark.parametrize("path", REPEATS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_repeated_run_is_its_record_again_and_names_the_processor(path):
+    repeat, record = (json.loads((RECIPES / "suites" / kind / path).read_text()) for kind in ("repeats", "results"))
+    assert repeat["hardware"]["cpu"] and "cpu" not in record["hardware"]
+    for run in (repeat, record):
+        run["config"].pop("output_dir", None)
+    for key in ("config", "seed", "metrics", "course", "chosen_step", "versions", "data"):
+        assert repeat[key] == record[key], key
 
 
 @pytest.mark.parametrize("page", script("table").PAGES, ids=lambda page: str(page.relative_to(RECIPES.parent)))
