@@ -24,9 +24,16 @@ PairCache = Literal["none", "cpu", "device"]
 
 @dataclass
 class IPGConfig(TrainingArguments):
-    """Settings of [`IPGTrainer`]: every one of [`~transformers.TrainingArguments`], and these.
+    """Settings of [`IPGTrainer`]: every one of [`~transformers.TrainingArguments`], one of them with another default,
+    and these.
 
     Args:
+        warmup_steps (`float`, *optional*, defaults to `0.1`):
+            As in `TrainingArguments`, where it is 0: optimizer steps over which the learning rate rises from 0, below 1
+            their share of the training. A step has two updates, and at a high rate the first of them can drive all
+            outputs to one constant, which has no divergence either; a warm-up keeps them from it, a decay alone comes
+            too late (recipes/README.md, "stability_scenes_100"). `lr_scheduler_type="constant"` has no warm-up,
+            whatever is set here; `"constant_with_warmup"` has.
         alpha (`float`, *optional*, defaults to `1.0`):
             Scale α > 0 of the task gradient while the pairs' outputs disagree: its norm becomes α times the norm of
             the corrective gradient. Smaller values hold the task back more.
@@ -127,6 +134,9 @@ class IPGConfig(TrainingArguments):
             Smallest share of the area, in (0, 1], that a random crop keeps; `1.0` crops nothing. Same conditions.
     """
 
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps over which the learning rate rises from 0; below 1, their share of all."}
+    )
     alpha: float = field(
         default=1.0, metadata={"help": "Scale of the task gradient while the pairs' outputs disagree."}
     )

@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from inspect import signature
 from typing import Any, Literal
 
@@ -323,8 +323,9 @@ def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaul
 
 def settings_help() -> str:
     """A line for each setting of a recipe and of the method, with its default."""
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own = [*fields(Recipe), *(field for field in fields(IPGConfig) if field.name not in inherited)]
+    inherited = {field.name: field.default for field in fields(TrainingArguments)}
+    changed = (field for field in fields(IPGConfig) if inherited.get(field.name, MISSING) is not field.default)
+    own = [*fields(Recipe), *changed]
     lines = [f"  --{field.name:<28}{field.metadata['help']} [{field.default}]" for field in own]
     return "\n".join(["settings, in the file or as flags, beside all of transformers.TrainingArguments:", *lines])
 

@@ -18,6 +18,7 @@ MAIN_SETTINGS = (
     "learning_rate",
     "optim",
     "lr_scheduler_type",
+    "warmup_steps",
     "per_device_train_batch_size",
     "max_steps",
     "freeze_norm",

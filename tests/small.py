@@ -194,6 +194,7 @@ def config(output_dir, **kwargs):
         "invariance_distance": "rationale",
         "invariance_threshold": 1e-4,
         "max_loss_scale": float("inf"),
+        "warmup_steps": 0,  # of three steps the first would move nothing
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,

@@ -141,6 +141,8 @@ def test_help_lists_every_setting(capsys):
         main(["train", "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{name} " in shown for name in ("alpha", "freeze_norm", "dataset", "compare", "random_flip"))
+    # of transformers' own settings that which has another default
+    assert "--warmup_steps" in shown and "share of all. [0.1]" in shown and "--learning_rate" not in shown
 
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):

@@ -151,6 +151,7 @@ Optimizer steps: 150; seconds: 12; hardware: 2 processor cores, no GPU; software
 | `learning_rate` | 0.01 |
 | `optim` | adamw_torch_fused |
 | `lr_scheduler_type` | linear |
+| `warmup_steps` | 0.1 |
 | `per_device_train_batch_size` | 8 |
 | `max_steps` | -1 |
 | `freeze_norm` | False |

@@ -9,9 +9,9 @@ import small
 import torch
 from small import Around, bit_equal, logged, trainer, weights
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from ipg_hf import IPGTrainer, find_head
+from ipg_hf import IPGConfig, IPGTrainer, find_head
 from ipg_hf.guidance import invariance_divergence, rationale_distance
 from ipg_hf.guided import GuidedStep
 
@@ -233,6 +233,27 @@ def test_without_pairs_it_is_trainer_bit_for_bit(tmp_path):
     assert history == own_history and any("eval_accuracy" in entry for entry in history)
     assert [name.replace("training_args.bin", "training_args.json") for name in files] == own_files
     assert any("checkpoint-6/optimizer.pt" in name for name in files)
+
+
+def test_one_default_is_another_than_transformers(tmp_path):
+    """What keeps a first few steps at a high rate from the constant output; told otherwise it is Trainer's."""
+    given = {"max_steps": 20, "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    given |= {"save_strategy": "no"}
+    ends = []
+    for args in (
+        IPGConfig(str(tmp_path), **given),
+        TrainingArguments(str(tmp_path), **given, warmup_steps=0.1),
+        IPGConfig(str(tmp_path), **given, warmup_steps=0),
+        TrainingArguments(str(tmp_path), **given),
+    ):
+        kind = IPGTrainer if isinstance(args, IPGConfig) else Trainer
+        run = kind(small.vit(), args, train_dataset=small.rows(24))
+        run.train()
+        ends.append(([entry["learning_rate"] for entry in logged(run)], weights(run.model)))
+    (ours, our_model), (warm, warm_model), (told, told_model), (theirs, their_model) = ends
+    assert ours == warm and bit_equal(our_model, warm_model) and ours[:3] == pytest.approx([0, 2.5e-5, 5e-5])
+    assert told == theirs and bit_equal(told_model, their_model) and theirs[0] == 5e-5 == max(theirs)
+    assert not bit_equal(our_model, their_model)
 
 
 # ---- R11, R12: several invariances, other problem types ----
