@@ -193,7 +193,7 @@ def test_the_recipes_run(folder, tmp_path):
     flags = ["--data_dir", str(folder), "--model_name_or_path", str(tmp_path / "tiny"), "--num_train_epochs", "2"]
     flags += ["--use_cpu", "true", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
     records = {}
-    for name in ("ipg_resnet50", "erm_resnet50"):
+    for name in ("ipg_resnet50", "ipg_paper_resnet50", "erm_resnet50"):
         own = ["--config", str(RECIPES / f"celeba/{name}.yaml"), "--output_dir", str(tmp_path / name)]
         assert main(["train", *own, *flags]) == 0
         records[name] = json.loads((tmp_path / name / "run.json").read_text())
@@ -202,4 +202,6 @@ def test_the_recipes_run(folder, tmp_path):
         assert "flip_rate" not in records[name]["metrics"]["test"]
     # as many pairs as the smaller group has images, label by label: 5 and 2
     assert records["ipg_resnet50"]["data"]["pair_sets"][""]["pairs"] == 7
+    assert records["ipg_paper_resnet50"]["data"] == records["ipg_resnet50"]["data"]
+    assert records["ipg_paper_resnet50"]["config"]["objective"] == "group_dro"
     assert records["erm_resnet50"]["data"]["pair_sets"] == {}

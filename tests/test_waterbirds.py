@@ -321,6 +321,8 @@ def test_the_recipes_run(folder, tmp_path, tiny):
     assert exact["data"]["pair_sets"][""]["pairs"] == 10 and exact["data"]["train"] == 14
     assert "every training image" in exact["about"]["shortcut"]
     assert "flip_rate" in exact["metrics"]["test"]
+    paper = run("waterbirds/ipg_paper_resnet50.yaml", tmp_path / "paper", folder, tiny, *more)
+    assert paper["data"] == exact["data"] and paper["config"]["invariance_distance"] == "rationale"
     matched = run("waterbirds/ipg_match_resnet50.yaml", tmp_path / "match", folder, tiny)
     assert matched["data"]["pair_sets"][""]["pairs"] == 4 and matched["data"]["train"] == 18
     plain = run("waterbirds/erm_resnet50.yaml", tmp_path / "erm", folder, tiny)
