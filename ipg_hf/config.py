@@ -30,10 +30,11 @@ class IPGConfig(TrainingArguments):
     Args:
         warmup_steps (`float`, *optional*, defaults to `0.1`):
             As in `TrainingArguments`, where it is 0: optimizer steps over which the learning rate rises from 0, below 1
-            their share of the training. A step has two updates, and at a high rate the first of them can drive all
-            outputs to one constant, which has no divergence either; a warm-up keeps them from it, a decay alone comes
-            too late (recipes/README.md, "stability_scenes_100"). `lr_scheduler_type="constant"` has no warm-up,
-            whatever is set here; `"constant_with_warmup"` has.
+            their share of the training, rounded up (the first step has the rate 0). A step has two updates, and at a
+            high rate the first steps can drive all outputs to one constant, which has no divergence either: on
+            photographs one of five seeds without a warm-up, none with one (recipes/README.md,
+            "stability_scenes_100"). `lr_scheduler_type="constant"` has no warm-up, whatever is set here;
+            `"constant_with_warmup"` has.
         alpha (`float`, *optional*, defaults to `1.0`):
             Scale α > 0 of the task gradient while the pairs' outputs disagree: its norm becomes α times the norm of
             the corrective gradient. Smaller values hold the task back more.

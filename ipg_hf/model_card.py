@@ -319,7 +319,7 @@ def _settings(config: Mapping[str, Any], method: str | None) -> str:
         return f"The settings are {NOT_KNOWN}."
     defaults = {field.name: field.default for field in fields(IPGConfig)}
     names = (*PAIR_SETTINGS, *MAIN_SETTINGS) if method == "ipg" else MAIN_SETTINGS
-    if config.get("lr_scheduler_type") == "constant":  # which takes no notice of it
+    if config.get("lr_scheduler_type") in ("constant", "reduce_lr_on_plateau", "greedy"):  # none has a warm-up
         names = [name for name in names if name != "warmup_steps"]
     rows = [[f"`{name}`", f"{config.get(name, defaults[name])}"] for name in names]
     return _table(["setting", "value"], rows)

@@ -145,9 +145,9 @@ class PairProgress(TrainerCallback, ExportableState):
                 if collapsed and not self.warned:
                     logger.warning(
                         "The model's outputs on the pairs have become one constant: the trivial solution, which has "
-                        "distance and divergence 0. Use the defaults of invariance_distance and max_loss_scale where "
-                        f"they were changed, a larger alpha (now {alpha}) or a smaller learning_rate (now "
-                        f"{learning_rate}) with warmup_steps, and choose the checkpoint by worst-group accuracy on "
+                        "distance and divergence 0. Use the defaults of invariance_distance, max_loss_scale, "
+                        "warmup_steps and lr_scheduler_type where they were changed ('constant' has no warm-up), a "
+                        f"larger alpha (now {alpha}) or a smaller learning_rate (now {learning_rate}), and choose the checkpoint by worst-group accuracy on "
                         "validation. (Pairs of one label alone look like this in a sound run too.)"
                     )
                     self.warned = True

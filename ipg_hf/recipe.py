@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from typing import Any, Literal
 
@@ -89,8 +89,8 @@ class Recipe:
             images, as many of each group, and leaves the other half to be measured on; `{"method": "project",
             "rank": 1}` takes out of it the directions in which the training pairs differ most, which `erm` has not
             trained with.
-        repeat_errors: `{"steps": 50, "factor": 20}` trains a first model for so many steps, and then another from the
-            start, for which the training images that the first gets wrong stand `factor` times (a comparison, Just
+        repeat_errors: `{"steps": 50, "factor": 20}` trains a first model for so many steps (more than the learning
+            rate's warm-up takes, or it learns nothing), and then another from the start, for which the training images that the first gets wrong stand `factor` times (a comparison, Just
             Train Twice; `erm` alone).
         model_name_or_path: a Hub id or a local folder to fine-tune.
         model_type: a transformers model type to train from scratch, instead of `model_name_or_path`.
@@ -324,8 +324,8 @@ def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaul
 def settings_help() -> str:
     """A line for each setting of a recipe and of the method, with its default."""
     inherited = {field.name: field.default for field in fields(TrainingArguments)}
-    changed = (field for field in fields(IPGConfig) if inherited.get(field.name, MISSING) is not field.default)
-    own = [*fields(Recipe), *changed]
+    settings = [f for f in fields(IPGConfig) if f.name not in inherited or inherited[f.name] is not f.default]
+    own = [*fields(Recipe), *settings]
     lines = [f"  --{field.name:<28}{field.metadata['help']} [{field.default}]" for field in own]
     return "\n".join(["settings, in the file or as flags, beside all of transformers.TrainingArguments:", *lines])
 

@@ -81,7 +81,7 @@ def first_errors(
     Args:
         model: the classifier to train, as it is before the training that follows.
         args: of that training. The first differs by its number of steps, over which the learning rate's schedule is
-            stretched; it is neither measured nor saved.
+            stretched (a warm-up of as many steps leaves the model as it is); it is neither measured nor saved.
         dataset: N training rows.
         labels: ints, (N,).
         processor: the model's image processor.

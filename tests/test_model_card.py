@@ -299,6 +299,12 @@ def test_ids_of_the_hub(tmp_path, monkeypatch):
     assert [hub_id(name) for name in (None, "", "net", "models/net", "/a/b", "a/b/c")] == [None] * 6
 
 
+@pytest.mark.parametrize(("schedule", "shown"), [("linear", True), ("constant_with_warmup", True), ("constant", False)])
+def test_a_warm_up_is_shown_where_the_schedule_has_one(schedule, shown):
+    record = {"config": {"lr_scheduler_type": schedule, "warmup_steps": 0.2}, "method": "erm"}
+    assert ("| `warmup_steps` | 0.2 |" in str(model_card(record, name="pets"))) is shown
+
+
 def test_the_published_cards_are_those_of_the_records():
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
