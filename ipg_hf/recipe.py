@@ -90,8 +90,8 @@ class Recipe:
             "rank": 1}` takes out of it the directions in which the training pairs differ most, which `erm` has not
             trained with.
         repeat_errors: `{"steps": 50, "factor": 20}` trains a first model for so many steps (more than the learning
-            rate's warm-up takes, or it learns nothing), and then another from the start, for which the training images that the first gets wrong stand `factor` times (a comparison, Just
-            Train Twice; `erm` alone).
+            rate's warm-up takes, or it learns nothing), and then another from the start, for which the training images
+            that the first gets wrong stand `factor` times (a comparison, Just Train Twice; `erm` alone).
         model_name_or_path: a Hub id or a local folder to fine-tune.
         model_type: a transformers model type to train from scratch, instead of `model_name_or_path`.
         model_config: settings of its config.
