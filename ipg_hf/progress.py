@@ -148,7 +148,8 @@ class PairProgress(TrainerCallback, ExportableState):
                         "distance and divergence 0. Use the defaults of invariance_distance, max_loss_scale, "
                         "warmup_steps and lr_scheduler_type where they were changed ('constant' has no warm-up), a "
                         f"larger alpha (now {alpha}) or a smaller learning_rate (now {learning_rate}), and choose the "
-                        "checkpoint by worst-group accuracy on validation. (Pairs of one label alone look like this in a sound run too.)"
+                        "checkpoint by worst-group accuracy on validation. (Pairs of one label alone look like this in "
+                        "a sound run too.)"
                     )
                     self.warned = True
         if logs or self.skipped:
