@@ -299,7 +299,10 @@ def test_ids_of_the_hub(tmp_path, monkeypatch):
     assert [hub_id(name) for name in (None, "", "net", "models/net", "/a/b", "a/b/c")] == [None] * 6
 
 
-@pytest.mark.parametrize(("schedule", "shown"), [("linear", True), ("constant_with_warmup", True), ("constant", False)])
+@pytest.mark.parametrize(
+    ("schedule", "shown"),
+    [("linear", True), ("constant_with_warmup", True), ("constant", False), ("reduce_lr_on_plateau", False)],
+)
 def test_a_warm_up_is_shown_where_the_schedule_has_one(schedule, shown):
     record = {"config": {"lr_scheduler_type": schedule, "warmup_steps": 0.2}, "method": "erm"}
     assert ("| `warmup_steps` | 0.2 |" in str(model_card(record, name="pets"))) is shown
