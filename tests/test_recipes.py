@@ -44,7 +44,7 @@ def script(name):
 
 
 def test_the_recipes_are_all_found():
-    assert len(TRAINING) == 43
+    assert len(TRAINING) == 45
     assert {path.parent.name for path in TRAINING} == {
         "digits",
         "colored_mnist",
