@@ -5,10 +5,12 @@ import importlib.util
 import inspect
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from ipg_hf.comparison import comma_separated, standings
 from ipg_hf.comparison_figures import guided_courses
@@ -88,6 +90,17 @@ def test_the_options_of_a_recipe_are_arguments(path):
     for options in [recipe.pairs] if "maker" in recipe.pairs else recipe.pairs.values():
         known = {*inspect.signature(MAKERS[options["maker"]]).parameters}
         assert {*options} - {"maker"} <= known
+
+
+@pytest.mark.parametrize("path", [p for p in TRAINING if "_default_" in p.stem], ids=lambda path: path.stem)
+def test_a_recipe_of_the_defaults_departs_from_none(path):
+    """Of the pairs and of the schedule; the learning rate is the benchmark's."""
+    _, args, _ = parse_recipe(str(path))
+    own = {field.name for field in fields(IPGConfig)} - {field.name for field in fields(TrainingArguments)}
+    batch = {"per_device_pair_batch_size", "freeze_norm"}
+    default = IPGConfig("out")
+    for name in [*sorted(own - batch), "warmup_steps", "lr_scheduler_type", "optim"]:
+        assert getattr(args, name) == getattr(default, name), name
 
 
 FROM_SCRATCH = [path for path in TRAINING if "model_type" in yaml.safe_load(path.read_text())]
