@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How worst-group accuracy falls with the quality of the pairs: runs, table and figure.
 
-    python recipes/pair_quality.py RECIPE ... [--seeds 0 1 2] [--kinds mislabelled unoriented residual]
+    python recipes/pair_quality.py RECIPE ... [--seeds 0 1 2 3 4] [--kinds mislabelled unoriented residual]
     python recipes/pair_quality.py --write   puts the tables into README.md and draws pair_quality.png
 
 A record is `recipes/<dataset>/results/pair_quality/<recipe>-<kind>-<level>-seed<n>.json`; what has one is not run
@@ -91,7 +91,7 @@ def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     found = [(f"{name}: {recipe}", kinds) for name in datasets for recipe, kinds in curves(name).items()]
     for axes, kind in zip(figure.subplots(1, len(TITLES), sharey=True), TITLES, strict=True):
@@ -106,14 +106,14 @@ def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:
         axes.set_ylim(0, 1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("worst-group accuracy (test)")
-    figure.axes[-1].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     figure.savefig(FIGURE, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--kinds", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
