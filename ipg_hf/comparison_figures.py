@@ -26,6 +26,7 @@ from .config import IPGConfig
 from .suite import HIGHER, Suite
 
 FIGURES = ("figure", "cost", "course")
+MARKERS = "os^Dv"  # one for each ten methods: the colors come again
 COURSE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}
 
 
@@ -98,7 +99,7 @@ def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
             continue
         seconds = statistics.median(record["seconds"] for record in standing.records.values())
         around = statistics.stdev(values) if len(values) > 1 else 0.0
-        look = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5], "markersize": 6}
+        look = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % 5], "markersize": 6}
         label = _label(suite, standing)
         axes.errorbar([seconds], [statistics.fmean(values)], around, linestyle="", capsize=2, label=label, **look)
     axes.set_xlim(0, None)
@@ -127,7 +128,8 @@ def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         means = [statistics.fmean(scores) for _, scores in drawn]
         around = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in drawn]
         x, color = [place for place, _ in drawn], f"C{number}"
-        line = {"linestyle": "--"} if name in suite.ungridded else {"marker": "o", "markersize": 4}
+        marked = {"marker": MARKERS[number // 10 % 5], "markersize": 4}
+        line = {"linestyle": "--"} if name in suite.ungridded else marked
         axes.plot(x, means, color=color, label=_name_and_seeds(suite, name, rows), **line)
         low, high = (
             zip(*((m - sd, m + sd) for m, sd in zip(means, around, strict=True)), strict=True) if x else ((), ())

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import yaml
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from small_suite import TUNING, fake, write
 
@@ -279,6 +280,15 @@ def test_words_stand_side_by_side(tmp_path, drawn):
     (axes,) = drawn["figure.png"].axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["pair", "mean"]
     assert [*map(list, axes.lines[0].get_data())] == [[0, 1], [0.25, 0.75]]
+
+
+def test_a_dozen_lines_all_look_different(tmp_path, drawn):
+    methods = {"erm": {"method": "erm"}} | {f"kl{n}": {"pair_objective": "kl", "alpha": float(n)} for n in range(1, 12)}
+    suite = load_suite(write(tmp_path, changes=PAIRS | {"methods": methods}))
+    fill(suite, lambda *_: 0.5)
+    write_comparison(suite)
+    (axes,) = drawn["figure.png"].axes
+    assert len({(to_rgb(line.get_color()), line.get_marker(), line.get_linestyle()) for line in axes.lines}) == 12
 
 
 def test_a_map_over_two_keys(tmp_path, drawn):
