@@ -26,7 +26,6 @@ from .config import IPGConfig
 from .suite import HIGHER, Suite
 
 FIGURES = ("figure", "cost", "course")
-MARKERS = "os^Dv"  # one for each ten methods: the colors come again
 COURSE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}
 
 
@@ -87,6 +86,11 @@ def draw_methods(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def _look(number: int) -> dict[str, str]:
+    """Color and marker of the n-th of at most fifty methods: colors come again after ten, with another marker."""
+    return {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5]}
+
+
 def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     """Draws the worst group on the test set (mean and sample standard deviation over seeds) against the median seconds
     of a training, a mark for each method, as PNG; says so where the runs were made on more than one kind of machine."""
@@ -99,7 +103,7 @@ def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
             continue
         seconds = statistics.median(record["seconds"] for record in standing.records.values())
         around = statistics.stdev(values) if len(values) > 1 else 0.0
-        look = {"color": f"C{number % 10}", "marker": MARKERS[number // 10 % 5], "markersize": 6}
+        look = _look(number) | {"markersize": 6}
         label = _label(suite, standing)
         axes.errorbar([seconds], [statistics.fmean(values)], around, linestyle="", capsize=2, label=label, **look)
     axes.set_xlim(0, None)
@@ -127,14 +131,13 @@ def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         drawn = sorted((places[value], scores) for value, scores in measured.items())
         means = [statistics.fmean(scores) for _, scores in drawn]
         around = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in drawn]
-        x, color = [place for place, _ in drawn], f"C{number}"
-        marked = {"marker": MARKERS[number // 10 % 5], "markersize": 4}
-        line = {"linestyle": "--"} if name in suite.ungridded else marked
-        axes.plot(x, means, color=color, label=_name_and_seeds(suite, name, rows), **line)
+        x, look = [place for place, _ in drawn], _look(number) | {"markersize": 4}
+        look |= {"linestyle": "--", "marker": ""} if name in suite.ungridded else {}
+        axes.plot(x, means, label=_name_and_seeds(suite, name, rows), **look)
         low, high = (
             zip(*((m - sd, m + sd) for m, sd in zip(means, around, strict=True)), strict=True) if x else ((), ())
         )
-        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
     if logarithmic:
         axes.set_xscale("log")
         axes.minorticks_off()

@@ -94,12 +94,12 @@ def test_the_options_of_a_recipe_are_arguments(path):
 
 @pytest.mark.parametrize("path", [p for p in TRAINING if "_default_" in p.stem], ids=lambda path: path.stem)
 def test_a_recipe_of_the_defaults_departs_from_none(path):
-    """Of the pairs and of the schedule; the learning rate is the benchmark's."""
+    """Of the pairs and of the schedule; the learning rate, the batch and the norm are the benchmark's."""
     _, args, _ = parse_recipe(str(path))
     own = {field.name for field in fields(IPGConfig)} - {field.name for field in fields(TrainingArguments)}
-    batch = {"per_device_pair_batch_size", "freeze_norm"}
+    benchmark = {"per_device_pair_batch_size", "freeze_norm"}
     default = IPGConfig("out")
-    for name in [*sorted(own - batch), "warmup_steps", "lr_scheduler_type", "optim"]:
+    for name in [*sorted(own - benchmark), "warmup_steps", "lr_scheduler_type", "optim"]:
         assert getattr(args, name) == getattr(default, name), name
 
 
