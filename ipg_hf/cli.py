@@ -17,19 +17,19 @@ import torch
 from transformers import AutoImageProcessor
 
 from . import report
-from .audit import audit, named_models
-from .audit_page import audit_table, check_folder, write_report
-from .bench import bench
+from .audit.measure import audit, named_models
+from .audit.page import audit_table, check_folder, write_report
+from .bench.run import bench
 from .config import IPGConfig
 from .data import ABOUT
-from .model_card import model_card
+from .hub.card import model_card
 from .models import load_image_classifier
 from .pairs.checks import named_sets
 from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
-from .runs import RECORD, evaluate, load_trained, train
+from .run import RECORD, evaluate, load_trained, train
 from .survey import survey
 
 

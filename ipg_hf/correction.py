@@ -15,18 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from .gradients import average_gradients, gradient_norm, scale_gradients
-from .guidance import (
-    Distance,
-    Norm,
-    ProblemType,
-    Reduction,
-    invariance_divergence,
-    rationale_distance,
-    root_divergence,
-)
+from .guidance import Distance, Norm, ProblemType, Reduction, invariance_divergence, rationale_distance, root_divergence
 from .heads import ClassifierHead
+from .inference import inference
 from .objectives import PairObjective, pair_penalty
-from .trial import inference
 
 PairForward = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 GRADIENT = "gradient of the output"  # no model input has such a name

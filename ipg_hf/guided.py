@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from . import correction
+from .callbacks import output_spread
 from .config import IPGConfig
 from .gradients import gradient_norm, scale_gradients
 from .guidance import ProblemType, loss_gradient_scale
 from .layers import moving_only, parameters_matching
 from .pairs.adversarial import AdversarialLoader
 from .pairs.loader import PairLoader
-from .progress import output_spread
 
 
 def pair_settings(args: IPGConfig, problem_type: ProblemType) -> dict[str, Any]:

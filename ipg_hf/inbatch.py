@@ -15,16 +15,17 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from . import correction
+from .callbacks import output_spread
 from .config import IPGConfig
 from .gradients import scale_gradients
 from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
-from .heads import features_of
+from .heads import features_of, hooked
+from .inference import logits_of
 from .layers import moving_only
 from .norms import norm_layers
-from .pairs.loader import check_sides, is_stream, seeded
-from .progress import output_spread
-from .trial import hooked, logits_of
+from .pairs.loader import check_sides, is_stream
+from .seeding import seeded
 
 logger = logging.get_logger(__name__)
 

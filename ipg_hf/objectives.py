@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .guidance import ProblemType, invariance_divergence
-from .trial import logits_of
+from .inference import logits_of
 
 Objective = Literal["erm", "class_balanced", "group_dro", "reweight", "irm", "vrex"]
 PairObjective = Literal["ipg", "kl", "features", "rationales", "augmentation"]

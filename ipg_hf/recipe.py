@@ -25,14 +25,15 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from .baselines.degrade import degrade_pairs
+from .baselines.last_layer import check_fits, check_rank
+from .baselines.stages import check_repeats
 from .config import IPGConfig
 from .data import LOADERS, About, Benchmark
-from .last_layer import check_fits, check_rank
 from .models import load_image_classifier
 from .pairs import (
     AdversarialPairs,
     background_pairs,
-    degrade_pairs,
     match_pairs,
     mix_pairs,
     overlay_pairs,
@@ -41,7 +42,6 @@ from .pairs import (
     recolor_pairs,
 )
 from .pairs.checks import named_sets
-from .stages import check_repeats
 
 # makers of the training images, and of files
 MAKERS: dict[str, Callable] = {

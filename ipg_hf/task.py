@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from .callbacks import GroupShares
 from .config import IPGConfig
 from .metrics import training_group_counts
 from .objectives import (
@@ -24,7 +25,6 @@ from .objectives import (
     vrex_penalty,
 )
 from .pairs.transforms import ImageRows
-from .progress import GroupShares
 
 ATTRIBUTE = "attribute"
 ENVIRONMENT = "environment"

@@ -19,12 +19,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from . import correction
+from .callbacks import GroupShares, PairProgress, RowEpochs, restored
 from .checkpoints import SaveAtStepEnd, newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
 from .guidance import ProblemType
 from .guided import GuidedStep, pair_settings
 from .heads import ClassifierHead, CompiledRun, find_head
+from .hub.publish import PublishingTrainer
 from .inbatch import InBatchStep, check_in_batch, first_pair
+from .inference import logits_of
 from .launch import check_launch
 from .layers import parameters_matching
 from .models import check_all_loaded, forward_inputs, takes_labels
@@ -35,10 +38,7 @@ from .pairs.cache import check_cacheable
 from .pairs.checks import check_labels, check_pair_labels, check_pair_set, check_pair_stream, named_sets, title_of
 from .pairs.loader import PairCollator, PairLoader, is_stream, loader_of
 from .pairs.transforms import as_model_inputs
-from .progress import GroupShares, PairProgress, RowEpochs, restored
-from .publish import PublishingTrainer
 from .task import ATTRIBUTE, TaskObjective, row_columns
-from .trial import logits_of
 
 logger = logging.get_logger(__name__)
 

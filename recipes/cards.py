@@ -16,7 +16,7 @@ import yaml
 from table import FOLDER, records
 
 from ipg_hf.data import describe
-from ipg_hf.model_card import model_card
+from ipg_hf.hub.card import model_card
 from ipg_hf.record import hub_id
 
 CARDS = FOLDER.parent / "model_cards"

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ipg_hf.comparison import spread
+from ipg_hf.bench.tables import spread
 from ipg_hf.report import fill_marked
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@
     python recipes/readability.py --write   puts the tables into README.md and draws readability.png
 
 Probes for the label and for the attribute, fitted on validation and scored on the test set, every group counting the
-same (`ipg_hf.audit_numbers.linear_probe`). A record is `recipes/<dataset>/results/readability/<recipe>-seed<n>.json`,
+same (`ipg_hf.audit.numbers.linear_probe`). A record is `recipes/<dataset>/results/readability/<recipe>-seed<n>.json`,
 the record of the run with its `probes`; what has one is not run again. The models stay in `outputs/`.
 """
 
@@ -15,7 +15,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from ipg_hf.comparison import spread
+from ipg_hf.bench.tables import spread
 from ipg_hf.report import fill_marked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,10 +28,10 @@ def run(recipe_file: Path, seed: int) -> None:
     """Probes one seed of a recipe as it began and as it ended; trains it where `run.py` has not."""
     from transformers import set_seed
 
-    from ipg_hf.audit import audit
+    from ipg_hf.audit.measure import audit
     from ipg_hf.recipe import parse_recipe
     from ipg_hf.report import write_json
-    from ipg_hf.runs import load_trained, train
+    from ipg_hf.run import load_trained, train
 
     recipe_file = recipe_file.resolve()
     name = f"{recipe_file.stem}-seed{seed}"

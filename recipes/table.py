@@ -10,10 +10,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from ipg_hf.comparison import markdown, spread, standings
-from ipg_hf.comparison_figures import FIGURES
+from ipg_hf.bench.figures import FIGURES
+from ipg_hf.bench.suite import load_suite
+from ipg_hf.bench.tables import markdown, spread, standings
 from ipg_hf.report import fill_marked
-from ipg_hf.suite import load_suite
 
 FOLDER = Path(__file__).resolve().parent
 PAGES = (FOLDER / "README.md", FOLDER.parent / "README.md")

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import IPGConfig, IPGTrainer, load_image_classifier
-from ipg_hf.trial import logits_of
+from ipg_hf.inference import logits_of
 
 SIZE = 16
 

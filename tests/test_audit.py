@@ -16,8 +16,8 @@ from small import TINY_RECIPE, deit_with_teacher, timm_resnet, vit
 from torch import nn
 from transformers import ViTImageProcessor
 
-from ipg_hf.audit import audit, named_models
-from ipg_hf.audit_numbers import (
+from ipg_hf.audit.measure import audit, named_models
+from ipg_hf.audit.numbers import (
     combined_interval,
     linear_probe,
     paired_difference,
@@ -26,7 +26,7 @@ from ipg_hf.audit_numbers import (
     training_course,
     wilson_interval,
 )
-from ipg_hf.audit_page import audit_table, write_report
+from ipg_hf.audit.page import audit_table, write_report
 from ipg_hf.cli import main
 from ipg_hf.data import load_digits, load_marked_digits
 

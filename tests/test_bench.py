@@ -14,14 +14,16 @@ from dataclasses import replace
 import pytest
 from small_suite import SUITE, TINY, TUNING, fake, write
 
-from ipg_hf import comparison_figures, runs, suite
-from ipg_hf.bench import KEEP_MEMORY, _start, execute
+from ipg_hf import run as runs
+from ipg_hf.bench import figures as comparison_figures
+from ipg_hf.bench import suite
+from ipg_hf.bench.run import KEEP_MEMORY, _start, execute
+from ipg_hf.bench.suite import Tuning, draw_runs, draws, load_suite, seed_runs
+from ipg_hf.bench.tables import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.cli import main
-from ipg_hf.comparison import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.recipe import RecipeError, parse_settings
 from ipg_hf.record import course
 from ipg_hf.report import commit, hardware, processor_name
-from ipg_hf.suite import Tuning, draw_runs, draws, load_suite, seed_runs
 
 # ---- What a suite may say
 
@@ -433,7 +435,7 @@ def test_what_has_a_record_is_not_run_again(finished, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a run was started")
 
-    monkeypatch.setattr("ipg_hf.bench._start", refuse)
+    monkeypatch.setattr("ipg_hf.bench.run._start", refuse)
     assert bench(finished[0]) == 0
 
 
@@ -447,7 +449,7 @@ def shows_its_surroundings(config, log, *rest):
 
 
 def test_a_process_that_dies_before_it_says_anything(tmp_path, monkeypatch):
-    monkeypatch.setattr("ipg_hf.bench._train", ends_at_once)
+    monkeypatch.setattr("ipg_hf.bench.run._train", ends_at_once)
     (tmp_path / "a-seed0").mkdir()
     (tmp_path / "a-seed0" / "log.txt").write_text("of an earlier attempt")
     runs = seed_runs(load_suite(write(tmp_path)), "a", {})
@@ -458,8 +460,8 @@ def test_a_process_that_dies_before_it_says_anything(tmp_path, monkeypatch):
 
 def test_memory_is_kept_as_the_user_has_set_it(tmp_path, monkeypatch):
     """In an interpreter of its own: what the environment is, the server of the processes reads once."""
-    monkeypatch.setattr("ipg_hf.bench._processes", lambda: multiprocessing.get_context("spawn"))
-    monkeypatch.setattr("ipg_hf.bench._train", shows_its_surroundings)
+    monkeypatch.setattr("ipg_hf.bench.run._processes", lambda: multiprocessing.get_context("spawn"))
+    monkeypatch.setattr("ipg_hf.bench.run._train", shows_its_surroundings)
     for name in KEEP_MEMORY:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")

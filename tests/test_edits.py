@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageChops
 from transformers import ViTImageProcessor
 
+from ipg_hf.baselines.degrade import degrade_pairs
 from ipg_hf.data import load_digits
 from ipg_hf.pairs import (
     background_pairs,
-    degrade_pairs,
     match_pairs,
     overlay_pairs,
     pairs_from_columns,

@@ -11,12 +11,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from small_suite import TUNING, fake, write
 
-from ipg_hf import bench
+from ipg_hf.bench import run as bench
+from ipg_hf.bench.figures import guided_courses, write_comparison
+from ipg_hf.bench.suite import chosen, draw_runs, draws, load_suite, points, seed_runs
+from ipg_hf.bench.tables import markdown, standings
 from ipg_hf.cli import main
-from ipg_hf.comparison import markdown, standings
-from ipg_hf.comparison_figures import guided_courses, write_comparison
 from ipg_hf.recipe import RecipeError
-from ipg_hf.suite import chosen, draw_runs, draws, load_suite, points, seed_runs
 
 METHODS = {"erm": {"method": "erm"}, "ipg": {}, "kl": {"pair_objective": "kl"}}
 PAIRS = {"methods": METHODS, "grid": {"num_pairs": [8, 40, 300]}, "ungridded": ["erm"]}

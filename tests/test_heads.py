@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import find_head, load_image_classifier
-from ipg_hf.trial import inference
+from ipg_hf.inference import inference
 
 LABELS = 7
 TRANSFORMER = {

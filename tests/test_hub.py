@@ -88,8 +88,8 @@ def publish_by_trainer(folder):
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForImageClassification, TimmWrapperImageProcessor, ViTImageProcessor
 
+    from ipg_hf.hub.publish import PushError
     from ipg_hf.pairs import AdversarialPairs
-    from ipg_hf.publish import PushError
 
     processor = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
 

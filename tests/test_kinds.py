@@ -27,7 +27,7 @@ from transformers import (
 
 from ipg_hf import find_head, load_image_classifier
 from ipg_hf.heads import CompiledRun
-from ipg_hf.trial import inference
+from ipg_hf.inference import inference
 
 
 def moved(before, after):

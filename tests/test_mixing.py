@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ipg_hf.baselines.degrade import degrade_pairs
 from ipg_hf.data import load_digits
-from ipg_hf.pairs import check_pairs, degrade_pairs, mix_pairs
+from ipg_hf.pairs import check_pairs, mix_pairs
 from ipg_hf.recipe import Recipe, RecipeError
 
 GRID = 4

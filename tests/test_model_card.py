@@ -15,8 +15,8 @@ from small import trainer
 from ipg_hf import IPGTrainer
 from ipg_hf.cli import main
 from ipg_hf.data import ABOUT, LOADERS
+from ipg_hf.hub.card import MARKER, TAGS, model_card
 from ipg_hf.metrics import GroupMetrics
-from ipg_hf.model_card import MARKER, TAGS, model_card
 from ipg_hf.record import hub_id
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -271,7 +271,7 @@ def test_the_share_of_time_that_pairs_are_waited_for(tmp_path, seconds, least, m
 
 
 def test_the_time_waited_is_of_the_steps_since_the_last_line():
-    from ipg_hf.progress import PairProgress
+    from ipg_hf.callbacks import PairProgress
 
     progress = PairProgress()
     for waited, stepped, wanted in ((1.0, 4.0, 0.25), (0.5, 1.0, 0.5)):

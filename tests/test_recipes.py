@@ -12,12 +12,12 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from ipg_hf.comparison import comma_separated, standings
-from ipg_hf.comparison_figures import guided_courses
+from ipg_hf.bench.figures import guided_courses
+from ipg_hf.bench.suite import load_suite
+from ipg_hf.bench.tables import comma_separated, standings
 from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
 from ipg_hf.recipe import MAKERS, parse_recipe
-from ipg_hf.suite import load_suite
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "suites"))

@@ -18,11 +18,11 @@ from test_cli import TINY
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from ipg_hf import find_head
+from ipg_hf.baselines.stages import first_errors, repeat_errors
 from ipg_hf.cli import main
 from ipg_hf.data import load_digits
 from ipg_hf.pairs import ImageRows
 from ipg_hf.recipe import Recipe, RecipeError, parse_recipe
-from ipg_hf.stages import first_errors, repeat_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 DFR = {"method": "dfr", "num_fits": 2, "strengths": [1.0, 0.3]}
@@ -226,7 +226,7 @@ def test_a_resumed_run_has_the_rows_that_it_began_with(tmp_path, monkeypatch):
         path.unlink()
     checkpoints.rmdir()
     with monkeypatch.context() as without:
-        without.setattr("ipg_hf.runs.first_errors", lambda *_, **__: pytest.fail("a second first model"))
+        without.setattr("ipg_hf.run.first_errors", lambda *_, **__: pytest.fail("a second first model"))
         _, resumed = train(tmp_path, "--resume_from_checkpoint", "last", repeat_errors=TWICE, **WARM)
     assert small.bit_equal(resumed, weights)
     assert main(["train", "--config", str(tmp_path / "recipe.yaml"), "--overwrite_output_dir", "true"]) == 0

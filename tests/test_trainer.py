@@ -37,7 +37,7 @@ def test_measures_are_float32_below_it(tmp_path, monkeypatch, settings):
         run.train_dataset = small.rows(24, dtype=torch.bfloat16)
         run.pair_datasets[""] = small.pairs(10, dtype=torch.bfloat16)
 
-    from ipg_hf.progress import PairProgress
+    from ipg_hf.callbacks import PairProgress
 
     add = PairProgress.add
     monkeypatch.setattr(PairProgress, "add", lambda self, values: (seen.update(values), add(self, values)))

@@ -4,10 +4,11 @@
 from collections.abc import Callable
 
 from .about import ABOUT, About, describe
+from .benchmark import Benchmark
 from .celeba import load_celeba
 from .colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification, load_colored_mnist
 from .digit_variants import load_marked_digits, load_stroke_mass
-from .digits import Benchmark, load_digits
+from .digits import load_digits
 from .files import load_files
 from .scenes import load_scenes
 from .waterbirds import load_waterbirds

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from .digits import Benchmark
+from .benchmark import Benchmark
 from .locate import find_folder, labelled, load_hub_set
 
 LABEL = datasets.ClassLabel(names=["not_blond", "blond"])

@@ -25,7 +25,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple, logging
 
 from ..pairs.makers import draw_rows, draw_swap
-from .digits import LABEL, Benchmark, classification_set, colored_pairs, encode_colored
+from .benchmark import Benchmark
+from .digits import LABEL, classification_set, colored_pairs, encode_colored
 from .locate import VARIABLE
 
 logger = logging.get_logger(__name__)

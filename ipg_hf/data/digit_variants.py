@@ -14,7 +14,8 @@ import pyarrow as pa
 import sklearn.datasets
 
 from ..pairs.makers import dataset_of, draw_rows, encode_png, image_column, pair_dataset
-from .digits import COLOR, LABEL, NUM_PAIRS, UPSCALE, Benchmark, classification_set, encode_colored, split_digits
+from .benchmark import Benchmark
+from .digits import COLOR, LABEL, NUM_PAIRS, UPSCALE, classification_set, encode_colored, split_digits
 
 MARK = datasets.ClassLabel(names=["plain", "marked"])
 BOTH = datasets.ClassLabel(names=["red-plain", "red-marked", "green-plain", "green-marked"])

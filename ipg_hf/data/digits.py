@@ -8,7 +8,6 @@ single image; in the test set it misleads nine times out of ten. Pairs are one d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -16,6 +15,7 @@ import pyarrow as pa
 import sklearn.datasets
 
 from ..pairs.makers import dataset_of, draw_rows, draw_swap, encode_png, image_column, pair_dataset
+from .benchmark import Benchmark
 
 LABEL = datasets.ClassLabel(names=["small", "large"])  # digits 0 to 4, 5 to 9
 COLOR = datasets.ClassLabel(names=["red", "green"])  # the channel that holds the intensity
@@ -25,28 +25,6 @@ NUM_PAIRS = 300
 CHUNK = 1000  # images coloured at once: fits the processor's cache
 TEST_MISLEADING = 0.9
 UPSCALE = 2
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """The data sets of one benchmark.
-
-    Args:
-        train: rows `image`, `label` and `attribute` (both ClassLabel; the attribute is the spurious one).
-        validation: likewise, for choosing settings and checkpoints.
-        test: likewise, for reporting.
-        pairs: training pairs, rows `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b`, `source_id`; a dict of
-            such sets where there are several attributes, `None` where pairs have to be made.
-        validation_pairs: pairs of images of `validation`, for the flip rate (or a dict, or `None`).
-        test_pairs: likewise, of `test`.
-    """
-
-    train: datasets.Dataset
-    validation: datasets.Dataset
-    test: datasets.Dataset
-    pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
-    validation_pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
-    test_pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
 
 
 def load_digits(

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from ..pairs.sources import pairs_from_columns
-from .digits import Benchmark
+from .benchmark import Benchmark
 
 SPLITS = ("train", "validation", "test")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .digits import Benchmark
+from .benchmark import Benchmark
 from .files import load_files
 from .locate import find_folder
 

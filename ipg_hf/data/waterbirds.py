@@ -18,7 +18,7 @@ import numpy as np
 from ..pairs.edits import background_pairs
 from ..pairs.makers import dataset_of, image_column
 from ..pairs.sources import pairs_from_columns
-from .digits import Benchmark
+from .benchmark import Benchmark
 from .locate import as_files, find_folder, labelled, load_hub_set
 
 LABEL = datasets.ClassLabel(names=["landbird", "waterbird"])

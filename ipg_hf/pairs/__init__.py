@@ -2,7 +2,6 @@
 """What a pair data set is, how it is drawn from, and how to make one."""
 
 from .adversarial import AdversarialPairs
-from .degrade import degrade_pairs
 from .edits import background_pairs, overlay_pairs, recolor_pairs
 from .linter import Finding, check_pairs, format_findings
 from .loader import PairCollator, PairLoader, PairSampler
@@ -23,7 +22,6 @@ __all__ = [
     "PairSampler",
     "background_pairs",
     "check_pairs",
-    "degrade_pairs",
     "format_findings",
     "match_pairs",
     "mix_pairs",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..guidance import ProblemType, invariance_divergence
-from ..trial import inference
+from ..inference import inference
 from .loader import PairLoader, is_stream
 
 BLUR_SIGMA = 2.0  # pixels

@@ -17,24 +17,26 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
+from ..seeding import seeded
 from .linter import FAST_PAIRS, check_pairs, format_findings
-from .loader import PairCollator, check_rows_agree, check_sides, is_stream, seeded, source_of
+from .loader import PairCollator, check_rows_agree, check_sides, is_stream, source_of
 from .scores import SIDES
 from .transforms import ImageRows
 
 logger = logging.get_logger(__name__)
 
 CHUNK = 256
+ONLY_SET = "pairs"  # the name of a pair set that is given alone
 
 
 def named_sets(dataset: Any) -> dict[str, Any]:
-    """Data sets by name; one alone has none."""
-    return dict(dataset) if isinstance(dataset, Mapping) else {"": dataset}
+    """Data sets by name. A set that is given alone, not in a dict, has the name `"pairs"`."""
+    return dict(dataset) if isinstance(dataset, Mapping) else {ONLY_SET: dataset}
 
 
 def title_of(argument: str, name: str) -> str:
-    """What messages call a data set."""
-    return f"{argument}[{name!r}]" if name else argument
+    """The name of a data set in messages: `pair_dataset`, or `pair_dataset['color']` for one of several."""
+    return argument if name == ONLY_SET else f"{argument}[{name!r}]"
 
 
 def check_pair_set(

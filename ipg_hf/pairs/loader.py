@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import IPGConfig
+from ..seeding import seeded
 from .cache import CachedPairs
 
 
@@ -192,22 +191,6 @@ class _StreamPairs(IterableDataset):
                     )
                 raise ValueError("the pair set is empty: its stream ended without a single row.")
             epoch += 1
-
-
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """The global generators set from the key for the block, and put back after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(key).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(words[0])
-    torch.default_generator.manual_seed(int(words[1]))
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class PairLoader:

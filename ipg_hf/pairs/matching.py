@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from ..heads import find_head
+from ..inference import inference
 from ..models import forward_inputs
-from ..trial import inference
 from .makers import draw_rows, encode_image
 from .transforms import ImageRows
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..guidance import ProblemType, invariance_divergence
+from ..inference import inference, logits_of
 from ..models import forward_inputs
-from ..trial import inference, logits_of
-from .loader import PairCollator, seeded
+from ..seeding import seeded
+from .loader import PairCollator
 from .transforms import ImageRows
 
 SIDES = ["image_a", "image_b"]

@@ -16,8 +16,15 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, default_data_collator
 from transformers.utils import logging
 
-from .config import IPGConfig
-from .heads import find_head
+from ..config import IPGConfig
+from ..heads import find_head
+from ..models import forward_inputs
+from ..pairs import ImageRows
+from ..pairs.checks import named_sets
+from ..pairs.loader import PairCollator
+from ..pairs.transforms import as_model_inputs
+from ..task import ATTRIBUTE
+from ..trainer import IPGTrainer
 from .last_layer import (
     TARGETS,
     check_classes,
@@ -27,13 +34,6 @@ from .last_layer import (
     refit_last_layer,
     split_groups,
 )
-from .models import forward_inputs
-from .pairs import ImageRows
-from .pairs.checks import named_sets
-from .pairs.loader import PairCollator
-from .pairs.transforms import as_model_inputs
-from .task import ATTRIBUTE
-from .trainer import IPGTrainer
 
 logger = logging.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
-from .config import IPGConfig
-from .recipe import Recipe, RecipeError, nearest, parse_settings, read_yaml
+from ..config import IPGConfig
+from ..recipe import Recipe, RecipeError, nearest, parse_settings, read_yaml
 
 # set for each run by itself; in a suite they would undo the protocol
 OWN = (

@@ -18,17 +18,17 @@ from transformers import AutoImageProcessor, PrinterCallback, ProgressCallback, 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import report
+from .baselines.stages import change_last_layer, check_last_layer, first_errors, repeat_errors
 from .checkpoints import newest_checkpoint
 from .config import IPGConfig
 from .data import Benchmark, describe
+from .hub.publish import check_can_push
 from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows, with_counterparts
 from .pairs.checks import named_sets
-from .publish import check_can_push
 from .recipe import Recipe, RecipeError
 from .record import course, data_facts, hub_id
-from .stages import change_last_layer, check_last_layer, first_errors, repeat_errors
 from .task import row_columns
 from .trainer import IPGTrainer
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from .model_card import write_card
+from .card import write_card
 
 logger = logging.get_logger(__name__)
 

@@ -15,8 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import report
-from .audit_numbers import (
+from .. import report
+from ..data import Benchmark
+from ..guidance import invariance_divergence
+from ..heads import ClassifierHead, find_head
+from ..inference import inference, logits_of
+from ..metrics import GroupMetrics, group_counts
+from ..models import forward_inputs
+from ..pairs import ImageRows
+from ..pairs.checks import named_sets
+from ..pairs.picture import ShownPair
+from ..pairs.preview import shown_pairs
+from ..seeding import seeded
+from .numbers import (
     DRAWS,
     combined_interval,
     linear_probe,
@@ -26,17 +37,6 @@ from .audit_numbers import (
     training_course,
     wilson_interval,
 )
-from .data import Benchmark
-from .guidance import invariance_divergence
-from .heads import ClassifierHead, find_head
-from .metrics import GroupMetrics, group_counts
-from .models import forward_inputs
-from .pairs import ImageRows
-from .pairs.checks import named_sets
-from .pairs.loader import seeded
-from .pairs.picture import ShownPair
-from .pairs.preview import shown_pairs
-from .trial import inference, logits_of
 
 WORST_PAIRS = 6  # of each model and pair set
 

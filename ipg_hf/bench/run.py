@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from .comparison_figures import write_comparison
-from .metrics import DivergedError
-from .recipe import RecipeError, nearest, parse_recipe
-from .report import commit, hardware, versions, write_json
-from .runs import RECORD, train
+from ..metrics import DivergedError
+from ..recipe import RecipeError, nearest, parse_recipe
+from ..report import commit, hardware, versions, write_json
+from ..run import RECORD, train
+from .figures import write_comparison
 from .suite import (
     LOWER,
     Run,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .heads import ClassifierHead, find_head
-from .trial import inference
+from ..heads import ClassifierHead, find_head
+from ..inference import inference
 
 STRENGTHS = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
 TARGETS = ("labels", "attribute")

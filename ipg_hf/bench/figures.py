@@ -10,7 +10,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from .comparison import (
+from ..config import IPGConfig
+from .suite import HIGHER, Suite
+from .tables import (
     Standing,
     comma_separated,
     machines,
@@ -22,8 +24,6 @@ from .comparison import (
     t_interval,
     written,
 )
-from .config import IPGConfig
-from .suite import HIGHER, Suite
 
 FIGURES = ("figure", "cost", "course")
 COURSE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}

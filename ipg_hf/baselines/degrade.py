@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from .makers import encode_image, image_column
+from ..pairs.makers import encode_image, image_column
 
 KINDS = ("mislabelled", "unoriented", "residual")
 

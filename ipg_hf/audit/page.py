@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from .audit_figures import Drawn, draw_figures
-from .pairs.picture import SMALL, ShownPair, draw_sheet, frame_ratio
-from .pairs.preview import rendered, write_files
-from .report import summary_table
+from ..pairs.picture import SMALL, ShownPair, draw_sheet, frame_ratio
+from ..pairs.preview import rendered, write_files
+from ..report import summary_table
+from .figures import Drawn, draw_figures
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -130,7 +130,7 @@ def _page(
         "percent": partial(_number, form=".1f", factor=100, unit=" %"),
     }
     return rendered(
-        "audit.html",
+        "audit/page.html",
         filters,
         report=report,
         models=report["models"],

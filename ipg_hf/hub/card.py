@@ -19,8 +19,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 from transformers.utils import logging
 
-from .config import IPGConfig
-from .record import MAIN_SETTINGS, PAIR_SETTINGS, trainer_record
+from ..config import IPGConfig
+from ..record import MAIN_SETTINGS, PAIR_SETTINGS, trainer_record
 
 logger = logging.get_logger(__name__)
 

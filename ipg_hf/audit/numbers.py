@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import IPGConfig
+from ..config import IPGConfig
 
 NORMAL_975 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 DRAWS = 10_000  # of a bootstrap

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random draws that leave the global generators as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """The global generators set from the key for the block, and put back after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[0])
+    torch.default_generator.manual_seed(int(words[1]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
