@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ..guidance import ProblemType, invariance_divergence
-from ..inference import inference
+from ..inference import inference, logits_of
 from .loader import PairLoader, is_stream
 
 BLUR_SIGMA = 2.0  # pixels
@@ -160,7 +159,6 @@ def augmented(images: Tensor, change: Mapping[str, Tensor], settings: Adversaria
 
 
 def search_partners(
-    run: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]],
     model: nn.Module,
     inputs: Tensor,
     name: str,
@@ -176,7 +174,6 @@ def search_partners(
     A pair's partner depends on its image, the model and its key alone: not on the other pairs of its batch.
 
     Args:
-        run: `ClassifierHead.run` of the model's head.
         model: the model, used in inference mode; its gradients are left alone.
         inputs: shape (P, C, H, W), as the image processor makes them.
         name: of that input.
@@ -194,7 +191,7 @@ def search_partners(
     """
     images, mean, std = _pixels(inputs, normalisation, name)
     with torch.no_grad(), inference(model):
-        anchor, _ = run(model, {name: inputs})
+        anchor = logits_of(model(**{name: inputs}))
     change = _start(images, settings, keys)
     size = settings.step_size or 2.5 / settings.steps
     for _ in range(settings.steps):
@@ -202,7 +199,7 @@ def search_partners(
             value.requires_grad_()
         with inference(model):
             partners = (augmented(images, change, settings) - mean) / std
-            logits, _ = run(model, {name: partners.to(inputs.dtype)})
+            logits = logits_of(model(**{name: partners.to(inputs.dtype)}))
             divergence = invariance_divergence(anchor, logits, problem_type=problem_type) * len(images)
             slopes = torch.autograd.grad(scale(divergence) if scale else divergence, list(change.values()))
         change = {
@@ -217,20 +214,24 @@ class AdversarialLoader:
 
     Args:
         loader: gives batches of twins.
-        search: `search_partners` but for the images, their keys, the settings and what the trainer knows.
+        model: the model, not wrapped, for which the partners are searched.
         trainer: the trainer whose device, precision and image processor are used.
-        chunk_size: pairs searched at a time; by default all.
+        problem_type: a value of `guidance.ProblemType`.
+        chunk_size: number of pairs that are searched at a time; by default all.
 
     ValueError at the first batch: the inputs are not in [0, 1] before the normalisation.
     """
 
     def __init__(
-        self, loader: PairLoader, search: Callable[..., Tensor], trainer: Trainer, chunk_size: int | None = None
+        self,
+        loader: PairLoader,
+        model: nn.Module,
+        trainer: Trainer,
+        problem_type: ProblemType,
+        chunk_size: int | None = None,
     ):
-        self.loader, self.trainer = loader, trainer
+        self.loader, self.model, self.trainer, self.problem_type = loader, model, trainer, problem_type
         self.normalisation = loader.dataset.settings.normalisation(trainer.processing_class)
-        scaler = trainer.accelerator.scaler
-        self.search = partial(search, normalisation=self.normalisation, scale=scaler.scale if scaler else None)
         self.settings: AdversarialPairs = loader.dataset.settings
         self.chunk_size = chunk_size
         self.kept: dict[str, Tensor] = {}
@@ -254,14 +255,18 @@ class AdversarialLoader:
         if not self.kept:
             _check_range(images, self.normalisation, name)
         keys = [(self.loader.seed, first + number) for number in range(len(images))]
-        size = self.chunk_size or len(images)
+        size, scaler = self.chunk_size or len(images), self.trainer.accelerator.scaler
         with self.trainer.compute_loss_context_manager():
             parts = [
-                self.search(
-                    inputs=images[i : i + size],
-                    name=name,
-                    settings=self.settings,
+                search_partners(
+                    self.model,
+                    images[i : i + size],
+                    name,
+                    self.settings,
+                    normalisation=self.normalisation,
                     keys=keys[i : i + size],
+                    problem_type=self.problem_type,
+                    scale=scaler.scale if scaler else None,
                 )
                 for i in range(0, len(images), size)
             ]
@@ -293,7 +298,7 @@ class AdversarialLoader:
             self.kept = self.trainer._prepare_inputs(state)
 
     def _file(self, folder: str | os.PathLike, name: str) -> Path:
-        return Path(folder) / f"adversarial_pairs{f'_{name}' if name else ''}_{self.loader.rank}.safetensors"
+        return Path(folder) / f"adversarial_{name}_{self.loader.rank}.safetensors"
 
 
 def _start(images: Tensor, settings: AdversarialPairs, keys: Sequence[Sequence[int]]) -> dict[str, Tensor]:
