@@ -8,13 +8,39 @@ looked up on a hub: the classes are `evaluate.Metric`s that are built directly.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import evaluate
 import numpy as np
 
 IGNORED = -100
+
+
+class MetricInfo(NamedTuple):
+    """How a metric is shown.
+
+    Args:
+        title: the words for it in tables, cards and figures.
+        direction: which values are better, "higher" or "lower".
+    """
+
+    title: str
+    direction: Literal["higher", "lower"]
+
+
+# name -> title and direction, in the order in which tables show them; no other list of metrics exists
+METRICS = {
+    "accuracy": MetricInfo("accuracy", "higher"),
+    "worst_group_accuracy": MetricInfo("worst-group accuracy", "higher"),
+    "adjusted_accuracy": MetricInfo("adjusted accuracy", "higher"),
+    "flip_rate": MetricInfo("flip rate", "lower"),
+    "mae": MetricInfo("mean absolute error", "lower"),
+    "worst_group_mae": MetricInfo("worst-group mean absolute error", "lower"),
+    "difference": MetricInfo("mean absolute difference within pairs", "lower"),
+}
+# what a model is chosen by: the first for classes, the second for a regression
+WORST_GROUP = ("worst_group_accuracy", "worst_group_mae")
 
 _INTEGERS = datasets.Value("int64")
 
