@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The equations of invariance pair guidance, as pure tensor functions that need torch alone.
+"""The equations of invariance pair guidance, as pure tensor functions. They need torch alone.
 
-A classifier's last linear layer has weight W (C, D) and input z (B, D); its rationale R = W ⊙ z is what each feature
-adds to each logit. Over pairs (a, b) that differ in a spurious attribute alone, `rationale_distance` is how far apart
-the rationales of the two sides lie (the corrective update descends on it), `invariance_divergence` how far the outputs
-do (`root_divergence` makes a distance of that), `loss_gradient_scale` the factor on the task gradient while the outputs
-still differ. Source: arXiv 2502.18975; "our reading" marks this library's choices where the paper leaves one. All of it
-runs outside autocast in float32, or float64 if any argument is, whatever dtypes come in; non-finite arguments give
-non-finite results. TF32, where `torch.backends.cuda.matmul` allows it, makes the spectral norm's singular vectors
-coarser.
+The last linear layer of a classifier has the weight W, shape (C, D), and the input z, shape (B, D). The rationale
+R = W ⊙ z is what each feature adds to each logit. The two sides of a pair, a and b, differ in a spurious attribute
+alone.
+
+- `rationale_distance` measures how far the rationales of the two sides are apart.
+- `invariance_divergence` measures how far the outputs of the two sides are apart.
+- `root_divergence` is the square root of the divergence. It can take the place of the rationale distance.
+- `loss_gradient_scale` is the factor on the task gradient while the outputs still differ.
+
+The corrective update descends on one of the two distances.
+
+Source: arXiv 2502.18975. "Our reading" marks a choice of this library where the paper leaves one; "ours" marks what the
+paper does not have.
+
+All functions compute outside autocast: in float64 if any argument is float64, else in float32. Non-finite arguments
+give non-finite results. If `torch.backends.cuda.matmul` allows TF32, the singular vectors of the spectral norm are less
+exact.
 """
 
 from typing import Literal, get_args
@@ -23,14 +32,21 @@ Distance = Literal["rationale", "divergence"]
 LossScaling = Literal["adaptive", "fixed"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
-_EIGH_MAX_SIDE = 128  # smaller side of W up to which a whole eigendecomposition is as fast as the Krylov iteration
-_KRYLOV_STEPS = 160  # more than random weights need; what has not converged by then is decomposed whole
+_EIGH_MAX_SIDE = 128  # up to this smaller side of W, a full eigendecomposition is as fast as the Krylov iteration
+_KRYLOV_STEPS = 160  # more than random weights need; rows that have not converged by then get a full decomposition
 
 
 def rationale(weight: Tensor, z: Tensor) -> Tensor:
-    """Rationale matrices R = W ⊙ z, (B, C, D), of weight (C, D) and features z (B, D) (arXiv 2502.18975).
+    """Computes the rationale matrices R = W ⊙ z (arXiv 2502.18975).
 
-    `rationale(weight, z).sum(-1) + bias` equals the logits. Raises ValueError if the shapes do not fit.
+    `rationale(weight, z).sum(-1) + bias` equals the logits.
+
+    Args:
+        weight: weight W of the last linear layer, (C, D), any floating dtype.
+        z: input of that layer, (B, D).
+
+    Returns: Shape (B, C, D), float32 or float64.
+    Raises: ValueError if the shapes do not fit or a tensor is empty.
     """
     _check_features(weight, z)
     with torch.autocast(weight.device.type, enabled=False):
@@ -41,20 +57,21 @@ def rationale(weight: Tensor, z: Tensor) -> Tensor:
 def rationale_distance(
     weight: Tensor, z_a: Tensor, z_b: Tensor, *, reduction: Reduction = "mean", norm: Norm = "spectral"
 ) -> Tensor:
-    """Distance between the rationales of the two sides of B pairs, differentiable in all three tensors.
+    """Computes the rationale distance d between the two sides of B pairs, differentiable in all three tensors.
 
     Args:
         weight: weight W of the last linear layer, (C, D), any floating dtype.
-        z_a: input of that layer on the a sides, (B, D).
-        z_b: the same on the b sides, (B, D).
-        reduction: "mean" compares the mean rationales, ‖W·diag(mean(z_a) - mean(z_b))‖ (arXiv 2502.18975), and so is
-            blind to differences that cancel over the pairs. "pair" is the mean over pairs of ‖W·diag(z_a,i - z_b,i)‖
-            (our reading: an option), and so is blind to which member stands on which side.
-        norm: "spectral" is the largest singular value (our reading of ‖·‖₂), "frobenius" the root of the summed squares
-            (our reading: an option).
+        z_a: input of that layer on side a, (B, D).
+        z_b: input of that layer on side b, (B, D).
+        reduction: "mean" compares the mean rationales: ‖W·diag(mean(z_a) - mean(z_b))‖ (arXiv 2502.18975). It does not
+            see differences that cancel over the pairs. "pair" is the mean over the pairs of ‖W·diag(z_a,i - z_b,i)‖
+            (ours: an option). It does not see which image is on which side.
+        norm: "spectral" is the largest singular value (our reading of ‖·‖₂). "frobenius" is the root of the summed
+            squares (ours: an option).
 
-    Returns: Scalar ≥ 0, float32 or float64. At 0 the gradient is exactly 0, at a tied top value one subgradient.
-    Raises: ValueError if the shapes do not fit or nothing is in them, or `reduction` or `norm` is unknown.
+    Returns: Scalar ≥ 0, float32 or float64. If it is 0, the gradient is exactly 0 (R1). If several singular values
+        share the maximum, the gradient is one of the subgradients.
+    Raises: ValueError if the shapes do not fit, a tensor is empty, or `reduction` or `norm` is unknown.
     """
     _check_name("reduction", reduction, Reduction)
     _check_name("norm", norm, Norm)
@@ -64,7 +81,7 @@ def rationale_distance(
         delta = z_a - z_b if reduction == "pair" else (z_a - z_b).mean(0, keepdim=True)
         if norm == "spectral":
             return _spectral_norms(weight, delta).mean()
-        # vector_norm squares as it is: in float32 an entry of 1e-25 would vanish.
+        # vector_norm squares the entries without rescaling them: in float32 an entry of 1e-25 would become 0.
         norms = vector_norm(_widen(delta) * vector_norm(_widen(weight), dim=0), dim=-1)
         return norms.mean().to(weight.dtype)
 
@@ -72,47 +89,54 @@ def rationale_distance(
 def invariance_divergence(
     logits_a: Tensor, logits_b: Tensor, *, problem_type: ProblemType = "single_label_classification"
 ) -> Tensor:
-    """How far the outputs on the two sides of B pairs lie apart, as a mean over the pairs.
+    """Computes the invariance divergence c between the outputs on the two sides, as a mean over B pairs.
 
     Args:
-        logits_a: outputs on the a sides, (B, C), any floating dtype.
-        logits_b: outputs on the b sides, (B, C).
-        problem_type: as in `PretrainedConfig`. "single_label_classification": ½(KL(p_a‖p_b) + KL(p_b‖p_a)) of the
-            softmax probabilities (KL as in arXiv 2502.18975, the symmetric half our reading).
-            "multi_label_classification": the same of the labels' Bernoulli distributions, summed over labels (our
-            reading). "regression": the mean squared difference of the outputs (our reading).
+        logits_a: outputs on side a, (B, C), any floating dtype.
+        logits_b: outputs on side b, (B, C).
+        problem_type: the `problem_type` of the model's config. It selects the divergence of a pair (R12):
+            - "single_label_classification": ½(KL(p_a‖p_b) + KL(p_b‖p_a)) of the softmax probabilities (KL as in
+              arXiv 2502.18975; that it is symmetric is our reading).
+            - "multi_label_classification": the symmetric KL of each label's Bernoulli distribution, summed over the
+              labels (our reading).
+            - "regression": the mean squared difference of the outputs (our reading).
 
-    Returns: Scalar ≥ 0, float32 or float64. Exactly 0 for identical outputs, inf if one side alone has a logit of -inf.
-    Raises: ValueError if the shapes do not fit or nothing is in them, or `problem_type` is unknown.
+    Returns: Scalar ≥ 0, float32 or float64. It is exactly 0 for identical outputs, and inf if a logit is -inf on one
+        side alone.
+    Raises: ValueError if the shapes do not fit, a tensor is empty, or `problem_type` is unknown.
     """
     _check_name("problem_type", problem_type, ProblemType)
     if logits_a.ndim != 2 or logits_a.shape != logits_b.shape or not logits_a.numel():
-        raise ValueError(f"expected two non-empty (B, C), got {tuple(logits_a.shape)} and {tuple(logits_b.shape)}")
+        raise ValueError(
+            "the logits of both sides must have one shape (B, C) and must not be empty, got "
+            f"{tuple(logits_a.shape)} and {tuple(logits_b.shape)}."
+        )
     with torch.autocast(logits_a.device.type, enabled=False):
         a, b = _upcast(logits_a, logits_b)
         if problem_type == "single_label_classification":
             a, b = a.log_softmax(-1), b.log_softmax(-1)
-        gap = torch.where(a == b, 0.0, a - b).abs()  # a class both sides rule out, -inf twice, is no difference
+        gap = torch.where(a == b, 0.0, a - b).abs()  # -inf on both sides: both rule the class out, no difference
         if problem_type == "regression":
             return gap.square().mean()
-        # (p_a - p_b)(x_a - x_b), with p_a - p_b written as a product: it cannot cancel, overflow or turn negative.
+        # (p_a - p_b)(x_a - x_b). p_a - p_b is written as a product, which cannot cancel, overflow or become negative.
         high, low = torch.maximum(a, b), torch.minimum(a, b)
         p = high.exp() if problem_type == "single_label_classification" else high.sigmoid() * (-low).sigmoid()
         return (p * -torch.expm1(-gap) * gap).sum(-1).mean() / 2
 
 
 def root_divergence(divergence: Tensor, of_all: Tensor | None = None) -> Tensor:
-    """√c, a distance between the outputs on the two sides (ours), in place of that between their rationales.
+    """Computes √c, a distance between the outputs on the two sides (ours), in place of the rationale distance.
 
-    c falls with the square of what the outputs differ by, and its gradient with that; the gradient of √c keeps its
-    length, as that of a norm does, and pairs count by how far their outputs are apart.
+    c falls with the square of the difference between the outputs, so its gradient falls with the difference. The
+    gradient of √c keeps its length, as the gradient of a norm does.
 
     Args:
-        divergence: c of some pairs, a scalar ≥ 0, attached to the graph.
-        of_all: c of all pairs of which these are an equal part; by default these are all.
+        divergence: c of some of the pairs, a scalar ≥ 0 with its graph.
+        of_all: c of all pairs, if `divergence` is c of one of several equal parts; by default `divergence` is c of all
+            pairs.
 
-    Returns: √(c of all), whose gradient is the part's in it: averaged over the parts it is that of the whole. At 0 the
-        gradient is exactly 0.
+    Returns: √(c of all pairs). Its gradient is the gradient through the given pairs: averaged over the parts, it is the
+        gradient of the whole. If c is 0, the gradient is exactly 0.
     """
     whole = (divergence if of_all is None else of_all).detach()
     root = whole.sqrt()
@@ -129,15 +153,23 @@ def loss_gradient_scale(
     scaling: LossScaling = "adaptive",
     maximum: float = torch.inf,
 ) -> Tensor:
-    """Factor on the task gradient: alpha·‖g_d‖/‖g_L‖ where divergence > threshold, else 1 (arXiv 2502.18975).
+    """Computes the factor on the task gradient: α·‖g_d‖/‖g_L‖ if c > t, else 1 (arXiv 2502.18975, step 4).
 
-    g_d is the gradient of the rationale distance and g_L that of the task loss, each over all trainable parameters; all
-    three tensors are scalars, alpha and threshold ≥ 0. Returns a scalar ≥ 0, float32 or float64, without gradient and
-    without waiting for the device. It is 1 where ‖g_L‖ is 0 (or too small to have an inverse), as there is nothing to
-    scale, and where the divergence is NaN. Non-finite norms give a non-finite factor where they are used. With
-    `scaling="fixed"` (ours: an ablation) the factor is alpha itself where it is alpha·‖g_d‖/‖g_L‖ otherwise. Neither
-    is above `maximum` (ours: at 1 the task gradient is only ever scaled down).
+    g_d is the gradient of the distance, g_L the gradient of the task loss. Their norms are over all trainable
+    parameters together.
 
+    Args:
+        distance_grad_norm: ‖g_d‖, a scalar.
+        loss_grad_norm: ‖g_L‖, a scalar.
+        divergence: c, a scalar.
+        alpha: α ≥ 0.
+        threshold: t ≥ 0.
+        scaling: "adaptive" is the paper's factor. "fixed" replaces α·‖g_d‖/‖g_L‖ with α (ours: an ablation).
+        maximum: upper limit of the factor if c > t (ours). With 1 the task gradient is never scaled up.
+
+    Returns: Scalar ≥ 0, float32 or float64, without gradient. The device is not waited for. The factor is also 1 if c
+        is NaN, and if ‖g_L‖ is 0 or too small to have an inverse: there is nothing to scale. Non-finite norms give a
+        non-finite factor if they are used.
     Raises: ValueError if `scaling` is unknown.
     """
     _check_name("scaling", scaling, LossScaling)
@@ -149,23 +181,23 @@ def loss_gradient_scale(
 
 
 def _spectral_norms(weight: Tensor, delta: Tensor) -> Tensor:
-    """Largest singular value of M_i = W·diag(δ_i) for each row of delta (P, D): (P,), with gradient uvᵀ of its pair."""
+    """Largest singular value, (P,), of M_i = W·diag(δ_i) for each row of delta (P, D); its gradient in M_i is uvᵀ."""
     with torch.no_grad():
-        # In units of M's largest entry, each column of W in its own, no square under- or overflows.
+        # Scaled by M's largest entry, and each column of W by its own, no square underflows or overflows.
         columns = weight.abs().amax(0)
         w, d = (weight / _or_one(columns)).nan_to_num_(0.0, 0.0, 0.0), delta * columns
         d = d / _or_one(d.abs().amax(-1, keepdim=True))
         top = _top_by_eigh if min(w.shape) <= _EIGH_MAX_SIDE else _top_by_krylov
         u = _unit(top(w, d.nan_to_num(0.0, 0.0, 0.0)))
-        # One more half step: uᵀMv errs by the square of what u errs by. Non-finite arguments come back in with d.
+        # One more half step: the error of uᵀMv is the square of the error of u. d brings non-finite values back in.
         v = _unit((u @ w) * d)
-    # With u and v constant this is linear in W and in δ, and no (P, C, D) tensor is kept for backward. The product is
-    # in float64, as 1,000 equal float32 terms can add up to an error of 1e-5.
+    # u and v are constants here: the result is linear in W and in δ, and backward needs no (P, C, D) tensor. The
+    # product is in float64, because a sum of 1,000 equal float32 terms can have an error of 1e-5.
     return ((_widen(u) @ _widen(weight)).to(v.dtype) * delta * v).sum(-1)
 
 
 def _top_by_eigh(w: Tensor, d: Tensor) -> Tensor:
-    """Top left singular vectors of W·diag(d_i), (P, C), of any length, from the Gram matrix of the smaller side."""
+    """Top left singular vectors of W·diag(d_i), (P, C), not normalised, from the Gram matrix of the smaller side."""
     if w.shape[0] <= w.shape[1]:
         return eigh((w * d.square().unsqueeze(1)) @ w.mT).eigenvectors[..., -1]
     v = eigh((w.mT @ w) * d.unsqueeze(1) * d.unsqueeze(2)).eigenvectors[..., -1]
@@ -173,9 +205,9 @@ def _top_by_eigh(w: Tensor, d: Tensor) -> Tensor:
 
 
 def _top_by_krylov(w: Tensor, d: Tensor) -> Tensor:
-    """The same by Lanczos on MMᵀ for all rows of d at once, with no (P, C, D) and no (P, C, C) tensor."""
+    """Top left singular vectors, (P, C), by Lanczos on MMᵀ for all rows at once: no (P, C, D) or (P, C, C) tensor."""
     tolerance = 2 * torch.finfo(w.dtype).eps
-    start = torch.randn(len(w), generator=torch.Generator().manual_seed(0), dtype=w.dtype)  # so that runs repeat
+    start = torch.randn(len(w), generator=torch.Generator().manual_seed(0), dtype=w.dtype)  # fixed seed: runs repeat
     q = _unit(start.to(w.device)).expand(len(d), -1)
     basis = w.new_zeros(len(d), _KRYLOV_STEPS, len(w))
     tridiagonal = w.new_zeros(len(d), _KRYLOV_STEPS + 1, _KRYLOV_STEPS + 1)
@@ -184,16 +216,16 @@ def _top_by_krylov(w: Tensor, d: Tensor) -> Tensor:
         known = basis[:, : k + 1]
         rest = ((q @ w) * d.square()) @ w.mT
         tridiagonal[:, k, k] = (q * rest).sum(-1)
-        for _ in range(2):  # after a single pass the float32 basis of a clustered spectrum repeats itself
+        for _ in range(2):  # after one pass the float32 basis of a clustered spectrum is not orthogonal enough
             rest = rest - ((known @ rest.unsqueeze(-1)).mT @ known).squeeze(1)
         length = vector_norm(rest, dim=-1)
-        # Rounding noise is no new direction: such a row is exhausted and goes on as zeros.
+        # Rounding noise is no new direction: a row with nothing but noise left is finished and continues as zeros.
         length = length * (length > tolerance * tridiagonal.amax((1, 2)))
         tridiagonal[:, k + 1, k] = length  # eigh reads the lower triangle
         q = rest * torch.where(length > 0, 1 / length, 0.0).unsqueeze(-1)
         if (k + 1) % 8 == 0:
             values, vectors = eigh(tridiagonal[:, : k + 1, : k + 1])
-            # The residual bounds how far the value is from an eigenvalue, ties and clusters included.
+            # The residual bounds the distance to an eigenvalue, also for ties and clusters.
             converged = length * vectors[:, -1, -1].abs() <= tolerance * values[:, -1]
             if converged.all():
                 break
@@ -204,7 +236,7 @@ def _top_by_krylov(w: Tensor, d: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / _or_one(x.square().sum(-1, keepdim=True).sqrt())  # `sum` rounds less than vector_norm: it cascades
+    return x / _or_one(x.square().sum(-1, keepdim=True).sqrt())  # `sum` has smaller rounding errors than vector_norm
 
 
 def _or_one(x: Tensor) -> Tensor:
@@ -222,7 +254,7 @@ def _widen(x: Tensor) -> Tensor:
 
 def _check_name(argument: str, value: str, names: object) -> None:
     if value not in get_args(names):
-        raise ValueError(f"unknown {argument} {value!r}, choose from {', '.join(map(repr, get_args(names)))}")
+        raise ValueError(f"unknown {argument} {value!r}, choose from {', '.join(map(repr, get_args(names)))}.")
 
 
 def _check_features(weight: Tensor, *features: Tensor) -> None:
@@ -230,4 +262,4 @@ def _check_features(weight: Tensor, *features: Tensor) -> None:
     fit = weight.ndim == 2 and all(z.ndim == 2 and z.shape == rows + weight.shape[1:] for z in features)
     if not (fit and weight.numel() and features[0].numel()):
         shapes = ", ".join(str(tuple(t.shape)) for t in (weight, *features))
-        raise ValueError(f"expected weight (C, D) and features (B, D) for each side, not empty, got {shapes}")
+        raise ValueError(f"weight must be (C, D) and the features of each side (B, D), not empty, got {shapes}.")
