@@ -16,7 +16,6 @@ import datasets
 import torch
 from transformers import AutoImageProcessor
 
-from . import report
 from .audit.measure import audit, named_models
 from .audit.page import audit_table, check_folder, write_report
 from .bench.run import bench
@@ -29,6 +28,7 @@ from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
+from .record import write_json
 from .run import RECORD, evaluate, load_trained, train
 from .survey import survey
 
@@ -184,7 +184,7 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
         print(format_findings(findings, title), end="\n\n")
         records += [{"set": name, **asdict(finding)} for finding in findings]
     if options.action == "check" and options.output:
-        report.write_json(options.output, {"dataset": recipe.dataset, "model": options.model, "findings": records})
+        write_json(options.output, {"dataset": recipe.dataset, "model": options.model, "findings": records})
     return int(options.action == "check" and "error" in severities)
 
 

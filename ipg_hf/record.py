@@ -1,18 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a training by its trainer: the part of a run's record that its model card needs."""
+"""The record of a run: every setting with the value that the run used, what was measured, and on what.
+
+A record is one dict. `run.json` in an output folder holds it; a collection is a JSONL file, one record a line.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import re
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import Trainer
 
-from . import report
 from .pairs import ImageRows, check_pairs
+
+# the value of a setting that an old record does not have and that nothing else tells
+NOT_RECORDED = "not recorded"
+
+RECORDED_PACKAGES = ("ipg_hf", "torch", "transformers", "accelerate", "timm", "datasets")
+
+# settings that name a place, an account or a stage of the work; they change nothing in what is computed
+NO_SETTINGS = re.compile(
+    r"output_dir|overwrite_output_dir|data_dir|preload_dir|logging_dir|resume_from_checkpoint|run_name|about"
+    r"|push_to_hub|hub_\w+|trackio_\w+|\w+_token|local_rank|do_(train|eval|predict)|_\w+"
+)
 
 MAIN_SETTINGS = (
     "learning_rate",
@@ -34,6 +56,122 @@ PAIR_SETTINGS = (
     "pair_combination",
 )
 WORST_GROUP = ("eval_worst_group_accuracy", "eval_worst_group_mae")
+TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+
+
+# ---- Settings
+
+
+def resolved_settings(*sources: Any) -> dict[str, Any]:
+    """Every setting of a run with its value, whether it was given or is a default.
+
+    Args:
+        sources: dataclass instances: a recipe and its training arguments, or the training arguments alone.
+
+    Returns:
+        Name -> a value that JSON has. Settings that name a folder, an account or a token are left out, and of an
+        absolute path the last part is kept.
+    """
+    found = {}
+    for source in sources:
+        for entry in fields(source):
+            if not NO_SETTINGS.fullmatch(entry.name):
+                found[entry.name] = _plain(getattr(source, entry.name))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str):
+        return Path(value).name if os.path.isabs(value) else value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(part) for part in value]
+    if is_dataclass(value):
+        return _plain(asdict(value))
+    return str(value)
+
+
+# ---- The record of a training
+
+
+def make_record(
+    trainer: Trainer,
+    *,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    seconds: float | None,
+    method: str,
+    given: Iterable[str] | None = None,
+    commit: str | None = None,
+    base_model: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The record of a training that has ended.
+
+    Args:
+        trainer: the trainer.
+        settings: what [`resolved_settings`] returns.
+        metrics: split -> name of a metric -> its value.
+        seconds: duration of the training.
+        method: key of `baselines.METHODS`.
+        given: names of the settings that the user gave; `None` where that is not known.
+        commit: commit of the code.
+        base_model: Hub id of the model that was fine-tuned.
+        about: the fields of `data.About`.
+        baseline: what a baseline reports of itself, such as the number of errors that it repeats.
+    """
+    state = trainer.state
+    record = {
+        "method": method,
+        "settings": dict(settings),
+        "given": None if given is None else [name for name in given if not NO_SETTINGS.fullmatch(name)],
+        "seed": trainer.args.seed,
+        "metrics": {split: dict(values) for split, values in metrics.items()},
+        "chosen_step": state.best_global_step or state.global_step,
+        "steps": state.global_step,
+        "course": course(state.log_history),
+        "seconds": None if seconds is None else round(seconds, 1),
+        "versions": versions(),
+        "commit": commit,
+        "hardware": hardware(),
+        "base_model": base_model,
+        "about": None if about is None else dict(about),
+        "data": data_facts(trainer),
+    }
+    return record | ({"baseline": dict(baseline)} if baseline else {})
+
+
+def trainer_record(trainer: Trainer) -> dict[str, Any]:
+    """The record of a training without a recipe; its metrics are those of the evaluation at the chosen step.
+
+    The last evaluation in the log is not that of the best checkpoint (transformers issue 15547).
+    """
+    state, args = trainer.state, trainer.args
+    step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
+    evaluated = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] <= step]
+    last = evaluated[-1] if evaluated else {}
+    metrics = {
+        key.removeprefix("eval_"): value
+        for key, value in last.items()
+        if key.startswith("eval_") and not key.endswith(TIMINGS)
+    }
+    plain = "ipg" if getattr(trainer, "is_guided", False) else "erm"
+    record = make_record(
+        trainer,
+        settings=resolved_settings(args),
+        metrics={"evaluation": metrics} if metrics else {},
+        seconds=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
+        method=getattr(trainer, "method", plain),  # a plain Trainer has no name of its method
+        base_model=hub_id(getattr(getattr(trainer.model, "config", None), "_name_or_path", None)),
+    )
+    return record | {"chosen_step": last.get("step", step)}
 
 
 def data_facts(trainer: Trainer) -> dict[str, Any]:
@@ -48,56 +186,24 @@ def data_facts(trainer: Trainer) -> dict[str, Any]:
         return {"pairs": len(dataset) if hasattr(dataset, "__len__") else None, "findings": kept}
 
     train = trainer.train_dataset
-    sets = getattr(trainer, "pair_datasets", {})
+    sets = getattr(trainer, "pair_datasets", {})  # a plain Trainer has none
     return {
         "train": len(train) if hasattr(train, "__len__") else None,
         "pair_sets": {name: of(dataset) for name, dataset in sets.items()},
     }
 
 
-def trainer_record(trainer: Trainer) -> dict[str, Any]:
-    """A record of a training by its `Trainer` alone: the metrics are those of the evaluation at the chosen step.
-
-    The log's last evaluation is not the best one's (transformers issue 15547).
-    """
-    state, args = trainer.state, trainer.args
-    step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
-    evaluated = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] <= step]
-    timings = ("_runtime", "_per_second", "_preparation_time")
-    last = evaluated[-1] if evaluated else {}
-    metrics = {
-        key.removeprefix("eval_"): value
-        for key, value in last.items()
-        if key.startswith("eval_") and not key.endswith(timings)
-    }
-    named = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
-    config = {name: getattr(args, name) for name in (*MAIN_SETTINGS, *PAIR_SETTINGS) if hasattr(args, name)}
-    return {
-        "config": {name: getattr(value, "value", value) for name, value in config.items()},
-        "seed": args.seed,
-        "method": "ipg" if getattr(trainer, "is_guided", False) else "erm",
-        "metrics": {"evaluation": metrics} if metrics else {},
-        "chosen_step": last.get("step", step),
-        "steps": state.global_step,
-        "seconds": next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
-        "versions": report.versions(),
-        "commit": None,
-        "hardware": report.hardware(),
-        "base_model": hub_id(named),
-        "data": data_facts(trainer),
-    }
-
-
 def course(history: Sequence[Mapping[str, Any]], points: int = 50) -> dict[str, dict[str, list[float]]]:
-    """The course of a training, for figures, from `trainer.state.log_history`.
+    """What was logged over the steps of a training, for figures.
 
     Args:
-        history: the log.
-        points: how many steps are kept at most, evenly spread, the first and the last among them.
+        history: `trainer.state.log_history`.
+        points: largest number of steps to keep. They are evenly spread, with the first and the last among them.
 
     Returns:
         `guidance` (`divergence`, `violated`, `loss_scale`) and `validation` (`worst_group_accuracy` or
-        `worst_group_mae`), each in columns beside `step`, four significant digits; what was not logged is left out.
+        `worst_group_mae`), each in columns beside `step`, with four significant digits. What was not logged is left
+        out.
     """
     kept = {"guidance": ("ipg/divergence", "ipg/violated", "ipg/loss_scale"), "validation": WORST_GROUP}
     found = {}
@@ -114,5 +220,111 @@ def course(history: Sequence[Mapping[str, Any]], points: int = 50) -> dict[str, 
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name of a base model where it is an id of the Hub and not a folder."""
+    """The name of a base model if it is an id of the Hub, `None` if it is a folder."""
     return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+# ---- What a run ran on
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that a result depends on; `None` for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the source tree that the package was imported from, `-dirty` where it has changes; else `None`.
+
+    It is read once: the source tree may change while a suite runs.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        # records and pages may be new: only the code and the recipes decide what a run computes
+        code = [*git, "status", "--porcelain", "--", "ipg_hf", "recipes/**/*.yaml", "pyproject.toml"]
+        changed = subprocess.run(code, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changed else head
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: processor type and count, threads that torch uses, accelerators.
+
+    On Linux `cpu` names the processor and the instructions that torch uses. They decide how sums are rounded, so that
+    one seed gives different trainings on different processors.
+    """
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cpus, threads = os.cpu_count(), torch.get_num_threads()
+    found = {"machine": platform.machine(), "cpus": cpus, "torch_threads": threads, "gpus": gpus}
+    listed = Path("/proc/cpuinfo")
+    name = processor_name(listed.read_text(errors="replace")) if listed.exists() else ""
+    return found | ({"cpu": f"{name}, {torch.backends.cpu.get_cpu_capability()}"} if name else {})
+
+
+def processor_name(cpuinfo: str) -> str:
+    """Name, family and model of the first processor in a `/proc/cpuinfo`, empty where it has no name."""
+    lines = [line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines()]
+    known = {key.strip(): value.strip() for key, _, value in lines}
+    numbers = [f"{key.split()[-1]} {known[key]}" for key in ("cpu family", "model") if key in known]
+    return ", ".join([known["model name"], *numbers]) if known.get("model name") else ""
+
+
+# ---- Files
+
+
+def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def append_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Appends a record to a JSONL file, as one line in one write.
+
+    A last line without its end was left by a process that was killed, and is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
+    with open(path, "a+b", buffering=0) as file:
+        file.seek(0)
+        text = file.read()
+        if text and not text.endswith(b"\n"):
+            file.truncate(text.rfind(b"\n") + 1)
+        file.write(line)
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The records of a JSONL file, in its order; none where there is no file.
+
+    A last line without its end was left by a process that was killed, and is not read.
+
+    Raises:
+        ValueError: another line is not JSON.
+    """
+    path, found = Path(path), []
+    if not path.exists():
+        return found
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as failure:
+            raise ValueError(f"{path}, line {number} is not a record ({failure}): remove the line.") from failure
+    return found

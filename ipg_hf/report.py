@@ -1,21 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run, its table and its figure."""
+"""Tables and the figure of a run, and pages with parts that are made."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
-
-RECORDED_PACKAGES = ("ipg_hf", "torch", "transformers", "accelerate", "timm", "datasets")
 SUMMARY = {
     "accuracy": "accuracy",
     "worst_group_accuracy": "worst group",
@@ -26,17 +17,6 @@ SUMMARY = {
 }
 
 
-def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def fill_marked(page: str, marker: str, made: Callable[..., str]) -> str:
     """A page with each part between `<!-- MARKER: WORD ... -->` and `<!-- end -->` made anew by `made(*words)`."""
     start = f"<!-- {marker}: "
@@ -45,59 +25,6 @@ def fill_marked(page: str, marker: str, made: Callable[..., str]) -> str:
         words, rest = part.split(" -->", 1)[0], part.split("<!-- end -->", 1)[1]
         parts[number] = f"{words} -->\n{made(*words.split())}\n<!-- end -->{rest}"
     return start.join(parts)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that a result depends on; `None` for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in RECORDED_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the source tree that the package was imported from, `-dirty` where it has changes; else `None`.
-
-    As it is at the first call: the folder may move on later.
-    """
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        # records and pages may be new: only the code and the recipes decide what a run computes
-        code = [*git, "status", "--porcelain", "--", "ipg_hf", "recipes/**/*.yaml", "pyproject.toml"]
-        changed = subprocess.run(code, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}-dirty" if changed else head
-
-
-def hardware() -> dict[str, Any]:
-    """The machine: processor type and count, threads that torch uses, accelerators.
-
-    On Linux `cpu` names the processor and the instructions that torch uses: they decide how sums are rounded, so that
-    a seed is another training on another one.
-    """
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cpus, threads = os.cpu_count(), torch.get_num_threads()
-    found = {"machine": platform.machine(), "cpus": cpus, "torch_threads": threads, "gpus": gpus}
-    listed = Path("/proc/cpuinfo")
-    name = processor_name(listed.read_text(errors="replace")) if listed.exists() else ""
-    return found | ({"cpu": f"{name}, {torch.backends.cpu.get_cpu_capability()}"} if name else {})
-
-
-def processor_name(cpuinfo: str) -> str:
-    """Name, family and model of the first processor in a `/proc/cpuinfo`, empty where it has no name."""
-    lines = [line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines()]
-    known = {key.strip(): value.strip() for key, _, value in lines}
-    numbers = [f"{key.split()[-1]} {known[key]}" for key in ("cpu family", "model") if key in known]
-    return ", ".join([known["model name"], *numbers]) if known.get("model name") else ""
 
 
 def summary_table(columns: Mapping[str, Mapping[str, float]], split: str = "test") -> str:

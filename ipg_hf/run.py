@@ -28,7 +28,8 @@ from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows, with_counterparts
 from .pairs.checks import named_sets
 from .recipe import Recipe, RecipeError
-from .record import course, data_facts, hub_id
+from .record import commit as commit_of_code
+from .record import course, data_facts, hardware, hub_id, versions, write_json
 from .task import row_columns
 from .trainer import IPGTrainer
 
@@ -46,7 +47,7 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any], *, commit: str
         given: the settings that were given, for the record.
         commit: of the code that is imported; by default it is read now.
     """
-    commit = commit or report.commit()
+    commit = commit or commit_of_code()
     if args.push_to_hub and args.process_index == 0:
         check_can_push(args)  # before another run is removed, and before hours of training
     given = {name: value for name, value in given.items() if not name.endswith("_token")}
@@ -119,9 +120,9 @@ def _train_one(
         "steps": trainer.state.global_step,
         "course": course(trainer.state.log_history),
         "seconds": round(seconds, 1),
-        "versions": report.versions(),
+        "versions": versions(),
         "commit": commit,
-        "hardware": report.hardware(),
+        "hardware": hardware(),
         "base_model": hub_id(recipe.model_name_or_path),
         "about": {**asdict(describe(recipe.dataset, recipe.dataset_options)), **recipe.about},
         "data": data_facts(trainer),
@@ -131,7 +132,7 @@ def _train_one(
     if trainer.is_world_process_zero():
         processor.save_pretrained(args.output_dir)
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
-        report.write_json(Path(args.output_dir) / RECORD, record)
+        write_json(Path(args.output_dir) / RECORD, record)
         threshold = args.invariance_threshold
         report.plot_training(trainer.state.log_history, Path(args.output_dir) / FIGURE, threshold)
     trainer.run_record = record
@@ -153,7 +154,7 @@ def _with_errors_repeated(
         wrong = first_errors(first, args, sets["train"], labels, processor, steps=settings["steps"])
         if args.process_index == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            report.write_json(path, {"rows": np.flatnonzero(wrong).tolist()})
+            write_json(path, {"rows": np.flatnonzero(wrong).tolist()})
     repeated = repeat_errors(sets["train"], wrong, settings["factor"])
     return repeated, {"errors": int(wrong.sum()), **settings, "rows": len(repeated)}
 
@@ -172,7 +173,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
         print(f"\n{report.summary_table({Path(name).name: metrics}, split)}\n")
         print(f"{report.group_table(metrics)}\n\n{recipe.dataset}, drawn with seed {args.data_order_seed}")
         if output:
-            report.write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
+            write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
 
 

@@ -22,8 +22,7 @@ from ipg_hf.bench.suite import Tuning, draw_runs, draws, load_suite, seed_runs
 from ipg_hf.bench.tables import best_other, markdown, paired_difference, standings, t_interval
 from ipg_hf.cli import main
 from ipg_hf.recipe import RecipeError, parse_settings
-from ipg_hf.record import course
-from ipg_hf.report import commit, hardware, processor_name
+from ipg_hf.record import commit, course, hardware, processor_name
 
 # ---- What a suite may say
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .. import report
 from ..data import Benchmark
 from ..guidance import invariance_divergence
 from ..heads import ClassifierHead, find_head
@@ -26,6 +25,7 @@ from ..pairs import ImageRows
 from ..pairs.checks import named_sets
 from ..pairs.picture import ShownPair
 from ..pairs.preview import shown_pairs
+from ..record import commit, versions
 from ..seeding import seeded
 from .numbers import (
     DRAWS,
@@ -145,8 +145,8 @@ def audit(
         "models": entries,
         "difference": _difference(measured, truth["images"], metrics, seed) if len(models) == 2 else None,
         "pairs": {key: {"sides": _sides(pairs), "cards": cards[key]} for key, pairs in held_out.items()},
-        "versions": report.versions(),
-        "commit": report.commit(),
+        "versions": versions(),
+        "commit": commit(),
     }
     return result, pictures
 

@@ -23,7 +23,7 @@ import yaml
 
 from ..metrics import DivergedError
 from ..recipe import RecipeError, nearest, parse_recipe
-from ..report import commit, hardware, versions, write_json
+from ..record import commit, hardware, versions, write_json
 from ..run import RECORD, train
 from .figures import write_comparison
 from .suite import (
