@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading an image classifier of any origin as a transformers model."""
+"""Loads an image classifier from transformers or timm as a transformers model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperFo
 def load_image_classifier(
     name_or_path: str | os.PathLike | nn.Module, num_labels: int | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Loads an image classifier that `Trainer`, `save_pretrained` and `push_to_hub` take.
+    """Loads an image classifier that works with `Trainer`, `save_pretrained` and `push_to_hub`.
 
     Args:
         name_or_path: a Hub id (`"google/vit-base-patch16-224"`, `"timm/resnet50.a1_in1k"`), a local folder made by
-            `save_pretrained`, or a timm module (`timm.create_model(...)`), whose weights are kept.
-        num_labels: number of classes; a head of another width is replaced by a fresh one. `None` keeps the model's.
-        **kwargs: for `AutoModelForImageClassification.from_pretrained` (`id2label`, `dtype`, `revision`, ...); with a
-            timm module for its config (`id2label`, `label2id`), and `model_args`, the arguments that
-            `timm.create_model` was called with beside the name (timm modules do not remember them).
+            `save_pretrained`, or a timm module (`timm.create_model(...)`). A timm module keeps its weights.
+        num_labels: number of classes. A head with another number of outputs is replaced by a new one. `None` keeps the
+            number of the model.
+        **kwargs: for a name or folder, the arguments of `AutoModelForImageClassification.from_pretrained` (`id2label`,
+            `dtype`, `revision`, ...). For a timm module, the arguments of its config (`id2label`, `label2id`) and
+            `model_args`: a dict of the arguments that `timm.create_model` got besides the name. timm modules do not
+            store them.
 
     Returns:
-        A transformers image classifier; timm models inside `TimmWrapperForImageClassification`.
+        A transformers image classifier. A timm model is wrapped in `TimmWrapperForImageClassification`.
 
     Raises:
-        ValueError: a timm module that cannot be built again from its name and `model_args`.
+        ValueError: `name_or_path` is a transformers model already; it is a module that is not timm's; or timm's
+            architecture and `model_args` do not build the given module again.
         OSError: nothing is found under the name.
     """
     if isinstance(name_or_path, PreTrainedModel):
-        raise ValueError(f"{type(name_or_path).__name__} is a transformers model already: pass it to the trainer.")
+        raise ValueError(
+            f"{type(name_or_path).__name__} is a transformers model already. Pass it to the trainer as it is."
+        )
     if isinstance(name_or_path, nn.Module):
         return _wrap_timm(name_or_path, num_labels, **kwargs)
     if num_labels is not None:
@@ -44,9 +49,9 @@ def load_image_classifier(
 
 
 def forward_inputs(model: nn.Module) -> list[str]:
-    """Names of the inputs of a model's forward, without labels; the main one, that of the images, first.
+    """Lists the names of a model's forward inputs, except `labels`. The images' input comes first.
 
-    Adapters (PEFT) are looked through: their own forward names no inputs.
+    For a PEFT model the base model is inspected: the forward of the adapter names no inputs.
     """
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     names = [p.name for p in _forward_parameters(model) if p.kind not in kinds and p.name != "labels"]
@@ -55,9 +60,9 @@ def forward_inputs(model: nn.Module) -> list[str]:
 
 
 def takes_labels(model: nn.Module) -> bool:
-    """Whether a model's forward takes `labels`, and so computes the loss itself.
+    """Tells whether a model's forward takes `labels` and computes the loss itself.
 
-    A transformers model that takes them names them; any other module with `**kwargs` is trusted to do so.
+    A transformers model must name `labels` in its forward. For any other module `**kwargs` is enough.
     """
     parameters = _forward_parameters(model)
     has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
@@ -66,12 +71,21 @@ def takes_labels(model: nn.Module) -> bool:
 
 
 def check_all_loaded(model: nn.Module, missing: Collection[str]) -> None:
-    """Raises ValueError where weights that a model saves were `missing` from the checkpoint that was loaded."""
+    """Checks that a checkpoint had all the weights that the model saves.
+
+    Args:
+        model: the model after loading.
+        missing: names of the weights that the checkpoint did not have.
+
+    Raises:
+        ValueError: `missing` has a weight that the model saves.
+    """
     lost = set(missing) - set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     if lost:
         raise ValueError(
-            f"the checkpoint lacks {len(lost)} of the model's weights, such as {min(lost)}. One saved by Trainer "
-            "may have other names (transformers issue 43701): load it by from_pretrained and train from there."
+            f"the checkpoint lacks {len(lost)} of the model's weights, for example {min(lost)}. A checkpoint saved by "
+            "Trainer may use other names (transformers issue 43701). Load it with from_pretrained and start a new "
+            "training from it."
         )
 
 
@@ -87,14 +101,15 @@ def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreT
     known = getattr(module, "pretrained_cfg", None)
     if not known or not hasattr(module, "reset_classifier"):
         raise ValueError(
-            f"{type(module).__name__} is not a timm image classifier: pass one made by timm.create_model, or a name."
+            f"{type(module).__name__} is not a timm image classifier: pass one made by timm.create_model, or the name "
+            "of a model."
         )
     if num_labels is not None and num_labels != module.num_classes:
         module.reset_classifier(num_labels)
     config = TimmWrapperConfig(
         architecture=known["architecture"], num_labels=module.num_classes, pretrained_cfg=_plain(known), **kwargs
     )
-    # on the meta device: the wrapper builds a network of its own, which is thrown away
+    # the wrapper builds a network of its own, which is replaced below: on the meta device it costs nothing
     with torch.device("meta"):
         model = TimmWrapperForImageClassification(config)
     wanted = {name: tuple(value.shape) for name, value in model.timm_model.state_dict().items()}
@@ -102,16 +117,16 @@ def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreT
     if wanted != given:
         name = next(name for name in sorted({*wanted, *given}) if wanted.get(name) != given.get(name))
         raise ValueError(
-            f"timm.create_model({known['architecture']!r}) builds another network than the one given ({name}: "
-            f"{wanted.get(name)} against {given.get(name)}), so that a saved model could not be loaded. Pass the "
-            "arguments that it was made with, e.g. load_image_classifier(module, model_args={'img_size': 32})."
+            f"timm.create_model({known['architecture']!r}) does not build the given network again ({name}: "
+            f"{wanted.get(name)} instead of {given.get(name)}), so a saved model could not be loaded. Pass the "
+            "arguments that it was made with, for example load_image_classifier(module, model_args={'img_size': 32})."
         )
     model.timm_model = module
     return model
 
 
 def _plain(known: Any) -> dict[str, Any]:
-    """timm's pretrained config as JSON values, without the label count that the model's own config holds."""
+    """timm's pretrained config as JSON values, without the number of labels: the model's config has it."""
     values = known if isinstance(known, dict) else known.to_dict()
     drop = {"num_classes", "label_names", "label_descriptions", "state_dict", "custom_load", "notes"}
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if name not in drop}

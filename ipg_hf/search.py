@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search space and an objective for `Trainer.hyperparameter_search`."""
+"""Search space and objective for `Trainer.hyperparameter_search`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ WORST_GROUP = "worst_group_accuracy"
 
 
 def ipg_search_space(trial: Any) -> dict[str, Any]:
-    """The settings of the guidance, for `hyperparameter_search(hp_space=ipg_search_space, backend="optuna")`.
+    """Proposes settings of the guidance.
+
+    Use it as `trainer.hyperparameter_search(hp_space=ipg_search_space, backend="optuna", direction="maximize")`.
 
     Args:
         trial: an `optuna.Trial`.
 
     Returns:
-        `alpha` in [0.1, 10] and `invariance_threshold` in [1e-6, 1e-1], both drawn in their logarithm, and
-        `per_device_pair_batch_size`, one of 8, 16, 32, 64. Add a `learning_rate` where it is not settled: alpha and the
-        learning rate share the strength of the task update.
+        `alpha` in [0.1, 10] and `invariance_threshold` in [1e-6, 1e-1], both log-uniform, and
+        `per_device_pair_batch_size`, one of 8, 16, 32, 64. Add `learning_rate` if you have not chosen it yet: alpha and
+        the learning rate both scale the task update.
     """
     return {
         "alpha": trial.suggest_float("alpha", 0.1, 10.0, log=True),
@@ -28,21 +30,21 @@ def ipg_search_space(trial: Any) -> dict[str, Any]:
 
 
 def worst_group_objective(metrics: Mapping[str, float]) -> float:
-    """The worst-group accuracy of the evaluation, for `compute_objective=` with `direction="maximize"`.
+    """Returns the worst-group accuracy of an evaluation. Use it as `compute_objective` with `direction="maximize"`.
 
     Args:
-        metrics: what `evaluate` returned; of several evaluation sets, the lowest counts.
+        metrics: the metrics that `Trainer.evaluate` returned.
 
     Returns:
-        A share in [0, 1].
+        A share in [0, 1]. If there are several evaluation sets, it is the lowest one.
 
     Raises:
-        ValueError: no evaluation set measured it.
+        ValueError: `metrics` has no worst-group accuracy.
     """
     found = [value for name, value in metrics.items() if name.endswith(WORST_GROUP)]
     if not found:
         raise ValueError(
             f"the evaluation has no {WORST_GROUP}, only {sorted(metrics)}. Give the trainer compute_metrics="
-            "GroupMetrics() and an evaluation set with an `attribute` column."
+            "GroupMetrics() and an evaluation set with a column `attribute`."
         )
     return min(found)

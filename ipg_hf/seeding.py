@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random draws that leave the global generators as they were."""
+"""Seeds the global random generators for a block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import torch
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """The global generators set from the key for the block, and put back after it."""
+    """Within the block, the global generators are seeded from the key. After it, they have their former states.
+
+    Args:
+        *key: non-negative integers. They seed the generators of `random`, numpy and torch (CPU).
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     words = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(words[0]))

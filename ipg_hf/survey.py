@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which classifier head is found in which model: the table that `ipg heads` prints."""
+"""Finds the classifier head of many models: the table that `ipg heads` prints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from .heads import find_head, noise_inputs
 
-# Ours: a number of labels that no hidden layer has as its width by chance.
+# A number of labels that is the width of no hidden layer.
 NUM_LABELS = 7
-# Models of more parameters stay on the meta device.
+# Models with more parameters than this stay on the meta device.
 MANY = 500_000_000
-# Pixels: models of larger images that are not bound to their size are computed on MODEST_SIZE.
+# Pixels: a model of larger images runs on images of MODEST_SIZE, if it accepts other sizes than its own.
 LARGE_SIZE, MODEST_SIZE = 256, 224
-# Default configs that are larger than a look at the head needs, or do not build (Perceiver: 261 channels for 8 heads).
+# Changes to default configs that are larger than needed, or that do not build (Perceiver: 261 channels for 8 heads).
 SMALLER: dict[str, dict[str, Any]] = {
     "EfficientNetConfig": {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224},
     "PerceiverConfig": {"num_blocks": 1, "num_self_attends_per_block": 1, "num_cross_attention_heads": 1},
@@ -32,15 +32,16 @@ SMALLER: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one model.
+    """The classifier head of one model, or the reason why the model is refused.
 
     Args:
-        model: its name.
-        path: of the head, paths joined by " + " where several are averaged; empty where there is none.
-        kind: see `ClassifierHead.kind`; empty where there is none.
-        features: D, the width of z; 0 where there is no head.
-        problem: why the model is refused; empty where it is accepted.
-        parameters: their number.
+        model: name of the model.
+        path: path of the head in the model. If the model averages several heads, their paths are joined by " + ". Empty
+            if there is no head.
+        kind: `kind` of the `ClassifierHead`. Empty if there is no head.
+        features: D, the number of features that enter the head. 0 if there is no head.
+        problem: why the model is refused. Empty if it is accepted.
+        parameters: number of parameters of the model.
     """
 
     model: str
@@ -52,7 +53,13 @@ class Finding:
 
 
 def examine(name: str, model: nn.Module, size: int | None = None) -> Finding:
-    """Finds and proves the head of one model on noise, in its own image size by default."""
+    """Finds the classifier head of one model and verifies it on noise images.
+
+    Args:
+        name: name of the model in the finding.
+        model: an image classifier.
+        size: height and width of the noise images in pixels. By default the image size of the model.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         inputs = noise_inputs(model, size) if size else None
@@ -64,16 +71,15 @@ def examine(name: str, model: nn.Module, size: int | None = None) -> Finding:
 
 
 def survey(patterns: Sequence[str] = ()) -> Iterator[Finding]:
-    """Examines models with random weights; nothing is downloaded but the config of a Hub id.
+    """Examines models with random weights. The only download is the config of a Hub id.
 
     Args:
-        patterns: names as `load_image_classifier` takes them: `timm/...`, also with wildcards; class names of
-            transformers (`ViTForImageClassification`), also with wildcards; folders and Hub ids. By default every class
-            of transformers and every model of timm.
+        patterns: names of models: `timm/...` or a class name of transformers (`ViTForImageClassification`), both also
+            with wildcards; folders; Hub ids. By default every class of transformers and every model of timm.
 
     Yields:
-        A row for each model. Where a wildcard names timm models, they are built on the meta device, without numbers:
-        which layers reach the logits, and the shapes, are proven; a model named in full is computed.
+        One finding for each model. A timm model that a wildcard names is built on the meta device, without numbers:
+        only the shapes and the layers that reach the logits are verified. A model that is named in full is computed.
 
     Raises:
         ValueError: a pattern names no model.
@@ -93,23 +99,28 @@ def survey(patterns: Sequence[str] = ()) -> Iterator[Finding]:
 def _of_timm(pattern: str) -> Iterator[Finding]:
     names = timm.list_models(pattern.split(".")[0])
     if not names:
-        raise ValueError(f"timm has no model {pattern!r}.")
+        raise ValueError(f"timm has no model {pattern!r}: timm.list_models() lists the names.")
     for name in names:
         yield examine_timm(name, "meta" if "*" in pattern else "cpu")
 
 
 def examine_timm(name: str, device: str = "cpu") -> Finding:
-    """Examines a timm model with random weights, built on a device (`"meta"`: without numbers)."""
+    """Examines a timm model with random weights.
+
+    Args:
+        name: name of the model in timm.
+        device: device on which the model is built. On `"meta"` nothing is computed, only shapes are verified.
+    """
     with torch.device(device):
         model = timm.create_model(name, num_classes=NUM_LABELS)
     known = model.pretrained_cfg
-    # a smaller image than its own tells the same in less time
+    # a smaller image than the model's own gives the same finding in less time
     size = MODEST_SIZE if max(known["input_size"]) > LARGE_SIZE and not known["fixed_input_size"] else None
     return examine(f"timm/{name}", model, size if device == "cpu" else None)
 
 
 def transformers_classes() -> list[tuple[type, type]]:
-    """(config class, model class) of every image classifier of transformers, without those registered by others."""
+    """Lists (config class, model class) of every image classifier of transformers itself, without registered ones."""
     pairs = []
     for config_class, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.items():
         pairs += [(config_class, kind) for kind in (classes if isinstance(classes, tuple) else (classes,))]
@@ -117,7 +128,7 @@ def transformers_classes() -> list[tuple[type, type]]:
 
 
 def build_shallow(config_class: type, model_class: type) -> nn.Module:
-    """A model with random weights as its default config has it, but of one layer where layers are counted."""
+    """Builds a model with random weights from its default config, with one hidden layer if the config counts layers."""
     config = config_class(**SMALLER.get(config_class.__name__, {}))
     for part in (config, getattr(config, "vision_config", None)):
         if isinstance(part, PreTrainedConfig) and hasattr(part, "num_hidden_layers") and not hasattr(part, "depths"):
