@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The statistics of an audit: intervals, paired differences, linear probes, rationale differences, a run's course."""
+"""The statistics of an audit: intervals, paired differences, linear probes, rationale differences, training course."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from ..config import IPGConfig
-
-NORMAL_975 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 DRAWS = 10_000  # of a bootstrap
 PROBE_ROWS = 10_000  # images that a probe is fitted on at most
 PROJECTED = 1_000  # images that a projection shows at most
@@ -23,32 +21,31 @@ CANCELLED = 0.01  # of the sum of absolute contributions: a smaller total has no
 
 
 def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share.
+    """Computes the 95 % Wilson score interval of a share.
 
     Args:
-        count: successes, 0..total.
-        total: trials, at least 1.
+        count: number of successes, from 0 to `total`.
+        total: number of trials, at least 1.
 
     Returns:
-        Its two ends, in [0, 1].
+        The two ends of the interval, in [0, 1].
     """
-    share, spread = count / total, NORMAL_975**2 / total
-    middle, half = share + spread / 2, math.sqrt(share * (1 - share) * spread + spread**2 / 4)
-    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    # the ends of none and of all are exact, up to rounding
-    return (max(low, 0.0) if count else 0.0), (min(high, 1.0) if count < total else 1.0)
+    interval = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def combined_interval(counts: Sequence[int], totals: Sequence[int], weights: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of a weighted mean of independent shares, from their Wilson intervals (Zou and Donner, 2008).
+    """Computes a 95 % interval of a weighted mean of independent shares from their Wilson intervals.
+
+    The method is that of Zou and Donner (2008).
 
     Args:
-        counts: successes of each.
-        totals: trials of each, at least 1.
-        weights: not negative; their sum is 1.
+        counts: number of successes of each share.
+        totals: number of trials of each share, at least 1.
+        weights: weight of each share, not negative; the weights add up to 1.
 
     Returns:
-        Its two ends; of one share alone those of [`wilson_interval`].
+        The two ends of the interval. For one share alone they are those of [`wilson_interval`].
     """
     mean, below, above = 0.0, 0.0, 0.0
     for count, total, weight in zip(counts, totals, weights, strict=True):
@@ -62,32 +59,33 @@ def combined_interval(counts: Sequence[int], totals: Sequence[int], weights: Seq
 def paired_difference(
     first: np.ndarray, second: np.ndarray, groups: np.ndarray, *, seed: int = 0, draws: int = DRAWS
 ) -> dict[str, dict[str, float]]:
-    """Differences of two models' accuracy and worst-group accuracy on the same rows, with 95 % bootstrap intervals.
+    """Compares two models on the same rows, with 95 % bootstrap intervals.
 
-    A draw takes as many rows from each group as it has, with replacement, and looks at both models on these: what makes
-    a row hard for both cancels out.
+    A draw takes rows with replacement, from each group as many as the group has. Both models are measured on the same
+    draw. What makes a row hard for both models therefore cancels out.
 
     Args:
-        first: bool (N,), whether the first model is right, N at least 1.
-        second: bool (N,), whether the second is.
-        groups: ints (N,), the group of each row.
-        seed: non-negative; seed of the draws.
+        first: whether the first model is right on each row, bool (N,), N at least 1.
+        second: whether the second model is right on each row, bool (N,).
+        groups: group of each row, ints (N,).
+        seed: seed of the draws, not negative.
         draws: number of draws.
 
     Returns:
-        `accuracy` and `worst_group_accuracy`, each with `difference` (first minus second), `low` and `high`, the 2.5 %
-        and 97.5 % quantiles. Where the models are right on the same rows all are exactly 0.
+        `accuracy` and `worst_group_accuracy`. Each has `difference` (first model minus second), `low` and `high` (the
+        2.5 % and the 97.5 % quantile). All three are exactly 0 if the models are right on the same rows.
     """
     rng = np.random.default_rng((seed, 30))
     outcomes = 2 * np.asarray(first, np.int64) + np.asarray(second, np.int64)
     total, worst = np.zeros(draws + 1), np.full((2, draws + 1), np.inf)
     for group in np.unique(groups):
-        # rows of a group differ in who is right alone: to draw them is to draw from four kinds; row 0 is what was met
-        met = np.bincount(outcomes[groups == group], minlength=4)
-        drawn = np.vstack([met, rng.multinomial(met.sum(), met / met.sum(), size=draws)])
+        # rows of a group differ only in which model is right: to draw rows is to draw from four kinds of row.
+        # Row 0 of `drawn` holds the counts of the data itself.
+        observed = np.bincount(outcomes[groups == group], minlength=4)
+        drawn = np.vstack([observed, rng.multinomial(observed.sum(), observed / observed.sum(), size=draws)])
         right = np.stack([drawn[:, 2] + drawn[:, 3], drawn[:, 1] + drawn[:, 3]])
         total += right[0] - right[1]
-        worst = np.minimum(worst, right / met.sum())
+        worst = np.minimum(worst, right / observed.sum())
     differences = {"accuracy": total / len(outcomes), "worst_group_accuracy": worst[0] - worst[1]}
     found = {}
     for name, values in differences.items():
@@ -99,21 +97,22 @@ def paired_difference(
 def linear_probe(
     fit: tuple[np.ndarray, np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray, np.ndarray], *, seed: int = 0
 ) -> dict[str, Any]:
-    """How well a logistic regression on standardised features reads a target.
+    """Measures how well a logistic regression on standardised features reads a target.
 
-    Every group (target and other variable) counts the same in the fit and in the score, the mean over the target's
-    values of the mean over the other's of the accuracy: where no group is empty, who reads the other variable alone is
-    at chance, however much the two go together in these images.
+    A group is a value of the target together with a value of the other variable. Every group counts the same in the
+    fit. The score is the mean of the accuracies of the groups: first over the other variable, then over the target. A
+    probe that reads only the other variable is therefore at chance if no group is empty.
 
     Args:
-        fit: features (N, D), targets and other variable (N,), ints, that the probe is fitted on; at most
-            [`PROBE_ROWS`] of them, drawn at random.
-        test: likewise, that it is scored on.
-        seed: non-negative; seed of the draw.
+        fit: features (N, D), targets (N,) and other variable (N,) that the probe is fitted on. Targets and other
+            variable are ints. At most [`PROBE_ROWS`] rows are used, drawn at random.
+        test: features, targets and other variable that the probe is scored on.
+        seed: seed of the draw of rows, not negative.
 
     Returns:
-        `score`, with `low` and `high` (see [`combined_interval`]), `chance` (1 / number of values of the target),
-        `fitted_on`, `scored_on`, and `empty_groups` of the scored images; or `missing`, the reason why there is none.
+        `score` with `low` and `high` (by [`combined_interval`]), `chance` (1 / number of values of the target),
+        `fitted_on`, `scored_on` and `empty_groups` of the scored images. Or only `missing`: the reason why there is no
+        score.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -152,27 +151,29 @@ def linear_probe(
 
 
 def projection(z: np.ndarray, labels: np.ndarray, attributes: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """The first two principal components of features, those of at most [`PROJECTED`] images drawn at random.
+    """Computes the first two principal components of features.
+
+    At most [`PROJECTED`] images are used, drawn at random.
 
     Args:
         z: features, float (N, D).
-        labels: ints (N,).
-        attributes: ints (N,).
-        seed: non-negative; seed of the draw.
+        labels: label of each image, ints (N,).
+        attributes: attribute of each image, ints (N,).
+        seed: seed of the draw of images, not negative.
 
     Returns:
-        `points`, lists of x, y, label and attribute (y is 0 where there is one feature or one image alone);
-        `explained`, the shares of the variance of the two components (0 where nothing varies).
+        `points`, lists of x, y, label and attribute (y is 0 if there is only one feature or one image); `explained`,
+        the share of the variance of each component (0 if nothing varies); `shown` and `of`, the numbers of images.
     """
+    from sklearn.decomposition import PCA
+
     rows = np.sort(np.random.default_rng((seed, 32)).permutation(len(z))[:PROJECTED])
-    centred = z[rows].astype(np.float64) - z[rows].astype(np.float64).mean(0)
-    _, lengths, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2] * np.sign(axes[:2][np.arange(len(axes[:2])), np.abs(axes[:2]).argmax(1)])[:, None]
-    places = np.zeros((len(rows), 2))
-    places[:, : len(axes)] = centred @ axes.T
-    shares = np.zeros(2)
-    if lengths[0] > 0:
-        shares[: len(axes)] = lengths[:2] ** 2 / (lengths**2).sum()
+    features = z[rows].astype(np.float64)
+    pca = PCA(min(2, *features.shape), svd_solver="full")
+    places, shares = np.zeros((len(rows), 2)), np.zeros(2)
+    with np.errstate(invalid="ignore", divide="ignore"):  # one image, or equal images: no variance to take a share of
+        places[:, : pca.n_components] = pca.fit_transform(features)
+    shares[: pca.n_components] = np.nan_to_num(pca.explained_variance_ratio_)
     points = [
         [float(f"{x:.4g}"), float(f"{y:.4g}"), int(label), int(attribute)]
         for (x, y), label, attribute in zip(places, labels[rows], attributes[rows], strict=True)
@@ -183,20 +184,23 @@ def projection(z: np.ndarray, labels: np.ndarray, attributes: np.ndarray, *, see
 def rationale_differences(
     weight: np.ndarray, z_a: np.ndarray, z_b: np.ndarray, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Which features move each class's logit from side b to side a: the mean over pairs of W ⊙ (z_a - z_b).
+    """Finds the features that move the logit of each class between the two sides of a pair.
+
+    The contribution of a feature is the mean over pairs of W ⊙ (z_a - z_b).
 
     Args:
         weight: W of the head, (C, D).
-        z_a: its inputs on side a, (P, D), P at least 1.
-        z_b: on side b, (P, D).
-        names: of the C classes.
+        z_a: inputs of the head on side a, (P, D), P at least 1.
+        z_b: inputs of the head on side b, (P, D).
+        names: names of the C classes.
 
     Returns:
-        For each class, at most [`SHOWN_CLASSES`], those with the largest sum of absolute contributions, in their own
-        order: `label`; `logit_difference`, the mean of logit a - logit b; `absolute`, the mean of |logit a - logit b|;
-        `features`, the [`TOP_FEATURES`] largest, each with its number, `contribution` to the logit difference and
-        `share` of it; and `rest`, that of all others: contributions add up to the difference. Shares are None where
-        contributions of both signs cancel to less than 1 % of their absolute sum.
+        One dict for each shown class. At most [`SHOWN_CLASSES`] classes are shown, those with the largest sum of
+        absolute contributions, in the order of the classes. A dict holds `label`; `logit_difference`, the mean of
+        logit a - logit b; `absolute`, the mean of |logit a - logit b|; `features`, the [`TOP_FEATURES`] largest, each
+        with its number, its `contribution` to the logit difference and its `share` of the difference; `rest`, the sum
+        over all other features. Contributions add up to the logit difference. Shares are None if contributions of both
+        signs cancel to less than 1 % of their absolute sum.
     """
     weight, delta = weight.astype(np.float64), z_a.astype(np.float64) - z_b.astype(np.float64)
     contributions = weight * delta.mean(0)
@@ -227,16 +231,16 @@ def rationale_differences(
 
 
 def training_course(model: str) -> dict[str, Any] | None:
-    """What the folder of a run tells of its training; None where the model is no such folder.
+    """Reads the course of a training from the folder of a run.
 
     Args:
-        model: a folder, or one of its checkpoints, that holds `trainer_state.json` and may hold `run.json`.
+        model: a folder of a run or one of its checkpoints. It holds `trainer_state.json` and may hold `run.json`.
 
     Returns:
-        `steps`; `chosen_step`, `seconds` and `method`, None without a record; `threshold`; `guided`, the `step`,
-        `distance`, `divergence`, `violated` and `loss_scale` of each log line; `violated_share` of all steps that were
-        logged, and `last`, the last log line, both None without guidance; `evaluated`, the `step`, `accuracy`,
-        `worst_group_accuracy` and `groups` of each evaluation.
+        `None` if `model` is no such folder. Otherwise `steps`; `chosen_step`, `seconds`, `method` and `threshold`, each
+        None if there is no record; `guided`, the `step`, `distance`, `divergence`, `violated` and `loss_scale` of each
+        log line; `violated_share` of all logged steps, and `last`, the last log line, both None without guidance;
+        `evaluated`, the `step`, `accuracy`, `worst_group_accuracy` and `groups` of each evaluation.
     """
     folder = Path(model)
     if not (folder / "trainer_state.json").is_file():
@@ -251,13 +255,14 @@ def training_course(model: str) -> dict[str, Any] | None:
         for entry in history
         if "ipg/distance" in entry
     ]
-    threshold = run.get("config", {}).get("invariance_threshold", IPGConfig.invariance_threshold)
+    # a value that an old record cannot tell is the text "not recorded"
+    threshold = run.get("settings", {}).get("invariance_threshold")
     return {
         "steps": state["global_step"],
         "chosen_step": run.get("chosen_step"),
         "seconds": run.get("seconds"),
         "method": run.get("method"),
-        "threshold": float(threshold) if guided else None,
+        "threshold": threshold if guided and isinstance(threshold, int | float) else None,
         "violated_share": _violated_share(guided),
         "last": guided[-1] if guided else None,
         "guided": guided,
@@ -266,7 +271,7 @@ def training_course(model: str) -> dict[str, Any] | None:
 
 
 def _violated_share(guided: Sequence[Mapping[str, Any]]) -> float | None:
-    """Log lines hold means over the steps since the last: each counts as many."""
+    """The mean over log lines, each weighted by the number of steps since the line before."""
     starts = [0, *(entry["step"] for entry in guided)]
     windows = [
         (entry["step"] - start, entry["violated"])
