@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer knows of the guidance between two log lines, and what a resumed run needs of it."""
+"""What the trainer counts, logs and saves between steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
+from .losses import GroupLoss
+from .pairs.checks import ONLY_SET
 from .pairs.transforms import ImageRows
 
 logger = logging.get_logger(__name__)
@@ -36,18 +39,23 @@ def restored(kind: type, callbacks: list[TrainerCallback], state: TrainerState) 
 
 
 class GroupShares(TrainerCallback, ExportableState):
-    """GroupDRO's group weights q, as plain numbers in `trainer_state.json`; none before the first step."""
+    """Keeps GroupDRO's group weights q in `trainer_state.json`, as plain numbers; an empty list before the first step.
+
+    Attributes:
+        loss: the loss of the run, whose `shares` are q; None before the first step.
+    """
 
     def __init__(self) -> None:
+        self.loss: GroupLoss | None = None
         self.shares: list[float] = []
 
     def state(self) -> dict[str, Any]:
-        """As `PairProgress.state`."""
-        return {"args": {}, "attributes": {"shares": list(self.shares)}}
+        """The state as plain numbers (see `transformers.trainer_callback.ExportableState`)."""
+        return {"args": {}, "attributes": {"shares": list(self.loss.shares if self.loss else self.shares)}}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Goes on from what `state()` gave, or from nothing."""
-        self.shares = list(state["attributes"]["shares"]) if state else []
+        """Goes on from what `state()` gave, or from the start."""
+        self.loss, self.shares = None, list(state["attributes"]["shares"]) if state else []
 
 
 class PairProgress(TrainerCallback, ExportableState):
@@ -64,8 +72,8 @@ class PairProgress(TrainerCallback, ExportableState):
         self.skipped = 0
         self.peak_spread = 0.0
         self.warned = False
-        self.wait = 0  # optimizer steps until the pairs are looked at again
-        self.held: dict[str, Tensor] = {}  # what was measured when they were last
+        self.wait = 0  # optimizer steps until the next pair batch
+        self.last: dict[str, Tensor] = {}  # metrics of the last pair batch, for the steps without one
         self.waited = self.stepped = 0.0  # seconds since the last log line: waiting for pairs, and in optimizer steps
         self._began = 0.0
 
@@ -87,17 +95,19 @@ class PairProgress(TrainerCallback, ExportableState):
             "peak_spread": self.peak_spread,
             "warned": self.warned,
             "wait": self.wait,
-            "held": {name: float(value) for name, value in self.held.items()},
+            "last": {name: float(value) for name, value in self.last.items()},
         }
         return {"args": {}, "attributes": attributes}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Goes on from what `state()` gave, or from nothing."""
         attributes = (state or PairProgress().state())["attributes"]
+        attributes = {"last" if name == "held" else name: value for name, value in attributes.items()}  # before 0.2
         for name, value in attributes.items():
             setattr(self, name, value)
+        self.positions = {name or ONLY_SET: value for name, value in self.positions.items()}  # before 0.2
         self.waited = self.stepped = 0.0
-        self.held = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.held.items()}
+        self.last = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.last.items()}
 
     def on_step_begin(self, args, state, control, **kwargs):
         """As `TrainerCallback.on_step_begin`."""
@@ -116,13 +126,13 @@ class PairProgress(TrainerCallback, ExportableState):
         return batch
 
     def is_due(self) -> bool:
-        """Whether the pairs are to be looked at in this optimizer step; counts down to that."""
-        self.wait = max(0, self.wait - 1) if self.held else 0
+        """Whether this optimizer step draws pairs; counts down to the next that does."""
+        self.wait = max(0, self.wait - 1) if self.last else 0
         return self.wait == 0
 
-    def hold(self, metrics: dict[str, Tensor], wait: int) -> None:
-        """Keeps what was measured (detached scalars) for `wait` optimizer steps, until the next look at the pairs."""
-        self.held, self.wait = dict(metrics), wait
+    def keep(self, metrics: dict[str, Tensor], wait: int) -> None:
+        """Keeps the metrics (detached scalars) for `wait` optimizer steps, until the next pair batch."""
+        self.last, self.wait = dict(metrics), wait
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Adds the metrics of one optimizer step (detached scalars)."""
@@ -159,6 +169,53 @@ class PairProgress(TrainerCallback, ExportableState):
         self.sums, self.steps, self.skipped = {}, 0, 0
         self.waited = self.stepped = 0.0
         return logs
+
+
+class SaveAtStepEnd(JITCheckpointCallback):
+    """Saves and stops after SIGTERM (`TrainingArguments.enable_jit_checkpoint`) where a step has ended.
+
+    The callback of transformers that it takes the place of saves where it stands: mostly before the optimizer's step,
+    when the corrective update has been made and the task update has not, and else before the step's log line. Neither
+    goes on to the same result. This one saves after the step's logs and evaluation, as at every `save_steps`.
+
+    Args:
+        trainer: made with `enable_jit_checkpoint=True`.
+    """
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self.trainer = trainer
+        self.jit_manager = trainer.pop_callback(JITCheckpointCallback).jit_manager
+        self.stopping = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_train_begin`."""
+        self.stopping = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Nothing: the data of the step have been drawn."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Nothing: the corrective update has been made."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_step_end`."""
+        requested = torch.tensor(float(self.jit_manager.is_checkpoint_requested), device=args.device)
+        if args.world_size > 1:  # the signal comes to each at another time, and who stops alone leaves the rest waiting
+            requested = self.trainer.accelerator.reduce(requested)
+        if requested:
+            self.jit_manager.is_checkpoint_requested = False
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_epoch_end`."""
+        if not self.stopping:
+            return
+        # Trainer calls this in the middle of an epoch too, where the run that goes on has no logs and no evaluation
+        due = state.epoch % 1 == 0 and (control.should_log or control.should_evaluate)
+        control.should_save = due
+        if not due:
+            control.should_log = control.should_evaluate = False
 
 
 class RowEpochs(TrainerCallback):

@@ -12,64 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
-
-
-class SaveAtStepEnd(JITCheckpointCallback):
-    """Saves and stops after SIGTERM (`TrainingArguments.enable_jit_checkpoint`) where a step has ended.
-
-    The callback of transformers that it takes the place of saves where it stands: mostly before the optimizer's step,
-    when the corrective update has been made and the task update has not, and else before the step's log line. Neither
-    goes on to the same result. This one saves after the step's logs and evaluation, as at every `save_steps`.
-
-    Args:
-        trainer: made with `enable_jit_checkpoint=True`.
-    """
-
-    def __init__(self, trainer: Trainer):
-        super().__init__()
-        self.trainer = trainer
-        self.jit_manager = trainer.pop_callback(JITCheckpointCallback).jit_manager
-        self.stopping = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """As `TrainerCallback.on_train_begin`."""
-        self.stopping = False
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Nothing: the data of the step have been drawn."""
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Nothing: the corrective update has been made."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """As `TrainerCallback.on_step_end`."""
-        requested = torch.tensor(float(self.jit_manager.is_checkpoint_requested), device=args.device)
-        if args.world_size > 1:  # the signal comes to each at another time, and who stops alone leaves the rest waiting
-            requested = self.trainer.accelerator.reduce(requested)
-        if requested:
-            self.jit_manager.is_checkpoint_requested = False
-            self.stopping = control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """As `TrainerCallback.on_epoch_end`."""
-        if not self.stopping:
-            return
-        # Trainer calls this in the middle of an epoch too, where the run that goes on has no logs and no evaluation
-        due = state.epoch % 1 == 0 and (control.should_log or control.should_evaluate)
-        control.should_save = due
-        if not due:
-            control.should_log = control.should_evaluate = False
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .config import IPGConfig
 from .data import ABOUT
 from .hub.card import model_card
 from .models import load_image_classifier
-from .pairs.checks import named_sets
+from .pairs.checks import ONLY_SET, named_sets
 from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
@@ -164,18 +164,18 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
         model, processor = load_image_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
     records, severities = [], set()
     for name, dataset in named_sets(data.pairs).items():
-        title = f"{recipe.dataset}{f' ({name})' if name else ''}"
+        is_only = name == ONLY_SET
+        title = recipe.dataset if is_only else f"{recipe.dataset} ({name})"
         if not isinstance(dataset, datasets.Dataset):
             raise RecipeError(f"{title} has no pairs before training: there is nothing to look at.")
-        held_out = data.validation_pairs[name] if name and isinstance(data.validation_pairs, dict) else None
-        held_out = held_out if name else data.validation_pairs
+        held_out = named_sets(data.validation_pairs).get(name)
         evaluation = {"validation": data.validation, "test": data.test}
         findings = check_pairs(dataset, evaluation=evaluation, held_out=held_out, model=model, processor=processor)
         severities |= {finding.severity for finding in findings}
         if options.action == "preview":
             scores = score_pairs(dataset, model, processor) if model else None
             path = Path(options.output or "pairs").with_suffix("")
-            path = path.with_name(f"{path.name}-{name}") if name else path
+            path = path if is_only else path.with_name(f"{path.name}-{name}")
             written = preview_pairs(
                 dataset, path, num_pairs=options.shown, scores=scores, title=title, findings=findings
             )

@@ -132,26 +132,27 @@ class ClassifierHead:
 
 
 class CompiledRun:
-    """`ClassifierHead.run`, compiled as one graph.
+    """A model's forward, compiled as one graph that gives the logits and, of a head, its input z.
 
-    Compiled code does not see hooks that are set after its first call, and the hook would silently never run. So they
+    Compiled code does not see a hook that is set after its first call: the hook would silently never run. So the hooks
     are set here, once, and stay until `close`; z is an output of the graph.
 
     Args:
-        head: the head.
-        **options: for `torch.compile`.
+        head: the head whose input is wanted; None gives the logits only, with None for z.
+        **options: arguments of `torch.compile`.
     """
 
-    def __init__(self, head: ClassifierHead, **options: Any):
-        self._calls: dict[str, list[Tensor]] = {path: [] for path in head.paths}
+    def __init__(self, head: ClassifierHead | None, **options: Any):
+        layers = {} if head is None else head.layers
+        self._calls: dict[str, list[Tensor]] = {path: [] for path in layers}
         self._is_open = False  # other forwards of the model go by
         self._handles = [
             layer.register_forward_pre_hook(partial(self._seen, path), with_kwargs=True)
-            for path, layer in head.layers.items()
+            for path, layer in layers.items()
         ]
         self._compiled = torch.compile(self._run, **options)
 
-    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """As `ClassifierHead.run`."""
         return self._compiled(model, inputs)
 
@@ -164,13 +165,13 @@ class CompiledRun:
         if self._is_open:
             self._calls[path].extend((*args, *kwargs.values()))
 
-    def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         self._is_open = True
         for values in self._calls.values():
             values.clear()
         logits = logits_of(model(**inputs))
         self._is_open = False
-        z = features_of(self._calls)
+        z = features_of(self._calls) if self._calls else None
         for values in self._calls.values():
             values.clear()
         return logits, z

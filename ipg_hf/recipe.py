@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from inspect import signature
 from typing import Any, Literal
 
@@ -25,12 +24,12 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .baselines.degrade import degrade_pairs
-from .baselines.last_layer import check_fits, check_rank
-from .baselines.stages import check_repeats
+from .baselines import METHODS
 from .config import IPGConfig
 from .data import LOADERS, About, Benchmark
 from .models import load_image_classifier
+from .moved import moved_settings, split_moved_flags
+from .names import nearest
 from .pairs import (
     AdversarialPairs,
     background_pairs,
@@ -41,7 +40,7 @@ from .pairs import (
     pairs_from_table,
     recolor_pairs,
 )
-from .pairs.checks import named_sets
+from .pairs.checks import ONLY_SET, named_sets
 
 # makers of the training images, and of files
 MAKERS: dict[str, Callable] = {
@@ -54,13 +53,7 @@ MAKERS: dict[str, Callable] = {
     "table": pairs_from_table,
 }
 FROM_FILES = ("folders", "table")
-# ways to change a last layer -> their options
-LAST_LAYERS = {"dfr": ("num_fits", "strengths"), "project": ("rank",)}
-
-MAPPINGS = (
-    *("dataset_options", "pairs", "degrade_pairs", "mix_pairs", "last_layer", "repeat_errors"),
-    *("model_config", "image_processor", "about"),
-)
+MAPPINGS = ("dataset_options", "pairs", "mix_pairs", "model_config", "image_processor", "about")
 
 
 class RecipeError(ValueError):
@@ -69,43 +62,35 @@ class RecipeError(ValueError):
 
 @dataclass
 class Recipe:
-    """What to train on what; the settings of the training itself are [`IPGConfig`]'s.
+    """The data, the model and the method of a run; the settings of the training are those of the method's config.
 
     Args:
-        dataset: a benchmark of `ipg_hf.data`, by its name in `LOADERS`; `"files"` is a folder of your own.
+        dataset: name of a benchmark in `ipg_hf.data.LOADERS`; `"files"` is a folder of your own.
         dataset_options: further arguments of its loader.
         data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
         num_pairs: number of training pairs; `None` is the benchmark's own number.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs (an ablation).
-        pairs: how the training pairs are made, `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`], or
-            `{SET: {"maker": ...}, ...}` for several sets; by default the benchmark's own.
-        pair_sets: of a benchmark with several pair sets, the names of those to train with; by default all.
-        degrade_pairs: shares and strengths that spoil the training pairs (an ablation, see `pairs.degrade_pairs`).
-        mix_pairs: `{"num_pairs": 20000}` enlarges the training pairs to so many by mixtures (see `pairs.mix_pairs`).
-        method: `"ipg"`, or `"erm"` for plain training without the pairs.
-        compare: `"erm"` trains the twin without pairs too, in the folder `erm` of the output folder.
-        last_layer: what becomes of the last layer after the training (a comparison, see `last_layer`):
-            `{"method": "dfr"}`, with `num_fits` and `strengths` if need be, fits it anew to half of the validation
-            images, as many of each group, and leaves the other half to be measured on; `{"method": "project",
-            "rank": 1}` takes out of it the directions in which the training pairs differ most, which `erm` has not
-            trained with.
-        repeat_errors: `{"steps": 50, "factor": 20}` trains a first model for so many steps (more than the learning
-            rate's warm-up takes, or it learns nothing), and then another from the start, for which the training images
-            that the first gets wrong stand `factor` times (a comparison, Just Train Twice; `erm` alone).
+        pairs: how the training pairs are made: `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`], or
+            `{SET: {"maker": ...}, ...}` for several sets; by default the benchmark's own pairs.
+        pair_sets: names of the pair sets to train with, where a benchmark has several; by default all.
+        mix_pairs: `{"num_pairs": 20000}` makes that many pairs by mixing the training pairs (`pairs.mix_pairs`).
+        method: name of a method in `ipg_hf.baselines.METHODS`: `"ipg"`; `"erm"`, plain training without the pairs; or a
+            baseline, whose config has settings of its own.
+        compare: `"erm"` trains the same model without pairs too, in the folder `erm` of the output folder.
         model_name_or_path: a Hub id or a local folder to fine-tune.
         model_type: a transformers model type to train from scratch, instead of `model_name_or_path`.
-        model_config: settings of its config.
-        image_processor: settings of a `ViTImageProcessor`, for a model from scratch, or in place of the processor of a
-            pretrained one (another size, say).
-        channels_last: keep the weights of convolutions channels last (`torch.channels_last`), as image networks run
-            faster on most processors and with reduced precision on GPUs.
+        model_config: settings of the config of that model type.
+        image_processor: settings of a `ViTImageProcessor`, for a model from scratch, or to replace the processor of a
+            pretrained model (for another size, say).
+        channels_last: store the weights of convolutions channels last (`torch.channels_last`). Image networks run
+            faster so on most processors, and with reduced precision on GPUs.
         preload: transform all images once and keep them in memory; only without random crops and flips.
-        preload_dir: with `preload`, a folder that keeps the transformed images for the next run, as long as the images,
-            the processor and the versions of the packages are the same; by default nothing is kept.
-        measure_test: read the test set, once, at the end; `False` for a run that settings are chosen by.
-        about: what the model card is to say of the data, beside or in place of what is known of the benchmark: see
+        preload_dir: with `preload`, a folder that keeps the transformed images for the next run. They are used as long
+            as the images, the processor and the versions of the packages are the same.
+        measure_test: read the test set, once, at the end; `False` for a run by which settings are chosen.
+        about: what the model card says of the data, in place of what is known of the benchmark: the fields of
             `data.About` (`title`, `attribute`, `shortcut`, `pairs`, `license`, `source`, `hub_set`).
-        license: of the trained model, for its card, as the Hub spells it (`apache-2.0`).
+        license: licence of the trained model, for its card, as the Hub spells it (`apache-2.0`).
         overwrite_output_dir: remove the run that the output folder holds.
     """
 
@@ -116,12 +101,9 @@ class Recipe:
     oriented_pairs: bool = field(default=True, metadata={"help": "Keep one attribute value on each side."})
     pairs: dict | str | None = field(default=None, metadata={"help": "A maker of pairs and its arguments, as JSON."})
     pair_sets: list[str] | None = field(default=None, metadata={"help": "Names of the pair sets to train with."})
-    degrade_pairs: dict | str | None = field(default=None, metadata={"help": "Spoil the training pairs, as JSON."})
     mix_pairs: dict | str | None = field(default=None, metadata={"help": "Enlarge the training pairs, as JSON."})
-    method: Literal["ipg", "erm"] = field(default="ipg", metadata={"help": "ipg, or erm: without the pairs."})
-    compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train this twin too."})
-    last_layer: dict | str | None = field(default=None, metadata={"help": "Change it after training, as JSON."})
-    repeat_errors: dict | str | None = field(default=None, metadata={"help": "Just Train Twice, as JSON."})
+    method: str = field(default="ipg", metadata={"help": f"One of {', '.join(METHODS)}."})
+    compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train without pairs (erm) too."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder to fine-tune."})
     model_type: str | None = field(default=None, metadata={"help": "Model type to train from scratch."})
     model_config: dict | str | None = field(default=None, metadata={"help": "Its config, as JSON."})
@@ -150,50 +132,34 @@ class Recipe:
         for name in self.about:
             if name not in known:
                 raise RecipeError(f"about: {name!r} is unknown.{nearest(name, known)}")
-        self._check_comparisons()
+        if self.method not in METHODS:
+            raise RecipeError(f"method={self.method!r} is unknown.{nearest(self.method, METHODS)}")
 
     @property
     def uses_pairs(self) -> bool:
-        """Whether the training pairs are used: by the training, or after it."""
-        return self.method == "ipg" or self.last_layer.get("method") == "project"
-
-    def _check_comparisons(self) -> None:
-        if self.last_layer:
-            name = self.last_layer.get("method")
-            if name not in LAST_LAYERS:
-                raise RecipeError(f"last_layer: method={name!r} is unknown.{nearest(str(name), LAST_LAYERS)}")
-            _check_keys("last_layer", self.last_layer, ["method", *LAST_LAYERS[name]])
-            if name == "project":
-                check_rank(self.last_layer.get("rank"))
-            else:
-                check_fits(self.last_layer.get("num_fits", 1), self.last_layer.get("strengths", [1]))
-        if self.repeat_errors:
-            _check_keys("repeat_errors", self.repeat_errors, ["steps", "factor"])
-            check_repeats(self.repeat_errors.get("steps"), self.repeat_errors.get("factor"))
-            if self.method != "erm":
-                raise RecipeError(
-                    f"repeat_errors is a comparison with plain training: set method: erm (now {self.method})."
-                )
+        """Whether the method reads the training pairs."""
+        return METHODS[self.method].uses_pairs
 
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""
         defaults = {"data_dir": self.data_dir, "num_pairs": self.num_pairs, "oriented_pairs": self.oriented_pairs}
         data = _called(LOADERS[self.dataset], self.dataset_options, seed=seed, **defaults)
         if self.pairs:
-            named = {"": self.pairs} if "maker" in self.pairs else self.pairs
-            made = {name: self._make_pairs(options, data, seed) for name, options in named.items()}
-            data = replace(data, pairs=made[""] if "maker" in self.pairs else made)
+            if "maker" in self.pairs:
+                pairs = self._make_pairs(self.pairs, data, seed)
+            else:
+                pairs = {name: self._make_pairs(options, data, seed) for name, options in self.pairs.items()}
+            data = replace(data, pairs=pairs)
         if self.pair_sets is not None:
             sets = data.pairs if isinstance(data.pairs, dict) else {}
             for name in self.pair_sets:
                 if name not in sets:
                     raise RecipeError(f"pair_sets: {self.dataset} has no pair set {name!r}.{nearest(name, sets)}")
             data = replace(data, pairs={name: sets[name] for name in self.pair_sets})
-        for change, options in ((degrade_pairs, self.degrade_pairs), (mix_pairs, self.mix_pairs)):
-            if options:
-                sets = named_sets(data.pairs).items()
-                changed = {name: _called(change, options, pairs, seed=seed) for name, pairs in sets}
-                data = replace(data, pairs=changed if isinstance(data.pairs, dict) else changed[""])
+        if self.mix_pairs:
+            sets = named_sets(data.pairs).items()
+            mixed = {name: _called(mix_pairs, self.mix_pairs, pairs, seed=seed) for name, pairs in sets}
+            data = replace(data, pairs=mixed if isinstance(data.pairs, dict) else mixed[ONLY_SET])
         return data
 
     def _make_pairs(self, options: Any, data: Benchmark, seed: int) -> Any:
@@ -257,15 +223,16 @@ class _Parser(HfArgumentParser):
         raise RecipeError(message)
 
 
-def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe, IPGConfig, dict[str, Any]]:
+def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe, IPGConfig, list[str]]:
     """Reads a recipe.
 
     Args:
-        config: path of a YAML file of `key: value`, the keys being the fields of [`Recipe`] and [`IPGConfig`].
+        config: path of a YAML file of `key: value`; the keys are the fields of [`Recipe`] and of the method's config.
         flags: `--key value ...`, which win over the file.
 
     Returns:
-        The recipe, the training settings, and all that was given, as plain values.
+        The recipe, the training settings (an instance of the method's config), and the names of the settings that the
+        file or a flag gave.
 
     Raises:
         RecipeError: the file is missing or not a mapping; a key is unknown (the nearest is named); a value is of the
@@ -276,32 +243,62 @@ def parse_recipe(config: str | None, flags: Sequence[str] = ()) -> tuple[Recipe,
 
 def parse_settings(
     given: Mapping[str, Any], flags: Sequence[str] = (), *, title: str
-) -> tuple[Recipe, IPGConfig, dict[str, Any]]:
-    """As [`parse_recipe`], of the settings that a file holds; `title` names their place in an error."""
-    parser = _Parser((Recipe, IPGConfig), allow_abbrev=False, add_help=False)
+) -> tuple[Recipe, IPGConfig, list[str]]:
+    """As [`parse_recipe`], of the settings in a file; `title` names the file in an error."""
+    moved, flags = split_moved_flags(flags)
+    given = moved_settings({**given, **moved})
+    name = _method_of(given, flags)
+    method = METHODS[name]
+    parser = _Parser((Recipe, method.config), allow_abbrev=False, add_help=False)
     actions = {option: action for action in parser._actions for option in action.option_strings}
     for key in given:
         if f"--{key}" not in actions:
-            raise RecipeError(f"{title}: unknown key {key!r}.{nearest(key, [name[2:] for name in actions])}")
+            raise RecipeError(f"{title}: unknown key {key!r}.{_hint(key, name, [option[2:] for option in actions])}")
     words = [word for key, value in given.items() for word in _as_flag(key, value)]
     try:
         parser.parse_args(words)
     except RecipeError as failure:
         raise RecipeError(f"{title}: {failure}") from failure
     for word in flags:
-        name = word.split("=")[0]
-        if word.startswith("--") and name not in actions:
-            raise RecipeError(f"unknown flag {name}.{nearest(name, actions)}")
-    values = vars(_only_given(words, flags))
+        flag = word.split("=")[0]
+        if word.startswith("--") and flag not in actions:
+            raise RecipeError(f"unknown flag {flag}.{_hint(flag[2:], name, [option[2:] for option in actions])}")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    names = [*vars(parser.parse_args([*words, *flags]))]
+    for key, value in method.settings.items():
+        if key in names:
+            raise RecipeError(f"{title}: method={name!r} sets {key}={value!r} itself: leave {key} out.")
+    fixed = [word for key, value in method.settings.items() for word in _as_flag(key, value)]
+    parser = _Parser((Recipe, method.config), allow_abbrev=False, add_help=False)
     try:
-        recipe, args = parser.parse_args_into_dataclasses([*words, *flags], look_for_args_file=False)
+        recipe, args = parser.parse_args_into_dataclasses([*fixed, *words, *flags], look_for_args_file=False)
     except RecipeError:
         raise
     except ValueError as failure:
         raise RecipeError(str(failure)) from failure
-    if recipe.repeat_errors and args.objective != "erm":
-        raise RecipeError(f"repeat_errors trains plainly twice: leave objective at erm (now {args.objective}).")
-    return recipe, args, {key: getattr(recipe, key, value) for key, value in values.items()}
+    return recipe, args, names
+
+
+def _method_of(given: Mapping[str, Any], flags: Sequence[str]) -> str:
+    """The method that a file or a flag names; the flag wins, the last of several."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--method", default=given.get("method") or Recipe.method)
+    try:
+        name = str(reader.parse_known_args([*flags])[0].method)
+    except argparse.ArgumentError as failure:
+        raise RecipeError(str(failure)) from failure
+    if name not in METHODS:
+        raise RecipeError(f"method={name!r} is unknown.{nearest(name, METHODS)}")
+    return name
+
+
+def _hint(key: str, method: str, known: Sequence[str]) -> str:
+    """The end of an error message of an unknown key: the methods that have it, or the nearest known name."""
+    having = [name for name, entry in METHODS.items() if key in {part.name for part in fields(entry.config)}]
+    if having:
+        return f" method={method!r} has no such setting; it belongs to method {' or '.join(having)}."
+    return nearest(key, known)
 
 
 def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaults: Any) -> Any:
@@ -322,20 +319,21 @@ def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaul
 
 
 def settings_help() -> str:
-    """A line for each setting of a recipe and of the method, with its default."""
-    inherited = {field.name: field.default for field in fields(TrainingArguments)}
-    settings = [f for f in fields(IPGConfig) if f.name not in inherited or inherited[f.name] is not f.default]
-    own = [*fields(Recipe), *settings]
-    lines = [f"  --{field.name:<28}{field.metadata['help']} [{field.default}]" for field in own]
-    return "\n".join(["settings, in the file or as flags, beside all of transformers.TrainingArguments:", *lines])
+    """A line for each setting of a recipe, of the method and of the baselines, with its default."""
+    inherited = {entry.name: entry.default for entry in fields(TrainingArguments)}
+    own = [f for f in fields(IPGConfig) if f.name not in inherited or inherited[f.name] is not f.default]
+    lines = ["settings, in the file or as flags, beside all of transformers.TrainingArguments:"]
+    lines += [_help_line(entry) for entry in [*fields(Recipe), *own]]
+    known = {entry.name for entry in fields(IPGConfig)}
+    for name, method in METHODS.items():
+        own = [f for f in fields(method.config) if f.name not in known and f.name not in method.settings]
+        lines += [f"settings of method {name}:", *map(_help_line, own)] if own else []
+    return "\n".join(lines)
 
 
-def _only_given(*words: Sequence[str]) -> argparse.Namespace:
-    """What was said, without the defaults."""
-    parser = _Parser((Recipe, IPGConfig), allow_abbrev=False, add_help=False)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return parser.parse_args([word for part in words for word in part])
+def _help_line(entry: Field) -> str:
+    default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+    return f"  --{entry.name:<28}{entry.metadata['help']} [{default}]"
 
 
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
@@ -352,12 +350,6 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     return values
 
 
-def _check_keys(setting: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise RecipeError(f"{setting}: {name!r} is unknown.{nearest(name, known)}")
-
-
 def _as_flag(key: str, value: Any) -> list[str]:
     if value is None:
         return []
@@ -367,9 +359,3 @@ def _as_flag(key: str, value: Any) -> list[str]:
         return [f"--{key}", *map(str, value)]
     # one word, so that a negative number is not read as a flag
     return [f"--{key}={value}"]
-
-
-def nearest(name: str, known: Any) -> str:
-    """The end of an error message: the known name that is meant, or the known names."""
-    near = difflib.get_close_matches(name, [*map(str, known)], n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(sorted(map(str, known))[:12])}."

@@ -3,67 +3,74 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
 import datasets
-import numpy as np
 from transformers import AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import report
-from .baselines.stages import change_last_layer, check_last_layer, first_errors, repeat_errors
+from .baselines import METHODS
+from .baselines.jtt import ERRORS
 from .checkpoints import newest_checkpoint
 from .config import IPGConfig
 from .data import Benchmark, describe
 from .hub.publish import check_can_push
 from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
-from .pairs import AdversarialPairs, ImageRows, with_counterparts
-from .pairs.checks import named_sets
+from .pairs import AdversarialPairs, ImageRows
+from .pairs.checks import ONLY_SET, named_sets
 from .recipe import Recipe, RecipeError
-from .record import commit as commit_of_code
-from .record import course, data_facts, hardware, hub_id, versions, write_json
-from .task import row_columns
+from .record import commit as current_commit
+from .record import hub_id, make_record, resolved_settings, write_json
 from .trainer import IPGTrainer
 
 RECORD = "run.json"
 FIGURE = "training_curves.png"
-ERRORS = "first_model_errors.json"
 
 
-def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any], *, commit: str | None = None) -> dict[str, Any]:
-    """Trains by a recipe, and its twin where asked for; pushes where asked for; returns the run record.
+def train(
+    recipe: Recipe,
+    args: IPGConfig,
+    given: Sequence[str],
+    *,
+    commit: str | None = None,
+    data: Benchmark | None = None,
+) -> dict[str, Any]:
+    """Trains by a recipe, and pushes where asked for.
 
     Args:
-        recipe: what to train on what.
-        args: how.
-        given: the settings that were given, for the record.
-        commit: of the code that is imported; by default it is read now.
+        recipe: data, model and method.
+        args: the training settings, an instance of the method's config.
+        given: names of the settings that the user gave, for the record.
+        commit: commit of the code that is imported; by default it is read now.
+        data: the benchmark to train on; by default the recipe loads it.
+
+    Returns:
+        The run record.
     """
-    commit = commit or commit_of_code()
+    commit = commit or current_commit()
     if args.push_to_hub and args.process_index == 0:
         check_can_push(args)  # before another run is removed, and before hours of training
-    given = {name: value for name, value in given.items() if not name.endswith("_token")}
     resume = _prepare_output(recipe, args)
-    data = recipe.load_data(args.data_order_seed)
+    data = data or recipe.load_data(args.data_order_seed)
     record, trainer = _train_one(recipe, args, given, data, resume, commit)
     split = "test" if recipe.measure_test else "validation"
     columns = {recipe.method: record["metrics"][split]}
     if recipe.compare == "erm" and recipe.method != "erm":
         folder = Path(args.output_dir) / "erm"  # pushed with the folder that it lies in
-        twin_args = replace(args, output_dir=str(folder), resume_from_checkpoint=None, push_to_hub=False)
-        twin = replace(recipe, method="erm", compare="none")
+        plain = _without_method(args, str(folder))
         begun = resume and list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-        twin_resume = newest_checkpoint(folder) if begun else None
-        twin_record, _ = _train_one(twin, twin_args, {**given, "method": "erm"}, data, twin_resume, commit)
-        columns["erm"] = twin_record["metrics"][split]
+        its_resume = newest_checkpoint(folder) if begun else None
+        recipe_of_erm = replace(recipe, method="erm", compare="none")
+        erm_record, _ = _train_one(recipe_of_erm, plain, given, data, its_resume, commit)
+        columns["erm"] = erm_record["metrics"][split]
     if args.process_index == 0:
         print(f"\n{report.summary_table(columns, split)}\n\nmodel, {RECORD}, README.md and {FIGURE}: {args.output_dir}")
     trainer.create_model_card(license=recipe.license)
@@ -73,61 +80,50 @@ def train(recipe: Recipe, args: IPGConfig, given: dict[str, Any], *, commit: str
     return record
 
 
+def _without_method(args: IPGConfig, output_dir: str) -> IPGConfig:
+    """The training settings without those of a baseline's config, for plain training in another folder."""
+    settings = {entry.name: getattr(args, entry.name) for entry in fields(IPGConfig) if entry.init}
+    settings |= {"output_dir": output_dir, "resume_from_checkpoint": None, "push_to_hub": False}
+    return IPGConfig(**settings)
+
+
 def _train_one(
-    recipe: Recipe, args: IPGConfig, given: dict, data: Benchmark, resume: str | None, commit: str | None
+    recipe: Recipe, args: IPGConfig, given: Sequence[str], data: Benchmark, resume: str | None, commit: str | None
 ) -> tuple[dict, IPGTrainer]:
     """Returns the record and the trainer."""
-    processor = recipe.build_processor()
-    in_batch = recipe.method == "ipg" and args.pair_source == "batch"
-    if in_batch:
-        data = replace(data, train=_with_counterparts(recipe, data), pairs=None)
-    elif args.pair_source == "batch":
-        args = replace(args, pair_source="pairs")
-    sets = _inputs(data, recipe, processor, ("label", *row_columns(args.objective)), recipe.uses_pairs and not in_batch)
-    begun, comparisons = time.monotonic(), {}
-    if recipe.repeat_errors:
-        sets["train"], comparisons["repeat_errors"] = _with_errors_repeated(recipe, args, data, sets, processor, resume)
-    seconds = time.monotonic() - begun
+    method, processor = METHODS[recipe.method], recipe.build_processor()
+    sets = _inputs(data, recipe, processor, ("label", *method.trainer.row_columns))
     set_seed(args.seed)  # the weights of a model from scratch
-    model = recipe.build_model(data.train)
-    trainer = IPGTrainer(
-        model=model,
+    trainer = method.trainer(
+        model=recipe.build_model(data.train),
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
-        pair_dataset=sets["pairs"] if recipe.method == "ipg" and not in_batch else None,
         processing_class=processor,
         compute_metrics=_metrics(data),
+        **({"pair_dataset": sets["pairs"]} if recipe.uses_pairs else {}),
     )
     _silence(trainer)
-    if recipe.last_layer:
-        check_last_layer(recipe.last_layer, trainer, sets, data.validation)
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:  # SIGTERM, enable_jit_checkpoint: nothing to measure yet
         raise KeyboardInterrupt
-    if recipe.last_layer:
-        comparisons["last_layer"], sets = change_last_layer(recipe.last_layer, trainer, sets, data.validation)
-    seconds += time.monotonic() - begun
+    seconds = time.monotonic() - begun
+    if trainer.eval_dataset is not sets["validation"]:  # dfr has fitted some of its rows, and images of its pairs
+        sets |= {"validation": trainer.eval_dataset, "validation_pairs": None}
     splits = ("validation", "test") if recipe.measure_test else ("validation",)
-    metrics = {name: _measure(trainer, sets, name) for name in splits}
-    record = {
-        "config": given,
-        "seed": args.seed,
-        "method": recipe.method,
-        "metrics": metrics,
-        "chosen_step": trainer.state.best_global_step or trainer.state.global_step,
-        "steps": trainer.state.global_step,
-        "course": course(trainer.state.log_history),
-        "seconds": round(seconds, 1),
-        "versions": versions(),
-        "commit": commit,
-        "hardware": hardware(),
-        "base_model": hub_id(recipe.model_name_or_path),
-        "about": {**asdict(describe(recipe.dataset, recipe.dataset_options)), **recipe.about},
-        "data": data_facts(trainer),
-        **comparisons,
-    }
+    record = make_record(
+        trainer,
+        settings=resolved_settings(recipe, args),
+        metrics={name: _measure(trainer, sets, name) for name in splits},
+        seconds=seconds,
+        method=recipe.method,
+        given=given,
+        commit=commit,
+        base_model=hub_id(recipe.model_name_or_path),
+        about={**asdict(describe(recipe.dataset, recipe.dataset_options)), **recipe.about},
+        baseline=trainer.method_facts,
+    )
     trainer.save_whole()
     if trainer.is_world_process_zero():
         processor.save_pretrained(args.output_dir)
@@ -137,26 +133,6 @@ def _train_one(
         report.plot_training(trainer.state.log_history, Path(args.output_dir) / FIGURE, threshold)
     trainer.run_record = record
     return record, trainer
-
-
-def _with_errors_repeated(
-    recipe: Recipe, args: IPGConfig, data: Benchmark, sets: dict, processor: Any, resume: str | None
-) -> tuple[Any, dict]:
-    """The training set with the first model's errors repeated, and what the record keeps of it."""
-    if not isinstance(data.train.features["label"], datasets.ClassLabel):
-        raise RecipeError(f"repeat_errors counts wrong classes, but the labels of {recipe.dataset} are numbers.")
-    path, settings = Path(args.output_dir) / ERRORS, recipe.repeat_errors
-    if resume and path.is_file():  # the training goes on with the rows that it began with
-        wrong = np.isin(np.arange(len(data.train)), json.loads(path.read_text(encoding="utf-8"))["rows"])
-    else:
-        set_seed(args.seed)
-        first, labels = recipe.build_model(data.train), np.asarray(data.train["label"][:])
-        wrong = first_errors(first, args, sets["train"], labels, processor, steps=settings["steps"])
-        if args.process_index == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"rows": np.flatnonzero(wrong).tolist()})
-    repeated = repeat_errors(sets["train"], wrong, settings["factor"])
-    return repeated, {"errors": int(wrong.sum()), **settings, "rows": len(repeated)}
 
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
@@ -215,22 +191,12 @@ def _run_files(folder: Path) -> list[Path]:
     return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
 
 
-def _with_counterparts(recipe: Recipe, data: Benchmark) -> datasets.Dataset:
-    if recipe.last_layer.get("method") == "project":
-        raise RecipeError("last_layer: project reads a set of pairs: set pair_source: pairs.")
-    if not isinstance(data.pairs, datasets.Dataset):
-        has = "no pairs" if data.pairs is None else "several sets, or pairs that are made in training"
-        raise RecipeError(
-            f"pair_source: batch takes one set of pairs of the training images; {recipe.dataset} has {has}."
-        )
-    return with_counterparts(data.train, data.pairs)
-
-
-def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str], uses_pairs: bool) -> dict[str, Any]:
-    names = ["train", "validation", "pairs", "validation_pairs"]
+def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]) -> dict[str, Any]:
+    """The sets of a benchmark that a run reads, by name; transformed and in memory with `preload`."""
+    names = ["train", "validation", "validation_pairs", *(["pairs"] if recipe.uses_pairs else [])]
     names += ["test", "test_pairs"] if recipe.measure_test else []
     sets = {name: getattr(data, name) for name in names}
-    if uses_pairs and sets["pairs"] is None:
+    if recipe.uses_pairs and sets["pairs"] is None:
         raise RecipeError(f"{recipe.dataset} has no training pairs of its own: give a maker, pairs: {{maker: ...}}.")
     if not recipe.preload:
         return sets
@@ -244,10 +210,10 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
         columns = {name: target for name, target in inputs.items() if name in value.column_names}
         return ImageRows(value, processor, columns, keep=keep, preload=True, preload_dir=recipe.preload_dir)
 
-    used = {name: loaded(value) for name, value in sets.items() if name != "pairs" or uses_pairs}
-    if isinstance(used.get("pairs"), AdversarialPairs):
-        used["pairs"] = replace(used["pairs"], source=used["train"])
-    return sets | used
+    sets = {name: loaded(value) for name, value in sets.items()}
+    if isinstance(sets.get("pairs"), AdversarialPairs):
+        sets["pairs"] = replace(sets["pairs"], source=sets["train"])
+    return sets
 
 
 def _metrics(data: Benchmark) -> GroupMetrics | GroupErrors:
@@ -267,7 +233,8 @@ def _measure(trainer: IPGTrainer, sets: dict[str, Any], split: str) -> dict[str,
     held_out = sets[f"{split}_pairs"]
     for name, pairs in named_sets(held_out).items():
         if pairs is not None:
-            metrics |= trainer.evaluate_pairs(pairs, metric_key_prefix=f"{split}_{name}/" if name else split)
+            prefix = split if name == ONLY_SET else f"{split}_{name}/"
+            metrics |= trainer.evaluate_pairs(pairs, metric_key_prefix=prefix)
     if isinstance(held_out, dict):
         metrics[f"{split}_flip_rate"] = max(metrics[f"{split}_{name}/_flip_rate"] for name in held_out)
     timings = ("_runtime", "_per_second", "_preparation_time")

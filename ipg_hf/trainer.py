@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
@@ -16,31 +17,33 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
-from . import correction
-from .callbacks import GroupShares, PairProgress, RowEpochs, restored
-from .checkpoints import SaveAtStepEnd, newest_checkpoint, own_names, whole_or_removed
+from .callbacks import GroupShares, PairProgress, RowEpochs, SaveAtStepEnd, restored
+from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig
-from .guidance import ProblemType
-from .guided import GuidedStep, pair_settings
+from .gradients import parameters_matching
+from .guidance import ProblemType, invariance_divergence, root_divergence
 from .heads import ClassifierHead, CompiledRun, find_head
 from .hub.publish import PublishingTrainer
-from .inbatch import InBatchStep, check_in_batch, first_pair
-from .inference import logits_of
-from .launch import check_launch
-from .layers import parameters_matching
+from .inference import inference, logits_of
+from .losses import ATTRIBUTE, GroupLoss, classification_loss, find_problem_type
+from .metrics import training_group_counts
 from .models import check_all_loaded, forward_inputs, takes_labels
+from .moved import trainer_for
 from .norms import RunningNorm, norm_layers, warn_of_batch_statistics
-from .objectives import classification_loss, find_problem_type
-from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins, search_partners
-from .pairs.cache import check_cacheable
-from .pairs.checks import check_labels, check_pair_labels, check_pair_set, check_pair_stream, named_sets, title_of
-from .pairs.loader import PairCollator, PairLoader, is_stream, loader_of
-from .pairs.transforms import as_model_inputs
-from .task import ATTRIBUTE, TaskObjective, row_columns
-
-logger = logging.get_logger(__name__)
+from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins
+from .pairs.checks import (
+    ONLY_SET,
+    check_labels,
+    check_pair_labels,
+    check_pair_set,
+    check_pair_stream,
+    named_sets,
+    title_of,
+)
+from .pairs.loader import PairCollator, PairLoader
+from .pairs.transforms import ImageRows, as_model_inputs
+from .step import GuidedStep, check_launch
 
 
 class IPGTrainer(PublishingTrainer):
@@ -68,17 +71,18 @@ class IPGTrainer(PublishingTrainer):
     Args:
         model: a transformers image classifier (`load_image_classifier` wraps timm models into one).
         args: an [`IPGConfig`].
-        data_collator: as in `Trainer`; pairs have their own.
-        train_dataset: as in `Trainer`. With `processing_class` an image processor, a `datasets` set with an `image`
-            column is transformed by the trainer; `label` and `attribute` columns stay.
-        eval_dataset: as in `Trainer`. Where rows have an `attribute`, `compute_metrics` gets
-            `label_ids=(labels, attributes)`; the model never sees it.
-        pair_dataset: pairs, as one map-style or iterable data set or as a dict of them, one for each invariance. Rows
+        data_collator: an argument of `Trainer`, for training and evaluation batches; pairs have their own collator.
+        train_dataset: an argument of `Trainer`. With an image processor as `processing_class`, the trainer transforms
+            a `datasets` set with an `image` column; its `label` and `attribute` columns stay.
+        eval_dataset: an argument of `Trainer`. Where rows have an `attribute`, `compute_metrics` gets
+            `label_ids=(labels, attributes)`; the model never sees the attribute.
+        pair_dataset: pairs, as one map-style or iterable data set, or as a dict of sets, one for each invariance. Rows
             hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`. Without
-            them the trainer is `Trainer`, but with `pair_source="batch"`, where the training set holds the pairs.
-        processing_class, model_init, callbacks, optimizers: as in `Trainer`.
-        compute_metrics: as in `Trainer`, e.g. [`~metrics.GroupMetrics`].
-        head: dotted path of the last linear layer, or several, where it is not found by itself (see `find_head`).
+            pairs the trainer is `Trainer`.
+        processing_class, model_init, callbacks, optimizers: arguments of `Trainer`.
+        compute_metrics: an argument of `Trainer`, e.g. [`~metrics.GroupMetrics`].
+        head: dotted path of the last linear layer, or several paths, where `find_head` does not find it. Only a
+            distance of rationales needs a head; one that is given here is proven in any case.
         **trainer_kwargs: every other argument of `Trainer`.
 
     Raises:
@@ -86,6 +90,14 @@ class IPGTrainer(PublishingTrainer):
     """
 
     _tag_names = ("ipg",)
+    config_class: type[IPGConfig] = IPGConfig
+    step_class: type[GuidedStep] = GuidedStep
+    row_columns: tuple[str, ...] = (ATTRIBUTE,)  # of training rows, beside image and label
+    pairs_with_labels = False  # whether a pair batch holds `labels` too
+
+    def __new__(cls, model: Any = None, args: Any = None, *_: Any, **__: Any) -> IPGTrainer:
+        """Makes the trainer of a baseline for a config that was made with moved options (see `moved`)."""
+        return super().__new__(trainer_for(cls, args))
 
     def __init__(
         self,
@@ -103,21 +115,21 @@ class IPGTrainer(PublishingTrainer):
         head: str | Sequence[str] | None = None,
         **trainer_kwargs: Any,
     ):
-        args = args or IPGConfig(output_dir="tmp_trainer")
-        if not isinstance(args, IPGConfig):
-            raise ValueError(f"args is a {type(args).__name__}: make it an IPGConfig, which takes the same arguments.")
+        args = args or self.config_class(output_dir="tmp_trainer")
+        if not isinstance(args, self.config_class):
+            wanted = self.config_class.__name__
+            raise ValueError(f"args is a {type(args).__name__}: make it a {wanted}, which takes the same arguments.")
         if model is not None and not isinstance(model, PreTrainedModel) and hasattr(model, "pretrained_cfg"):
             raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
         sets = named_sets(pair_dataset)
         self.pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
-        in_batch = args.pair_source == "batch"
-        if in_batch and self.pair_datasets:
-            raise ValueError("pair_source='batch' takes its pairs from train_dataset: leave pair_dataset out.")
-        self.is_guided = bool(self.pair_datasets) or (in_batch and train_dataset is not None)
+        self.is_guided = bool(self.pair_datasets)
         self.head_path = head
+        self.head: ClassifierHead | None = None
+        self.method_facts: dict[str, Any] = {}  # what a subclass adds to the run record
         self._resumed_from: str | None = None
         self._guided_state = None  # the TrainerState of the training run that the pair loaders belong to
-        self._task_state = None  # likewise of the objective's group weights
+        self._loss_state = None  # the TrainerState of the training run that the group weights belong to
         self._pair_loaders: dict[str, PairLoader | AdversarialLoader] = {}
         self._at_end = ExitStack()
 
@@ -128,59 +140,90 @@ class IPGTrainer(PublishingTrainer):
         for callback in [RowEpochs(), *([SaveAtStepEnd(self)] if args.enable_jit_checkpoint else [])]:
             self.add_callback(callback)
 
-        # ---- Data and guidance
+        # ---- Data
         num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         check_labels(train_dataset, "train_dataset", num_labels)
         for name, dataset in named_sets(eval_dataset).items():
             check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
-        self._row_columns = row_columns(args.objective)
-        self._row_columns += [f"{name}_b" for name in self._inputs] if in_batch else []
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
+
+        # ---- Task loss
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
         if self._computes_loss:
-            # of the model that is trained then: model_init makes others
+            # self.model at the time of the call: model_init makes others
             self.compute_loss_func = lambda *outputs_and_labels, **kwargs: classification_loss(
                 self.model, *outputs_and_labels, **kwargs, smoothing=args.label_smoothing_factor
             )
             self.label_names = self.label_names or ["labels"]
-        args.check_together(is_compiled=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
+        if args.running_norm and self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ValueError(
+                "running_norm=True does not combine with a compiled model (accelerate launch --dynamo...)."
+            )
         self._running_norm = RunningNorm() if args.running_norm else None
-        self._task: TaskObjective | None = None
-        if args.objective != "erm":
-            if self.compute_loss_func is not None and not self._computes_loss:
-                raise ValueError(f"objective={args.objective!r} computes the loss: leave compute_loss_func out.")
-            self._task = TaskObjective(args, self.model, train_dataset)
+        self.task_loss = None if args.objective == "erm" else self._make_task_loss()
+        if self.task_loss is not None:
             self.add_callback(GroupShares())
             self.model_accepts_loss_kwargs = True  # its loss is that of the whole step: nothing more is to be divided
+
+        # ---- Pairs
         if self.is_guided:
             self._prepare_guidance()
 
+    @property
+    def method(self) -> str:
+        """The method that a run record names."""
+        return "ipg" if self.is_guided else "erm"
+
+    def _make_task_loss(self) -> GroupLoss:
+        """The loss of an objective over groups.
+
+        Raises:
+            ValueError: the objective cannot be computed for this model or data.
+        """
+        objective = self.args.objective
+        column = "label" if objective == "class_balanced" else ATTRIBUTE
+        stored = self._stored_training_set(objective, column)
+        counts = torch.from_numpy(training_group_counts(stored, by_attribute=column == ATTRIBUTE))
+        return GroupLoss(objective, counts, self.args.group_dro_step_size, self.args.label_smoothing_factor)
+
+    def _stored_training_set(self, objective: str, column: str) -> datasets.Dataset:
+        """The training set as a `datasets.Dataset` with the column that an objective reads.
+
+        Raises:
+            ValueError: there is none, the trainer was given another loss, or the problem has not one class an image.
+        """
+        if self.compute_loss_func is not None and not self._computes_loss:
+            raise ValueError(f"objective={objective!r} computes the loss: leave compute_loss_func out.")
+        problem = find_problem_type(self.model, None)
+        if problem != "single_label_classification":
+            raise ValueError(f"objective={objective!r} needs one class an image, but the model's problem is {problem}.")
+        stored = self.train_dataset.dataset if isinstance(self.train_dataset, ImageRows) else self.train_dataset
+        if not isinstance(stored, datasets.Dataset) or column not in stored.column_names:
+            found = stored.column_names if isinstance(stored, datasets.Dataset) else type(stored).__name__
+            raise ValueError(
+                f"objective={objective!r} needs a train_dataset (datasets.Dataset) with a column {column!r}, but it "
+                f"has {found}."
+            )
+        return stored
+
     def _prepare_guidance(self) -> None:
         check_launch(self.accelerator, self.args.n_gpu, self.is_model_parallel, self.args.optim.value)
-        labels = self.args.pair_objective == "augmentation"
-        self._with_labels = PairCollator(self._inputs, self._inputs[0], labels=labels)
         wanted = self.args.per_device_pair_batch_size * self.args.world_size
         for name, dataset in self.pair_datasets.items():
             title = title_of("pair_dataset", name)
             check_pair_labels(dataset, title)
             source = dataset.source if isinstance(dataset, AdversarialPairs) else dataset
             check_pair_stream(source, title, every_row=self.args.check_pairs)
-            inputs = self._as_inputs(source, is_training=True, seed=self.args.pair_order_seed(name))
+            inputs = self._as_inputs(source, is_training=True, seed=self._pair_seed(name))
             if isinstance(dataset, AdversarialPairs):
                 inputs = Twins(dataset, inputs, self._inputs[0])
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
-            if labels and not is_stream(dataset):
-                self._with_labels([dataset[0]])
-            if self.args.pair_cache != "none":
-                check_cacheable(dataset, title, self.args.pair_cache)
-        if self.args.pair_source == "batch":
-            check_in_batch(self.args, self.model, self.accelerator)
-        elif not self.args.holds_norm:
+        if not self.args.uses_running_statistics:
             warn_of_batch_statistics(self.model)
         parameters_matching(self.model, self.args.corrective_layers)
-        self.head = self._proven_head()
+        self.head = self._find_needed_head()
         self.progress = PairProgress()
         self.add_callback(self.progress)
         # Several models (ResNet among them) ignore `num_items_in_batch` but are taken to have divided by it
@@ -196,7 +239,7 @@ class IPGTrainer(PublishingTrainer):
             return dataset
         draws = {"random_flip": self.args.random_flip, "random_crop_scale": self.args.random_crop_scale}
         draws = draws if is_training else {}
-        main_input, keep = self._pair_collator.main_input, ("label", "labels", "label_ids", *self._row_columns)
+        main_input, keep = self._pair_collator.main_input, ("label", "labels", "label_ids", *self.row_columns)
         return as_model_inputs(dataset, self.processing_class, main_input, keep=keep, **draws, seed=seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
@@ -205,28 +248,48 @@ class IPGTrainer(PublishingTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self._row_columns if name not in self._signature_columns]
+        self._signature_columns += [name for name in self.row_columns if name not in self._signature_columns]
+
+    def _pair_seed(self, name: str) -> int:
+        """Seed of the order and the augmentation of a pair set; it does not depend on the other sets."""
+        seed = self.args.data_order_seed
+        return seed if name == ONLY_SET else seed + 1 + zlib.crc32(name.encode())
 
     def _pair_loader(self, name: str, module: nn.Module, problem_type: ProblemType) -> PairLoader | AdversarialLoader:
-        loader = loader_of(self.args, self.pair_datasets[name], self._with_labels, name)
+        loader = PairLoader(
+            self.pair_datasets[name],
+            PairCollator(self._inputs, self._inputs[0], labels=self.pairs_with_labels),
+            self.args.per_device_pair_batch_size,
+            seed=self._pair_seed(name),
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
         self._at_end.callback(loader.close)
         loader.position = self.progress.positions.get(name, 0)
         if not isinstance(loader.dataset, Twins):
             return loader
-        search = partial(search_partners, self.head.run, module, problem_type=problem_type)
-        searching = AdversarialLoader(loader, search, self, chunk_size=self.args.pair_chunk_size)
+        searching = AdversarialLoader(loader, module, self, problem_type, chunk_size=self.args.pair_chunk_size)
         if self._resumed_from:
             searching.load(self._resumed_from, name)
         return searching
 
-    def _proven_head(self, dataset: Any = None) -> ClassifierHead:
-        if dataset is None and self.args.pair_source == "batch":
-            rows = self._as_inputs(self.train_dataset, is_training=True, seed=self.args.data_order_seed)
-            pair = self._prepare_inputs(first_pair(rows, self._inputs))
-        else:
-            dataset = next(iter(self.pair_datasets.values())) if dataset is None else dataset
-            # by a loader: random transforms must not draw from the global generators, whose state a resume restores
-            pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
+    # ---- The head ----
+
+    def needs_head(self) -> bool:
+        """Whether what the pairs minimise is computed from the classifier head."""
+        return self.args.invariance_distance == "rationale"
+
+    def _find_needed_head(self, dataset: Any = None) -> ClassifierHead | None:
+        """The head, proven on a pair of the data set, by default of the first pair set; None where none is needed."""
+        if not self.needs_head() and self.head_path is None:
+            return None
+        dataset = next(iter(self.pair_datasets.values())) if dataset is None else dataset
+        # by a loader: random transforms must not draw from the global generators, whose state a resume restores
+        pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
         head = find_head(self.model, self.head_path, pair)
         head.verify(self.model, pair)
         return head
@@ -234,97 +297,89 @@ class IPGTrainer(PublishingTrainer):
     # ---- The step ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`; before it, when the model is whole for the last time, the head is proven anew:
-        it may have been replaced since construction (`reset_classifier`, `model_init`)."""
+        """As `Trainer.create_optimizer`. Before it, the head is found and proven anew.
+
+        The head may have been replaced since construction (`reset_classifier`, `model_init`), and the model is not yet
+        sharded here.
+        """
         if self.is_guided:
-            self.head = self._proven_head()
+            self.head = self._find_needed_head()
         return super().create_optimizer(model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As `Trainer.train`.
-
-        Raises:
-            ValueError: resuming a run whose updates have separate optimizer states, which checkpoints do not hold.
-        """
-        if resume_from_checkpoint and self.is_guided and not self.args.shared_optimizer_state:
-            raise ValueError("shared_optimizer_state=False cannot be resumed: checkpoints hold one optimizer state.")
+        """As `Trainer.train`; `resume_from_checkpoint=True` goes on from the newest whole checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         self._resumed_from = resume_from_checkpoint
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
-            self._guided_state = self._task_state = None
+            self._guided_state = self._loss_state = None
             self._at_end.close()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As `Trainer.training_step`, the guidance before an optimizer step's first micro-batch and after its last."""
+        """As `Trainer.training_step`, with the pairs before a step's first micro-batch and after its last."""
         if self.is_guided:
             if self._guided_state is not self.state:
                 self._begin_guidance(model, inputs)
-            self._guided_step.begin(model)
+            self._guided_step.before_task(model)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self.is_guided:
-                self._guided_step.end(model)
+                self._guided_step.after_task(model)
             if self._running_norm is not None:
                 self._running_norm.end_step(self.accelerator)
-            if self._task is not None:
-                self._task.end_step(self.accelerator)
+            if self.task_loss is not None:
+                self.task_loss.end_step(self.accelerator)
         return loss
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """As `Trainer.get_batch_samples`; an objective over groups counts the step's rows of each."""
+        """As `Trainer.get_batch_samples`; an objective over groups then counts the rows of each group."""
         batches, count = super().get_batch_samples(*args, **kwargs)
-        if self._task is not None and batches:
-            if self._task_state is not self.state:
-                self._task.shares = restored(GroupShares, self.callback_handler.callbacks, self.state)[0]
-                self._task_state = self.state
-            self._task.begin_step(batches, self.accelerator)
+        if self.task_loss is not None and batches:
+            if self._loss_state is not self.state:
+                kept = restored(GroupShares, self.callback_handler.callbacks, self.state)[0]
+                self.task_loss.begin_training(kept.shares)
+                kept.loss, self._loss_state = self.task_loss, self.state
+            self.task_loss.begin_step(batches, self.accelerator)
         return batches, count
 
     def _begin_guidance(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Called at the first step of each training run, when the state of a checkpoint has been loaded."""
+        """Called at the first step of each training run, after the state of a checkpoint has been loaded."""
         self._at_end.close()  # an attempt that auto_find_batch_size gave up
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
         problem_type = find_problem_type(self.model, inputs.get("labels"))
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         self._pair_loaders |= {name: self._pair_loader(name, module, problem_type) for name in self.pair_datasets}
-        self._at_end.callback(self._pair_loaders.clear)  # and with them the pairs that are kept in memory
+        self._at_end.callback(self._pair_loaders.clear)
         if self._running_norm is not None:
             self._at_end.callback(self._running_norm.clear)
-        compiler = self.accelerator.state.dynamo_plugin
-        forward: Callable[..., tuple[Tensor, Tensor]] = self.head.run
+        compiler, compiled = self.accelerator.state.dynamo_plugin, None
         if compiler.backend != DynamoBackend.NO:
-            forward = CompiledRun(self.head, **compiler.to_kwargs())
-            self._at_end.callback(forward.close)
-        if self.args.pair_source == "batch":
-            self._guided_step: GuidedStep = InBatchStep(self, forward, problem_type)
-        else:
-            self._guided_step = GuidedStep(self, forward, self._pair_loaders, problem_type)
+            compiled = CompiledRun(self.head, **compiler.to_kwargs())
+            self._at_end.callback(compiled.close)
+        self._guided_step = self.step_class(self, self._pair_loaders, problem_type, compiled)
         self._guided_state = self.state
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`, without the `attribute` column; with pairs, exact under accumulation (R6)."""
         if not model.training:
-            return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._task_loss_of(model, inputs, return_outputs, num_items_in_batch)
         with ExitStack() as around:
-            if self.args.holds_norm:
+            if self.args.uses_running_statistics:
                 for layer in norm_layers(self.model):
                     layer.eval()
-            if self.is_guided and self.args.pair_source == "batch":
-                around.enter_context(self._guided_step.watching(model, inputs))
             if self._running_norm is not None:
                 around.enter_context(self._running_norm.collecting(self.model))
-            return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._task_loss_of(model, inputs, return_outputs, num_items_in_batch)
 
-    def _task_loss(self, model, inputs, return_outputs, num_items_in_batch):
+    def _task_loss_of(self, model, inputs, return_outputs, num_items_in_batch):
         given, inputs = inputs, self._of_the_model(inputs)
-        if self._task is not None and model.training:
+        if self.task_loss is not None and model.training:
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-            loss = self._task.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)
+            loss = self.task_loss.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)
             return (loss, outputs) if return_outputs else loss
-        if self._task is not None:
+        if self.task_loss is not None:
             num_items_in_batch = None  # Trainer has a count in evaluation too, which timm's forward does not take
         if not self.is_guided or self.compute_loss_func is not None or self.label_smoother is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -337,7 +392,7 @@ class IPGTrainer(PublishingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _of_the_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name in self._inputs or name not in self._row_columns}
+        return {name: value for name, value in inputs.items() if name in self._inputs or name not in self.row_columns}
 
     # ---- Evaluation ----
 
@@ -360,22 +415,39 @@ class IPGTrainer(PublishingTrainer):
             metric_key_prefix: put before each key.
 
         Returns:
-            `<prefix>_flip_rate`, the share of pairs whose predicted classes differ; `<prefix>_divergence` and
-            `<prefix>_distance` of all pairs together.
+            `<prefix>_flip_rate`, the share of pairs whose predicted classes differ (with several labels: any of them),
+            or for a regression `<prefix>_difference`, the mean absolute difference of the outputs;
+            `<prefix>_divergence` and `<prefix>_distance` of all pairs together.
         """
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
         check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
         own = torch.Generator()  # measuring during training must not draw from the global one
         batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=own)
-        head, settings = self._proven_head(dataset), pair_settings(self.args, find_problem_type(self.model, None))
-        with self.compute_loss_context_manager():
-            measured = correction.evaluate_sides(head, self.model, map(self._prepare_inputs, batches), **settings)
+        head, problem_type = self._find_needed_head(dataset), find_problem_type(self.model, None)
+        sides = []
+        with self.compute_loss_context_manager(), inference(self.model):
+            for batch in map(self._prepare_inputs, batches):
+                outputs = head.run(self.model, batch) if head else (logits_of(self.model(**batch)),)
+                sides.append([side for output in outputs for side in output.chunk(2)])
+            a, b, *z = (torch.cat(parts) for parts in zip(*sides, strict=True))
+            if problem_type == "regression":
+                measured = {"difference": (a - b).abs().mean().item()}
+            elif problem_type == "multi_label_classification":
+                measured = {"flip_rate": ((a > 0) != (b > 0)).any(-1).sum().item() / len(a)}
+            else:
+                measured = {"flip_rate": (a.argmax(-1) != b.argmax(-1)).sum().item() / len(a)}
+            divergence = invariance_divergence(a, b, problem_type=problem_type)
+            if self.args.invariance_distance == "divergence":
+                distance = root_divergence(divergence)
+            else:
+                distance = self.step_class.distance_of_rationales(self.args, head, *z)
+        measured |= {"divergence": divergence.item(), "distance": distance.item()}
         return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
 
     # ---- Logs and checkpoints ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; training logs get the `ipg/...` means over the steps since the last."""
+        """As `Trainer.log`; training logs get the `ipg/...` means over the steps since the last log."""
         if self.is_guided and "loss" in logs:
             logs = {**logs, **self.progress.pop(self.args.alpha, self.args.learning_rate)}
         super().log(logs, start_time)
@@ -385,7 +457,7 @@ class IPGTrainer(PublishingTrainer):
         check_all_loaded(self.model, load_result.missing_keys)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        # with save_strategy="best" Trainer keeps what this calls a new best alone, and not what SIGTERM asks for
+        # with save_strategy="best" Trainer saves only what this calls a new best, and not what SIGTERM asks for
         callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, SaveAtStepEnd)]
         return super()._determine_best_metric(metrics, trial) or any(callback.stopping for callback in callbacks)
 

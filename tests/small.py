@@ -185,7 +185,7 @@ class Recorded(Dataset):
         return self.items[row]
 
 
-def config(output_dir, **kwargs):
+def config(output_dir, kind=IPGConfig, **kwargs):
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": 8,
@@ -201,7 +201,7 @@ def config(output_dir, **kwargs):
         "use_cpu": True,
         "save_strategy": "no",
     }
-    return IPGConfig(str(output_dir), **{**settings, **kwargs})
+    return kind(str(output_dir), **{**settings, **kwargs})
 
 
 def differences(ours, theirs):
@@ -223,13 +223,15 @@ def optimizer_state(model, optimizer):
 
 
 def trainer(tmp_path, model=None, train=None, pair_dataset=None, kind=IPGTrainer, **kwargs):
-    names = set(inspect.signature(kind.__init__).parameters)
+    is_ours = issubclass(kind, IPGTrainer)
+    names = set(inspect.signature(IPGTrainer.__init__ if is_ours else kind.__init__).parameters)
     given = {name: kwargs.pop(name) for name in list(kwargs) if name in names - {"args"}}
-    if kind is IPGTrainer:
+    if is_ours:
         given["pair_dataset"] = pairs(10) if pair_dataset is None else pair_dataset
     model = vit() if model is None else model
     train = rows(24) if train is None else train
-    return kind(model=model, args=config(tmp_path, **kwargs), train_dataset=train, **given)
+    args = config(tmp_path, kind.config_class if is_ours else IPGConfig, **kwargs)
+    return kind(model=model, args=args, train_dataset=train, **given)
 
 
 def logged(run, key="loss"):
