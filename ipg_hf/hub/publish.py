@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pushes to the Hugging Face Hub that hold no pickles and no tokens, and that fail in plain words."""
+"""Pushes to the Hugging Face Hub without tokens and without pickles, with errors that name the fix."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from .card import write_card
+from ..record import trainer_record
+from .card import MARKER, model_card
 
 logger = logging.get_logger(__name__)
 
 SETTINGS_NAME = "training_args.json"
-# what of an output folder does not go to the Hub; * reaches into folders
-UNPUBLISHED = (
+# files of an output folder that are not pushed; * matches "/" too
+UNPUBLISHED = [
     *("_*", "*/_*", f"{PREFIX_CHECKPOINT_DIR}-*", f"*/{PREFIX_CHECKPOINT_DIR}-*"),
     *("*.bin", "*.pt", "*.pth", "*.pkl"),
-)
+]
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", "adapter_config.json", "adapter_model*")
 
 
 class PushError(OSError):
-    """A push to the Hub that failed; the message says what to do, in one line."""
+    """A push to the Hub failed; the message names the fix, in one line."""
 
 
 class PublishingTrainer(Trainer):
-    """`Trainer` that pushes an output folder without its pickles, and says at once when it may not push.
+    """`Trainer` that pushes neither pickles nor tokens, and finds out before the training whether it can push.
 
-    A checkpoint keeps the optimizer's and scheduler's pickles, on the Hub too where `hub_strategy` sends checkpoints.
-    `training_args.bin`, which holds `hub_token`, is nowhere: `training_args.json` is there instead, without tokens.
+    `training_args.bin`, a pickle that holds `hub_token`, is replaced by `training_args.json`, without tokens. The
+    pickles of the optimizer and the scheduler stay in checkpoints, and are pushed only where `hub_strategy` pushes
+    checkpoints.
 
     Attributes:
-        run_record: the contents of `run.json`, for the model card; set by `ipg train`.
+        run_record: the record of the run, for the model card; `ipg train` sets it.
     """
 
     run_record: dict[str, Any] | None = None
@@ -53,7 +55,7 @@ class PublishingTrainer(Trainer):
         """As `Trainer.init_hf_repo`.
 
         Raises:
-            PushError: the token may not write there, or the Hub is not reached.
+            PushError: the token cannot write to the repository, or the Hub does not answer.
         """
         if self.is_world_process_zero():
             check_can_push(self.args, token, private)
@@ -68,7 +70,7 @@ class PublishingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_whole(self, output_dir: str | None = None) -> None:
-        """As `save_model`, without a push; called on all processes."""
+        """As `save_model`, without a push. All processes call it."""
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call=True)
         whole = self.accelerator.get_state_dict(self.model)
@@ -92,11 +94,34 @@ class PublishingTrainer(Trainer):
         dataset: Any = None,
         dataset_args: Any = None,
     ) -> None:
-        """As `Trainer.create_model_card`, by [`model_card.model_card`]: of `run_record` where it is set, else of what
-        the trainer knows. `tasks`, `dataset` and `dataset_args` come from there."""
-        if self.is_world_process_zero():
-            given = {"language": language, "license": license, "tags": tags, "dataset_tags": dataset_tags}
-            write_card(self, self.run_record, model_name=model_name, finetuned_from=finetuned_from, **given)
+        """Writes the card of [`card.model_card`] as `README.md`, from `run_record` or from what the trainer knows.
+
+        A `README.md` without the line that marks a card of ipg_hf is not changed.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        readme, twin = folder / "README.md", folder / "erm" / "run.json"
+        if readme.is_file() and MARKER not in readme.read_text(encoding="utf-8"):
+            logger.warning(f"{readme} is not a card of ipg_hf, and is not changed. Remove it to get a card.")
+            return
+        record = dict(self.run_record or trainer_record(self))
+        record["base_model"] = finetuned_from or record["base_model"]
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        metadata = {"language": language, "tags": [tag for tag in tags if tag not in self._tag_names]}
+        if dataset_tags:
+            metadata["datasets"] = dataset_tags
+        if hasattr(self.model, "peft_config"):
+            metadata["library_name"] = "peft"
+        card = model_card(
+            record,
+            name=getattr(self, "hub_model_id", None) or self.args.hub_model_id or model_name or folder.resolve().name,
+            twin=json.loads(twin.read_text(encoding="utf-8")) if self.run_record and twin.is_file() else None,
+            license=license,
+            **metadata,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        readme.write_text(f"{card}\n", encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -107,39 +132,33 @@ class PublishingTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As `Trainer.push_to_hub`: the output folder, without checkpoints and without any pickle.
+        """As `Trainer.push_to_hub`: pushes the output folder, without checkpoints and pickles.
 
         Raises:
-            PushError: it failed; the run in the output folder is whole, and the message says how to push it later.
+            PushError: the push failed. The run in the output folder is complete, and the message has the command that
+                pushes it later.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        args = self.args
-        token, revision = token or args.hub_token, revision or args.hub_revision
         self.save_whole()
         if not self.is_world_process_zero():
             return None
-        if self.hub_model_id is None:
-            with push_errors(args, kept=True):
+        with push_errors(self.args, is_saved=True):
+            if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
-        model_tags = list(getattr(self.model, "model_tags", None) or [])
-        tags = kwargs.pop("tags", None) or []
-        tags = [tags] if isinstance(tags, str) else list(tags)
-        kwargs.setdefault("model_name", hub_name(args).split("/")[-1])
-        self.create_model_card(tags=[*tags, *(tag for tag in model_tags if tag not in tags)], **kwargs)
-        self._finish_current_push()
-        with push_errors(args, kept=True):
-            return hf_api().upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=args.output_dir,
-                commit_message=commit_message,
-                token=token,
-                run_as_future=not blocking,
-                ignore_patterns=list(UNPUBLISHED),
-                revision=revision,
-            )
+            self.create_model_card(**kwargs)
+            self._finish_current_push()
+            upload = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+            return self._upload(commit_message, **upload, run_as_future=not blocking)
+
+    def _upload(self, title: str | None, **changes: Any) -> Any:
+        """Uploads the output folder without checkpoints and pickles; `changes` are arguments of `upload_folder`."""
+        args = self.args
+        call = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        call |= {"folder_path": args.output_dir, "ignore_patterns": UNPUBLISHED, "commit_message": title}
+        return hf_api().upload_folder(**(call | changes))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in `Trainer`, whose own writes `training_args.bin` into the folder that it sends."""
+        """As in `Trainer`, which would push `training_args.bin`."""
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
@@ -155,14 +174,13 @@ class PublishingTrainer(Trainer):
         self.create_model_card()
         by_steps = args.save_strategy == SaveStrategy.STEPS
         title = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
-        common = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
-        common |= {"run_as_future": True, "commit_message": f"Training in progress, {title}"}
-        jobs = [hf_api().upload_folder(folder_path=args.output_dir, ignore_patterns=list(UNPUBLISHED), **common)]
+        title = f"Training in progress, {title}"
+        jobs = [self._upload(title, run_as_future=True)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = args.hub_strategy == HubStrategy.CHECKPOINT
-            common["path_in_repo"] = "last-checkpoint" if last else Path(checkpoint_folder).name
-            common["commit_message"] += ", checkpoint"
-            jobs.append(hf_api().upload_folder(folder_path=checkpoint_folder, **common))
+            whole = {"folder_path": checkpoint_folder, "ignore_patterns": None, "run_as_future": True}
+            whole["path_in_repo"] = "last-checkpoint" if last else Path(checkpoint_folder).name
+            jobs.append(self._upload(f"{title}, checkpoint", **whole))
         for job in jobs:
             job.add_done_callback(_warn_if_failed)
         self.push_in_progress = PushInProgress(jobs)
@@ -181,40 +199,41 @@ def hub_name(args: TrainingArguments) -> str:
 
 
 def check_can_push(args: TrainingArguments, token: str | None = None, private: bool | None = None) -> None:
-    """Makes the repository of a run where there is none, and asks the Hub whether the token may write to it.
+    """Makes the repository of a run if it does not exist, and asks the Hub whether the token may write to it.
 
     Raises:
-        PushError: it may not, or the Hub is not reached.
+        PushError: the token cannot write to the repository, or the Hub does not answer.
     """
     token = token or args.hub_token
     private = args.hub_private_repo if private is None else private
     with push_errors(args):
         repository = hf_api().create_repo(hub_name(args), token=token, private=private, exist_ok=True)
-        # creating also succeeds for a public repository of somebody else's
+        # create_repo also succeeds for an existing repository of somebody else
         hf_api().auth_check(repository.repo_id, token=token, write=True)
 
 
 @contextmanager
-def push_errors(args: TrainingArguments, kept: bool = False) -> Iterator[None]:
-    """Raises whatever goes wrong in the block as a [`PushError`].
+def push_errors(args: TrainingArguments, is_saved: bool = False) -> Iterator[None]:
+    """Raises every exception of the block as a [`PushError`].
 
     Args:
-        args: of the run.
-        kept: whether there is a run in the output folder; the message then says how to push it later.
+        args: the settings of the run.
+        is_saved: whether the output folder holds the run. The message then has the command that pushes it later.
     """
     try:
         yield
     except Exception as failure:
         message = str(failure) if isinstance(failure, PushError) else f"no push to {hub_name(args)}: {_cause(failure)}"
-        if kept:
+        if is_saved:
             command = ["hf", "upload", hub_name(args), args.output_dir, "."]
             command += [f"--revision={args.hub_revision}"] if args.hub_revision else []
             command += [f"--exclude={pattern}" for pattern in UNPUBLISHED]
-            message += f" The run in {args.output_dir} is whole; push it later by: {shlex.join(command)}"
+            message += f" The run in {args.output_dir} is complete; push it later by: {shlex.join(command)}"
         raise PushError(message) from failure
 
 
 def _cause(failure: BaseException) -> str:
+    """The reason of a failed push, and the fix."""
     chain = [failure]
     while following := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(following)
@@ -222,14 +241,14 @@ def _cause(failure: BaseException) -> str:
     if status == 401:
         return "the Hub does not know the token, or there is none: log in (hf auth login), set HF_TOKEN or hub_token."
     if status in (403, 404):
-        return "the token may not write there: set hub_model_id to a name of your own, or use a token that may."
-    if isinstance(failure, ValueError):  # the card's metadata
+        return "the token cannot write there: set hub_model_id to a name of your own, or use a token that can."
+    if isinstance(failure, ValueError):  # the name of the repository, or the card's metadata
         return " ".join(str(failure).split())
     reason = " ".join(f"{type(chain[-1]).__name__}: {chain[-1]}".split())
-    return f"the connection to {hf_api().endpoint} failed ({reason}): look at the network, then try again."
+    return f"the connection to {hf_api().endpoint} failed ({reason}): check the network, then try again."
 
 
 def _warn_if_failed(job: Future) -> None:
     failure = None if job.cancelled() else job.exception()
     if failure is not None:
-        logger.warning(f"A push during training failed; the next holds what it held. The cause: {_cause(failure)}")
+        logger.warning(f"A push during training failed; the next push has the same files. {_cause(failure)}")
