@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs made of images: by recolouring, overlays, other backgrounds, matching; and pairs that lie on disk."""
+"""Pairs made from images: by recolouring, overlays, other backgrounds, matching; and pairs from files and columns."""
 
 import csv
 import io
@@ -22,10 +22,9 @@ from ipg_hf.pairs import (
     pairs_from_folders,
     pairs_from_table,
     recolor_pairs,
-    with_counterparts,
 )
 from ipg_hf.pairs.edits import fill_foreground
-from ipg_hf.pairs.matching import extract_features
+from ipg_hf.pairs.matching import _assigned, extract_features
 
 COLUMNS = ["image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"]
 PLACE = datasets.ClassLabel(names=["land", "water"])
@@ -33,7 +32,7 @@ LABEL = datasets.ClassLabel(names=["cat", "dog"])
 
 
 def photo(seed, size=32):
-    """Smooth random colours, as photographs have."""
+    """An image of smooth random colours, like a photograph."""
     coarse = np.random.default_rng(seed).integers(20, 236, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
@@ -82,7 +81,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_contract_of_a_maker(tmp_path, name):
+def test_a_maker_gives_a_pair_set_of_the_contract(tmp_path, name):
     make, source = MAKERS[name], photos(12, masks=True)
     pairs = make(source, seed=3)
     assert pairs.column_names[:6] == COLUMNS
@@ -102,7 +101,7 @@ def test_the_contract_of_a_maker(tmp_path, name):
     assert set(fewer["source_id"][:]) <= set(pairs["source_id"][:])
     with pytest.raises(ValueError, match="num_pairs=99"):
         make(source, num_pairs=99)
-    # an ordinary data set: saved, read, mapped, streamed
+    # the pairs are an ordinary data set: they can be saved, read, mapped and streamed
     pairs.save_to_disk(str(tmp_path / "set"))
     assert equal(datasets.load_from_disk(str(tmp_path / "set")), pairs)
     pairs.to_parquet(str(tmp_path / "set.parquet"))
@@ -112,7 +111,7 @@ def test_the_contract_of_a_maker(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["recolor", "overlay"])
-def test_streams_stay_streams(name):
+def test_a_maker_turns_a_stream_into_the_stream_of_the_same_pairs(name):
     make, source = MAKERS[name], photos()
     stream = make(source.to_iterable_dataset(), seed=3)
     assert isinstance(stream, datasets.IterableDataset)
@@ -124,23 +123,18 @@ def test_streams_stay_streams(name):
 # ---- Recolouring ----
 
 
-def test_the_digits_recoloured_are_the_digits_rendered():
-    """Of coloured training images alone come the pairs that the benchmark renders from their strokes."""
+def test_recolored_digits_are_the_rendered_digits():
+    """The maker sees only the coloured training images. The benchmark renders its pairs from the strokes."""
     data = load_digits(num_pairs=997)
     made = recolor_pairs(data.train, change="channels", attribute="attribute")
-    for ours, theirs in zip(made, sorted_by_pixels(data.pairs, made), strict=True):
-        assert (pixels(ours["image_a"]) == pixels(theirs["image_a"])).all()
+    rendered = {pixels(row["image_a"]).tobytes(): row for row in data.pairs}
+    for ours in made:
+        theirs = rendered[pixels(ours["image_a"]).tobytes()]
         assert (pixels(ours["image_b"]) == pixels(theirs["image_b"])).all()
         assert ours["attribute_a"] == theirs["attribute_a"] == 0
 
 
-def sorted_by_pixels(pairs, like):
-    """The rows of one set in the order of another."""
-    found = {np.asarray(row["image_a"]).tobytes(): row for row in pairs}
-    return [found[np.asarray(row["image_a"]).tobytes()] for row in like]
-
-
-def test_the_changes_of_colour():
+def test_recolor_pairs_changes_gray_channels_and_hue():
     source = photos(2)
     gray = recolor_pairs(source, change="gray")[0]
     assert (pixels(gray["image_a"]) == pixels(source[0]["image"])).all()
@@ -149,7 +143,7 @@ def test_the_changes_of_colour():
     assert (turned == pixels(source[0]["image"])[..., [2, 0, 1]]).all()
     red = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4), (200, 0, 0))]})
     assert recolor_pairs(red, change="hue", amount=120)[0]["image_b"].getpixel((0, 0))[1] > 190
-    with pytest.raises(ValueError, match="two sides of row 0 are equal"):
+    with pytest.raises(ValueError, match=r"two sides of row 0 are equal.*Leave out rows"):
         recolor_pairs(datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4), "gray")]}), change="gray")
     for wrong in ({"change": "blue"}, {"change": "channels", "order": "rgx"}, {"attribute": "colour"}):
         with pytest.raises(ValueError, match=r"unknown|must be three|no column"):
@@ -160,7 +154,7 @@ def test_the_changes_of_colour():
 
 
 @pytest.mark.parametrize("overlay", ["mark", "frame", "text", "watermark", "ruler"])
-def test_an_overlay_covers_its_part_and_nothing_else(overlay):
+def test_an_overlay_covers_its_own_area_only(overlay):
     source = photos(3)
     pairs = overlay_pairs(source, overlay=overlay, size=0.25, color=(250, 250, 250))
     half = overlay_pairs(source, overlay=overlay, size=0.25, color=(250, 250, 250), opacity=0.5)
@@ -180,7 +174,7 @@ def test_an_overlay_covers_its_part_and_nothing_else(overlay):
             assert not changed[:-8].any()
 
 
-def test_own_overlays_and_rows_that_have_one_already():
+def test_an_overlay_may_be_an_image_or_a_function():
     source = photos(8)
     logo = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
     logo.paste((255, 0, 0, 255), (0, 0, 5, 10))
@@ -193,6 +187,10 @@ def test_own_overlays_and_rows_that_have_one_already():
         return ImageChops.invert(image)
 
     assert (pixels(overlay_pairs(source, overlay=inverted)[1]["image_b"]) == 255 - pixels(source[1]["image"])).all()
+
+
+def test_overlay_pairs_leaves_out_images_that_have_the_overlay_already():
+    source = photos(8)
     clean = overlay_pairs(source, attribute="attribute")
     assert clean["source_id"][:] == [0, 1, 4, 5]
     assert len(list(overlay_pairs(source.to_iterable_dataset(), attribute="attribute"))) == 4
@@ -201,7 +199,7 @@ def test_own_overlays_and_rows_that_have_one_already():
             overlay_pairs(source, **wrong)
 
 
-def test_images_that_have_the_overlay_give_pairs_too():
+def test_overlay_pairs_fills_the_overlay_of_images_that_have_it_already():
     source = photos(8)
     settings = {"overlay": "mark", "size": 0.25, "attribute": "attribute", "fill_present": True}
     pairs = overlay_pairs(source, **settings)
@@ -212,7 +210,7 @@ def test_images_that_have_the_overlay_give_pairs_too():
         changed = (pixels(row["image_a"]) != pixels(row["image_b"])).any(2)
         assert changed[:8, :8].any()
         assert not changed[8:].any() and not changed[:, 8:].any()
-        if of["attribute"]:  # from the pixels beside it: the last row of the mark from the row below it
+        if of["attribute"]:  # filled from the nearest pixels: the last row of the mark from the row below it
             assert (pixels(row[other])[7, :7] == pixels(of["image"])[8, :7]).all()
     streamed = list(overlay_pairs(source.to_iterable_dataset(), **settings))
     assert equal(streamed, pairs)
@@ -230,7 +228,7 @@ def test_images_that_have_the_overlay_give_pairs_too():
 # ---- Backgrounds ----
 
 
-def test_a_background_is_swapped_around_the_foreground():
+def test_background_pairs_changes_everything_but_the_foreground():
     source = photos(4, masks=True)
     land, water = [Image.new("RGB", (40, 20), "green")], [Image.new("RGB", (10, 10), "blue")]
     hard = background_pairs(source, backgrounds=(land, water), soft_edge=0)
@@ -247,7 +245,7 @@ def test_a_background_is_swapped_around_the_foreground():
 
 
 def as_files(source, kind, mode="RGB"):
-    """The set with its images as files of a kind in memory."""
+    """Stores the images of a set as JPEG or PNG files in memory."""
     files = []
     for image in source["image"]:
         buffer = io.BytesIO()
@@ -261,17 +259,16 @@ def stored(pairs, column):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_side_that_is_the_image_itself_keeps_its_file(kind):
+def test_an_unchanged_side_keeps_the_file_of_its_image(kind):
     source = as_files(photos(), kind)
     pairs = recolor_pairs(source)
     own = stored(source, "image")
     assert stored(pairs, "image_a") == own and not {*stored(pairs, "image_b")} & {*own}
-    assert len(with_counterparts(source, pairs)) == len(source)
     other = recolor_pairs(as_files(photos(), kind, {"JPEG": "CMYK", "PNG": "P"}[kind]))
-    assert all(row["image_a"].mode == "RGB" for row in other)  # what was of another mode is made anew
+    assert all(row["image_a"].mode == "RGB" for row in other)  # images of another mode are converted
 
 
-def test_a_background_may_leave_the_image_on_its_own_side():
+def test_background_pairs_can_keep_the_image_as_the_side_of_its_own_kind():
     source = as_files(photos(masks=True), "JPEG")
     pairs = background_pairs(source, keep_own=True, soft_edge=0)
     plain = background_pairs(source, soft_edge=0)
@@ -282,14 +279,12 @@ def test_a_background_may_leave_the_image_on_its_own_side():
         assert own[number] not in [stored(plain, f"image_{side}")[number] for side in "ab"]
         composed, image = pixels(pairs[number]["image_" + "ab"[1 - place]]), pixels(source[number]["image"])
         assert (composed[8:20, 8:20] == image[8:20, 8:20]).all() and (composed[:8] != image[:8]).any()
-    others = stored(with_counterparts(source, pairs), "image_b")
-    assert not {*others} & {*own}
     wrong = source.remove_columns("attribute").add_column("attribute", [2] * len(source))
     with pytest.raises(ValueError, match="keep_own=True needs 'attribute' to be 0 or 1, but it is 2"):
         background_pairs(wrong, keep_own=True, backgrounds=([photo(1)], [photo(2)]))
 
 
-def test_backgrounds_of_the_set_itself_come_without_their_foreground():
+def test_background_pairs_fills_the_foreground_of_backgrounds_from_the_set_itself():
     image = Image.new("RGB", (64, 64), "green")
     image.paste("red", (20, 20, 40, 40))
     mask = Image.new("L", (32, 32))  # of another size than the image
@@ -312,7 +307,7 @@ def test_backgrounds_of_the_set_itself_come_without_their_foreground():
         background_pairs(empty)
 
 
-def test_the_new_foreground_hides_where_an_old_one_was():
+def test_a_new_foreground_hides_the_filled_area_of_its_background():
     rows = []
     for number in range(8):
         mask = Image.new("L", (32, 32))
@@ -326,20 +321,20 @@ def test_the_new_foreground_hides_where_an_old_one_was():
     for row in background_pairs(source, soft_edge=0):
         number = row["source_id"]
         colors = [{tuple(color) for color in pixels(row[side]).reshape(-1, 3)} for side in ("image_a", "image_b")]
-        # of four images of each kind the one with its foreground at the same spot
+        # there are four images of each kind: the one with its foreground at the same position is used
         assert colors == [{(0, 255, 0), (30 * (number % 4 + 4 * kind), 0, 0)} for kind in range(2)]
 
 
 # ---- Matching ----
 
 
-def test_features_find_the_partner():
-    """Each image has a near twin with the other attribute: matching finds it, matching at random does not."""
+def test_match_pairs_finds_the_most_similar_image():
+    """Each image has a near copy with the other attribute. Matching by features finds it, random matching does not."""
     count = 20
     features = datasets.Features({"image": datasets.Image(), "label": LABEL, "attribute": PLACE})
     images = [photo(seed) for seed in range(count)]
-    twins = [Image.fromarray(np.clip(pixels(image) + 3, 0, 255).astype(np.uint8)) for image in images]
-    columns = {"image": images + twins, "label": [0, 1] * count, "attribute": [0] * count + [1] * count}
+    copies = [Image.fromarray(np.clip(pixels(image) + 3, 0, 255).astype(np.uint8)) for image in images]
+    columns = {"image": images + copies, "label": [0, 1] * count, "attribute": [0] * count + [1] * count}
     source = datasets.Dataset.from_dict(columns, features=features)
     pairs = matched_by_features(source)
     assert [b - a for a, b in zip(pairs["source_id"], pairs["source_id_b"], strict=True)] == [count] * count
@@ -352,35 +347,33 @@ def test_features_find_the_partner():
     assert set(turned["attribute_a"][:]) == {1}
 
 
-def test_matching_by_hand():
-    from ipg_hf.pairs.matching import _assigned
-
+def test_match_pairs_minimises_the_sum_of_the_distances():
     features = np.array([[0.0, 0.0], [3.0, 0.0], [3.0, 1.0], [0.0, 4.0]])
-    # 0 and 3, 1 and 2 are 4 + 1 apart; 0 and 2, 1 and 3 are √10 + 5
+    # the distances 0-3 and 1-2 are 4 and 1, the distances 0-2 and 1-3 are √10 and 5
     a, b, distances, mean = _assigned(features, np.array([0, 1]), np.array([2, 3]))
     assert dict(zip(a, b, strict=True)) == {0: 3, 1: 2}
     assert distances.tolist() == [4, 1]
     assert mean == pytest.approx((4 + 1 + 10**0.5 + 5) / 4)
 
 
-def test_a_cap_on_the_images_of_a_group():
+def test_match_pairs_uses_at_most_max_per_group_images():
     source = photos(24)
     groups = 2 * np.array(source["label"][:]) + source["attribute"][:]
     assert np.bincount(groups).tolist() == [6, 6, 6, 6]
     whole = matched_by_features(source, seed=3)
-    assert equal(whole, matched_by_features(source, seed=3, max_per_group=6))  # all there are
-    looked_at = []
+    assert equal(whole, matched_by_features(source, seed=3, max_per_group=6))  # the groups have no more
+    processed = []
 
     class Watched(ViTImageProcessor):
         def __call__(self, images, **kwargs):
-            looked_at.append(len(images))
+            processed.append(len(images))
             return super().__call__(images, **kwargs)
 
     processor = Watched(size={"height": small.SIZE, "width": small.SIZE})
     capped = match_pairs(source, model=small.vit(), processor=processor, max_per_group=2, seed=3)
-    assert sum(looked_at) == 8  # features of the drawn images alone
+    assert sum(processed) == 8  # only the drawn images get features
     assert len(capped) == 4 and len({*capped["source_id"], *capped["source_id_b"]}) == 8
-    for row in capped:  # rows are those of the whole set
+    for row in capped:  # row numbers are those of the whole set
         sides = [source[row[name]] for name in ("source_id", "source_id_b")]
         assert [side["attribute"] for side in sides] == [0, 1]
         assert [side["label"] for side in sides] == [row["label"]] * 2
@@ -391,7 +384,7 @@ def test_a_cap_on_the_images_of_a_group():
         match_pairs(source, match_on="random", max_per_group=0)
 
 
-def test_matched_images_of_several_sizes_get_one():
+def test_match_pairs_crops_images_of_different_sizes_to_one_size():
     columns = photos(8)[:]
     columns["image"] = [photo(n).resize((32 + 8 * n, 40)).convert("L" if n == 3 else "RGB") for n in range(8)]
     source = datasets.Dataset.from_dict(columns, features=photos(8).features)
@@ -403,13 +396,13 @@ def test_matched_images_of_several_sizes_get_one():
         for side, number in (("a", row["source_id"]), ("b", row["source_id_b"])):
             image = row[f"image_{side}"]
             assert (image.size, image.mode) == ((24, 20), "RGB")
-            # scaled and cropped at the centre, not squeezed: the middle stays the middle
+            # scaled and cropped at the centre, not squeezed: the centre of the image stays the centre
             middle = np.asarray(source[number]["image"].convert("RGB"), float)
             middle = middle[20, middle.shape[1] // 2]
             assert np.abs(np.asarray(image)[10, 12] - middle).max() < 30
 
 
-def test_features_are_what_enters_the_head():
+def test_extract_features_returns_the_input_of_the_head():
     model, source = small.vit(), photos(5)
     processor = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
     features = extract_features(source, model, processor, batch_size=2)
@@ -419,7 +412,7 @@ def test_features_are_what_enters_the_head():
         assert torch.allclose(expected, model(inputs).logits, atol=1e-6)
 
 
-def test_what_cannot_be_matched():
+def test_match_pairs_refuses_what_it_cannot_match():
     source = photos(8)
     for settings, match in (
         ({"match_on": "colour"}, "unknown"),
@@ -434,7 +427,7 @@ def test_what_cannot_be_matched():
         match_pairs(lone, match_on="random")
 
 
-# ---- On disk ----
+# ---- Files and columns ----
 
 
 @pytest.fixture
@@ -447,14 +440,14 @@ def folders(tmp_path):
     return tmp_path
 
 
-def test_two_folders(folders):
+def test_two_folders_give_pairs_of_equal_names(folders):
     pairs = pairs_from_folders(folders / "summer", folders / "winter")
     assert pairs["source_id"][:] == ["cat/0", "cat/2", "cat/4", "dog/1", "dog/3", "dog/5"]
     assert pairs.features["label"].names == ["cat", "dog"]
     assert pairs.features["attribute_a"].names == ["summer", "winter"]
     assert (pixels(pairs[3]["image_a"]) == pixels(photo(1))).all()
     raw = pairs.cast_column("image_a", datasets.Image(decode=False))[0]["image_a"]
-    assert raw["bytes"] is None  # nothing is read before it is used
+    assert raw["bytes"] is None  # no file is read before it is used
     swapped = pairs_from_folders(folders / "summer", folders / "winter", oriented=False, seed=1)
     assert sorted(swapped["attribute_a"][:]) == [0, 0, 0, 1, 1, 1]
     row = swapped["attribute_a"][:].index(1)
@@ -462,7 +455,7 @@ def test_two_folders(folders):
     assert len(pairs_from_folders(folders / "summer", folders / "winter", num_pairs=2)) == 2
 
 
-def test_folders_that_do_not_fit(folders):
+def test_pairs_from_folders_refuses_folders_that_do_not_match(folders):
     (folders / "winter/cat/0.jpg").unlink()
     with pytest.raises(ValueError, match=r"'cat/0' in .*summer"):
         pairs_from_folders(folders / "summer", folders / "winter")
@@ -474,7 +467,7 @@ def test_folders_that_do_not_fit(folders):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_table_of_paths(folders, kind):
+def test_a_table_of_paths_gives_pairs(folders, kind):
     rows = [
         {"left": f"summer/{name}/{i}.png", "right": f"winter/{name}/{i}.jpg", "label": name}
         for i in range(6)
@@ -498,7 +491,7 @@ def test_a_table_of_paths(folders, kind):
         pairs_from_table(folders / "none.csv")
 
 
-def test_two_columns():
+def test_two_columns_give_pairs():
     source = photos(4).rename_columns({"image": "before", "attribute": "x"}).add_column("n", [5, 6, 7, 8])
     source = source.add_column("after", [{"bytes": None, "path": None}] * 4).cast_column("after", datasets.Image())
     source = source.map(lambda row: {"after": photo(row["n"])})
@@ -508,14 +501,14 @@ def test_two_columns():
     assert isinstance(pairs_from_columns(source.to_iterable_dataset(), "before", "after"), datasets.IterableDataset)
     with pytest.raises(ValueError, match="no column 'later'"):
         pairs_from_columns(source, "before", "later")
-    with pytest.raises(ValueError, match="must hold images"):
+    with pytest.raises(ValueError, match="must have images"):
         pairs_from_columns(source, "before", "n")
 
 
-# ---- Spoiled ----
+# ---- Degraded pairs ----
 
 
-def test_pairs_are_spoiled_as_told():
+def test_degrade_pairs_spoils_the_given_share():
     pairs = load_digits(num_pairs=100).pairs
     assert equal(degrade_pairs(pairs), pairs)
     assert degrade_pairs(pairs, residual=0.5).features == pairs.features
@@ -524,7 +517,7 @@ def test_pairs_are_spoiled_as_told():
     swapped = np.array(unoriented["attribute_a"][:]) == 1
     assert swapped.sum() == 30
     more = np.array(degrade_pairs(pairs, unoriented=0.6, seed=2)["attribute_a"][:]) == 1
-    assert (more | ~swapped).all()  # those of a smaller share are among those of a larger
+    assert (more | ~swapped).all()  # the pairs of a smaller share are among those of a larger one
     for row, changed in zip(range(100), swapped, strict=True):
         assert (pixels(unoriented[row]["image_b" if changed else "image_a"]) == pixels(pairs[row]["image_a"])).all()
 

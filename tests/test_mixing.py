@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtures of pairs: which pixels come from where, what is drawn, and that a recipe trains with them."""
+"""Mixtures of pairs: where their pixels come from, what is drawn, and that a recipe trains with them."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def pixels(image):
 
 
 def cells(image):
-    """(GRID·GRID, CELL, CELL, 3)"""
+    """The cells of the grid, shape (GRID·GRID, CELL, CELL, 3)."""
     blocks = pixels(image).reshape(GRID, CELL, GRID, CELL, 3)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(GRID * GRID, CELL, CELL, 3)
 
@@ -48,14 +48,14 @@ def mixed(pairs):
     return mix_pairs(pairs, num_pairs=120, grid=GRID, seed=3)
 
 
-def test_first_the_pairs_themselves_then_mixtures_of_each_in_turn(pairs, mixed):
+def test_mix_pairs_keeps_the_pairs_and_then_mixes_each_in_turn(pairs, mixed):
     assert len(mixed) == 120 and mixed.features == pairs.features
     assert stored(mixed)[:20] == stored(pairs)
     for name in ("source_id", "label", "attribute_a", "attribute_b"):
         assert mixed[name][:] == pairs[name][:] * 6
 
 
-def test_each_cell_is_one_pairs_on_both_sides(pairs, mixed):
+def test_a_cell_comes_from_the_same_pair_on_both_sides(pairs, mixed):
     sides = [(cells(row["image_a"]), cells(row["image_b"])) for row in pairs]
     shares = []
     for number in range(20, 120):
@@ -75,22 +75,23 @@ def test_each_cell_is_one_pairs_on_both_sides(pairs, mixed):
                 others.append(np.mean([(mixture[0][cell] == own[0][cell]).all() for cell in range(GRID * GRID)]))
         assert others, number
         shares.append(others[0])
-    assert 0.4 < np.mean(shares) < 0.9  # half of the cells, and those that are alike in two digits
+    assert 0.4 < np.mean(shares) < 0.9  # half of the cells, and the cells that are equal in both digits
     assert len({row["image_a"].tobytes() for row in mixed}) > 115
 
 
-def test_sides_differ_in_the_colour_alone(mixed):
+def test_the_sides_of_a_mixture_differ_in_the_colour_alone(mixed):
     for row in mixed:
         assert (pixels(row["image_a"])[..., [1, 0, 2]] == pixels(row["image_b"])).all()
 
 
-def test_a_cell_is_of_either_pair_with_probability_one_half():
-    # every pixel tells whose it is
+def test_a_cell_comes_from_either_pair_with_probability_one_half():
+    # the colour of a pixel identifies its pair
     pairs = datasets.Dataset.from_dict({"image_a": images("black", "white"), "image_b": images("red", "blue")})
     mixed = mix_pairs(pairs, num_pairs=1002, grid=8)
     own = np.stack([(pixels(row["image_a"])[..., 0] == (255 if number % 2 else 0)) for number, row in enumerate(mixed)])
     assert own[:2].all()
-    # independent cells: the mean of 64,000 within three standard errors of 1/2, and so is each cell's of 1,000
+    # cells are independent: the mean of all 64,000 is within three standard errors of 1/2, and the mean of the 1,000
+    # draws of each cell within four
     assert abs(own[2:].mean() - 0.5) < 3 * 0.5 / np.sqrt(64_000)
     assert np.abs(own[2:].mean(0) - 0.5).max() < 4 * 0.5 / np.sqrt(1000)
     assert abs(own[2:].mean((1, 2)).std() - 0.5 / 8) < 0.005
@@ -99,7 +100,7 @@ def test_a_cell_is_of_either_pair_with_probability_one_half():
         assert (black == red).all()
 
 
-def test_draws_depend_on_the_seed_and_the_row_alone(pairs, mixed):
+def test_the_draws_depend_on_the_seed_and_the_row_alone(pairs, mixed):
     assert stored(mix_pairs(pairs, num_pairs=50, grid=GRID, seed=3)) == stored(mixed)[:50]
     assert stored(mix_pairs(pairs, num_pairs=50, grid=GRID, seed=4))[20:] != stored(mixed)[20:50]
     assert stored(mix_pairs(pairs, num_pairs=50, grid=7, seed=3))[20:] != stored(mixed)[20:50]
@@ -112,7 +113,7 @@ def test_a_partner_has_the_attribute_on_the_same_side(pairs):
     assert not (np.array(red) & np.array(green)).any() and any(red) and any(green)
 
 
-def test_a_pair_without_its_like_is_repeated():
+def test_a_pair_without_a_possible_partner_is_repeated():
     pairs = datasets.Dataset.from_dict(
         {"image_a": images("black", "white", "gray"), "image_b": images("red", "blue", "lime"), "label": [0, 1, 1]}
     )
@@ -121,10 +122,12 @@ def test_a_pair_without_its_like_is_repeated():
         assert mixed[row]["image_b"].getpixel((0, 0)) == (255, 0, 0) and len(mixed[row]["image_b"].getcolors()) == 1
 
 
-def test_what_cannot_be_mixed_is_refused(pairs):
-    with pytest.raises(ValueError, match="num_pairs=19 of mix_pairs must be at least the number of pairs, 20"):
+def test_mix_pairs_refuses_what_it_cannot_mix(pairs):
+    with pytest.raises(
+        ValueError, match="num_pairs=19 of mix_pairs must be at least the number of pairs in the set, 20"
+    ):
         mix_pairs(pairs, num_pairs=19)
-    with pytest.raises(ValueError, match="at least two pairs to mix, there are 1"):
+    with pytest.raises(ValueError, match="at least two pairs to mix, but the set has 1"):
         mix_pairs(pairs.select([0]), num_pairs=5)
     with pytest.raises(ValueError, match="grid=1 is not valid"):
         mix_pairs(pairs, num_pairs=30, grid=1)
@@ -135,11 +138,11 @@ def test_what_cannot_be_mixed_is_refused(pairs):
     sizes = datasets.Dataset.from_dict(
         {"image_a": images("black") + images("white", size=(9, 8)), "image_b": images("red", "blue")}
     )
-    with pytest.raises(ValueError, match=r"pair 0 has 8×8 pixels and pair 1 9×8: resize them first"):
+    with pytest.raises(ValueError, match=r"pair 0 has 8×8 pixels and pair 1 9×8: resize the images first"):
         mix_pairs(sizes, num_pairs=3)
 
 
-def test_grey_and_transparent_images_become_rgb():
+def test_mixtures_of_grey_and_transparent_images_are_rgb():
     pairs = datasets.Dataset.from_dict(
         {
             "image_a": [Image.new("L", (8, 8), 0), Image.new("RGBA", (8, 8), "white")],
@@ -149,7 +152,7 @@ def test_grey_and_transparent_images_become_rgb():
     assert {mix_pairs(pairs, num_pairs=6)[row]["image_a"].mode for row in range(2, 6)} == {"RGB"}
 
 
-def test_paths_stay_paths(tmp_path):
+def test_mix_pairs_keeps_the_paths_of_unchanged_images(tmp_path):
     for name, color in (("a", "black"), ("b", "red"), ("c", "white"), ("d", "blue")):
         Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
     paths = [str(tmp_path / f"{name}.png") for name in "abcd"]
@@ -160,12 +163,12 @@ def test_paths_stay_paths(tmp_path):
     assert Image.open(io.BytesIO(mixed[2]["image_a"]["bytes"])).size == (8, 8)
 
 
-def test_a_photograph_is_turned_as_its_camera_says():
-    """As `datasets` turns it: the mixture of an image with itself is that image."""
+def test_mix_pairs_turns_a_photograph_as_datasets_does():
+    """The mixture of an image with itself is that image, turned by its EXIF orientation."""
     row = np.zeros((8, 8, 3), np.uint8)
     row[:4] = 255
     exif, buffer = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # the camera was turned by a quarter
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
     Image.fromarray(row).save(buffer, "PNG", exif=exif)
     stored_image = {"bytes": buffer.getvalue(), "path": None}
     features = datasets.Features({"image_a": datasets.Image(), "image_b": datasets.Image()})
@@ -175,13 +178,15 @@ def test_a_photograph_is_turned_as_its_camera_says():
         assert (pixels(changed) == pixels(pairs[0]["image_a"])).all()
 
 
-def test_a_recipe_enlarges_its_training_pairs_alone():
+def test_a_recipe_mixes_its_training_pairs_only():
     plain = Recipe(num_pairs=20).load_data(seed=1)
     data = Recipe(num_pairs=20, mix_pairs=json.dumps({"num_pairs": 90, "grid": GRID})).load_data(seed=1)
     assert stored(data.pairs) == stored(mix_pairs(plain.pairs, num_pairs=90, grid=GRID, seed=1))
     assert stored(data.validation_pairs) == stored(plain.validation_pairs)
 
-    assert {finding.severity for finding in check_pairs(data.pairs)} == {"info"}  # no repeated pairs, say
+    assert {finding.severity for finding in check_pairs(data.pairs)} == {
+        "info"
+    }  # no warning about repeated pairs, for example
 
     sets = Recipe(dataset="marked_digits", num_pairs=20, mix_pairs={"num_pairs": 50}).load_data(seed=0).pairs
     assert {name: len(rows) for name, rows in sets.items()} == {"color": 50, "mark": 50}

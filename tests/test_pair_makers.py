@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pair sets made by rendering: every column, the draws, and what is refused."""
+"""Pairs made by rendering: every column, the draws, and what is refused."""
 
 import io
 import time
@@ -31,7 +31,7 @@ def make(source=None, render=colored, attributes=("red", "green"), **settings):
 
 
 @pytest.mark.parametrize("as_image", [False, True])
-def test_every_column(as_image):
+def test_pairs_from_render_fills_every_column(as_image):
     source = rows()
     render = (lambda row, color: Image.fromarray(colored(row, color))) if as_image else colored
     pairs = make(source, render)
@@ -49,7 +49,7 @@ def test_every_column(as_image):
         np.testing.assert_array_equal(np.asarray(pair["image_b"]), colored(row, "green"))
 
 
-def test_a_data_set_as_source_keeps_its_features():
+def test_pairs_keep_the_features_of_their_source():
     label = datasets.ClassLabel(names=["x", "y", "z"])
     place = datasets.ClassLabel(names=["sea", "land"])
     features = datasets.Features({"picture": datasets.Image(), "label": label, "attribute": place})
@@ -74,13 +74,13 @@ def test_a_data_set_as_source_keeps_its_features():
     assert by_id[:]["attribute_a"] == pairs[:]["attribute_a"]
 
 
-def test_ints_keep_their_meaning_as_ids():
+def test_attributes_given_as_ints_are_ids():
     pairs = make(render=lambda row, value: colored(row, ["red", "green"][value]), attributes=(1, 0))
     assert pairs.features["attribute_a"].names == ["0", "1"]
     assert set(pairs["attribute_a"]) == {1}
 
 
-def test_label_is_optional_and_its_feature_can_be_given():
+def test_the_label_is_optional_and_its_feature_can_be_given():
     without = make([{"pixels": row["pixels"]} for row in rows()])
     assert set(without.column_names) == COLUMNS - {"label"}
     label = datasets.ClassLabel(names=["x", "y", "z"])
@@ -90,7 +90,7 @@ def test_label_is_optional_and_its_feature_can_be_given():
     assert make().features["label"] == datasets.Value("int64")
 
 
-def test_draws_are_a_function_of_the_seed():
+def test_the_draws_are_a_function_of_the_seed():
     source = rows(40)
     first, again, other = (make(source, num_pairs=15, oriented=False, seed=seed) for seed in (3, 3, 4))
     assert first["source_id"][:] == again["source_id"][:]
@@ -100,7 +100,7 @@ def test_draws_are_a_function_of_the_seed():
     assert set(make(source, num_pairs=8, seed=3)["source_id"]) < set(first["source_id"])
 
 
-def test_unoriented_pairs_swap_half_with_their_attributes():
+def test_unoriented_pairs_swap_half_of_the_sides_with_their_attributes():
     source = rows(40)
     pairs = make(source, oriented=False)
     assert sum(pairs["attribute_a"]) == 20
@@ -114,7 +114,7 @@ def test_unoriented_pairs_swap_half_with_their_attributes():
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "RGB", "1"])
 @pytest.mark.parametrize("size", [8, 80])
-def test_modes_and_sizes_survive(mode, size):
+def test_pairs_keep_the_mode_and_size_of_their_images(mode, size):
     rng = np.random.default_rng(0)
     images = {
         name: Image.fromarray(rng.integers(0, 256, (size, size + 1, 3)).astype(np.uint8)).convert(mode)
@@ -127,21 +127,23 @@ def test_modes_and_sizes_survive(mode, size):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 28, 28), (1, 64, 64)])
-def test_png_is_what_pil_reads(shape):
+def test_encode_png_writes_what_pil_reads(shape):
     images = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
     for file, image in zip(encode_png(images), images, strict=True):
         with Image.open(io.BytesIO(file)) as opened:
-            opened.verify()  # checksums
+            opened.verify()  # checks the checksums
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file))), image)
 
 
-def test_many_small_images_take_seconds_at_most():
+def test_pairs_from_render_is_fast_for_many_small_images():
     source = rows(2000, size=28)
     start = time.perf_counter()
     pairs = make(source)
-    assert time.perf_counter() - start < 5  # about 0.3 s; datasets' own encoding of rows takes many times as long
+    assert (
+        time.perf_counter() - start < 5
+    )  # it takes about 0.3 s; encoding rows with `datasets` takes many times as long
     assert len(pairs) == 2000
-    # more rows than one Arrow chunk holds
+    # there are more rows than one Arrow chunk has
     np.testing.assert_array_equal(np.asarray(pairs[1999]["image_a"]), colored(source[1999], "red"))
 
 
@@ -175,12 +177,12 @@ def change_mode(row, color):
         ({"source": [*rows(3), {"pixels": rows(4)[3]["pixels"]}]}, "row 3 of the source has no label"),
     ],
 )
-def test_refused(settings, message):
+def test_pairs_from_render_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
 
 
-def test_the_row_at_fault_is_named_by_its_place_in_the_source():
+def test_an_error_names_the_row_by_its_number_in_the_source():
     source = rows(30)
     same = lambda row, color: colored(row, "red" if row is source[17] else color)  # noqa: E731
     with pytest.raises(ValueError, match="row 17 "):

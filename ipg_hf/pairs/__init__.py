@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pair data set is, how it is drawn from, and how to make one."""
+"""Invariance pairs: making, checking, showing and loading them."""
 
 from .adversarial import AdversarialPairs
 from .edits import background_pairs, overlay_pairs, recolor_pairs
@@ -10,7 +10,7 @@ from .matching import match_pairs
 from .mixing import mix_pairs
 from .preview import preview_pairs
 from .scores import score_pairs
-from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table, with_counterparts
+from .sources import pairs_from_columns, pairs_from_folders, pairs_from_table
 from .transforms import ImageRows
 
 __all__ = [
@@ -33,5 +33,4 @@ __all__ = [
     "preview_pairs",
     "recolor_pairs",
     "score_pairs",
-    "with_counterparts",
 ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adversarial pairs (IPG-AA): an image and itself under the augmentation that changes the model's output most.
+"""Adversarial pairs (IPG-AA): an image, and the same image augmented so that the model's output changes most.
 
-No attribute needs to be named: what the model should ignore is a family of augmentations, each within a strength. Our
-reading of the paper's name for it: projected sign-gradient ascent on the invariance divergence, from a random start.
+They need no attribute: the model learns to ignore a family of augmentations, each up to a strength. Our reading of the
+paper's IPG-AA is projected sign-gradient ascent on the invariance divergence from a random start.
 """
 
 from __future__ import annotations
@@ -25,31 +25,36 @@ from ..inference import inference, logits_of
 from .loader import PairLoader, is_stream
 
 BLUR_SIGMA = 2.0  # pixels
-RANGE_TOLERANCE = 1e-2  # of pixels in [0, 1]: resizing by cubic curves is cut off by some processors and not by others
+RANGE_TOLERANCE = 1e-2  # for pixels in [0, 1]: not every image processor clips the overshoot of bicubic resizing
 
 
 @dataclass(frozen=True)
 class AdversarialPairs:
-    """A pair set that is found while the model trains: `IPGTrainer(pair_dataset=AdversarialPairs(train_dataset))`.
+    """A pair set whose second sides are searched during training, for the model as it is.
 
-    The partner of an image is the image itself under color, contrast, brightness, blur and noise, in this order, each
-    within its strength, 0 leaving it out. Labels are not used.
+    Example: `IPGTrainer(pair_dataset=AdversarialPairs(train_dataset), ...)`.
+
+    The partner of an image is the image itself after changes of color, contrast, brightness, blur and noise, in this
+    order. Each change is limited by its strength; the strength 0 leaves the change out. Labels are not used.
 
     Args:
-        source: the training set (or any set of images), as `IPGTrainer` takes one; not a stream.
-        steps: steps of ascent, 1 or more. Each costs a forward and a backward of the pairs' images.
-        every: optimizer steps that a pair batch and its partners are kept for.
-        color: largest change of each entry of the matrix that mixes the channels, pixels being in [0, 1].
+        source: a map-style set of images, for example the training set, in a form that `IPGTrainer` accepts.
+        steps: number of ascent steps, 1 or more. Each step costs a forward and a backward of the images.
+        every: number of optimizer steps that use the same pair batch and partners, 1 or more.
+        color: largest change of each entry of the matrix that mixes the channels, for pixels in [0, 1].
         contrast: largest relative change of the contrast.
         brightness: largest shift of all pixels.
-        blur: largest share of the image that its blurred version (Gaussian, 2 pixels) replaces, at most 1.
+        blur: largest weight of the blurred image (Gaussian, 2 pixels) in the result, at most 1.
         noise: largest change of a single value (the radius of the L∞ ball).
-        step_size: of a step of ascent, as a share of the strengths; by default 2.5 / steps (Madry et al., 1706.06083).
-        mean: per channel, what the image processor subtracts from pixels in [0, 1]; by default the processor's own.
-        std: per channel, what it divides by.
+        step_size: size of an ascent step as a share of the strengths. By default 2.5 / steps (Madry et al.,
+            arXiv 1706.06083).
+        mean: the value of each channel that the image processor subtracts from pixels in [0, 1]. By default the mean of
+            the trainer's image processor.
+        std: the value of each channel that the image processor divides by. By default the standard deviation of the
+            trainer's image processor.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range; all strengths are 0; `source` is a stream.
     """
 
     source: Any
@@ -73,14 +78,24 @@ class AdversarialPairs:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not valid: it must be in [0, 1].")
         if not any(getattr(self, name) for name in STRENGTHS):
-            raise ValueError(f"all of {', '.join(STRENGTHS)} are 0: there is nothing to search over.")
+            raise ValueError(f"all of {', '.join(STRENGTHS)} are 0: there is nothing to search over. Set one above 0.")
         if is_stream(self.source):
-            raise ValueError("adversarial pairs need a map-style set of images, not a stream.")
+            raise ValueError("adversarial pairs need a map-style set of images, not a stream: load the set as a whole.")
 
     def normalisation(self, processor: Any) -> tuple[Any, Any]:
-        """Mean and standard deviation that take pixels in [0, 1] to the model's inputs; (0, 1) where none are known."""
+        """Returns the mean and standard deviation that turn pixels in [0, 1] into the model's inputs.
+
+        Args:
+            processor: the trainer's image processor, or `None`.
+
+        Returns:
+            The mean and the standard deviation of each channel. Both are a single value, 0 and 1, if none are known.
+
+        Raises:
+            ValueError: only one of `mean` and `std` is given.
+        """
         if (self.mean is None) != (self.std is None):
-            raise ValueError("give both mean and std, or none.")
+            raise ValueError(f"mean={self.mean} and std={self.std}: give both, or none.")
         if self.mean is not None:
             return self.mean, self.std
         if getattr(processor, "do_normalize", False):
@@ -93,12 +108,12 @@ STRENGTHS = ("color", "contrast", "brightness", "blur", "noise")
 
 
 class Twins(torch.utils.data.Dataset):
-    """Rows whose two sides are one image, to be told apart by a search.
+    """Rows whose two sides are the same image, before the search.
 
     Args:
-        settings: the search.
-        inputs: rows with the model's main input.
-        main_input: its name.
+        settings: settings of the search.
+        inputs: rows with the main input of the model.
+        main_input: name of the main input.
     """
 
     def __init__(self, settings: AdversarialPairs, inputs: Any, main_input: str):
@@ -111,34 +126,39 @@ class Twins(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """Several rows at once; keys as in `ImageRows`."""
+        """Returns several rows at once.
+
+        Args:
+            keys: row numbers, or (position, row number) for random transforms that depend on the position.
+        """
         if not self.takes_positions:
             keys = [key[1] if isinstance(key, tuple) else key for key in keys]
         many = hasattr(self.inputs, "__getitems__")
         rows = self.inputs.__getitems__(keys) if many else [self.inputs[key] for key in keys]
         if self.main_input not in rows[0]:
             raise ValueError(
-                f"rows of an adversarial pair set must hold {self.main_input}, but hold {sorted(rows[0])}."
+                f"rows of an adversarial pair set must have {self.main_input}, but have {sorted(rows[0])}."
             )
         return [{f"{self.main_input}_{side}": row[self.main_input] for side in "ab"} for row in rows]
 
     @property
     def takes_positions(self) -> bool:
-        """Whether a key may be (position, row), for random transforms that are a function of the position."""
+        """Whether a key may be (position, row number): the random transforms of the inputs depend on the position."""
         return getattr(self.inputs, "takes_positions", False)
 
 
 def augmented(images: Tensor, change: Mapping[str, Tensor], settings: AdversarialPairs) -> Tensor:
-    """Images under a member of the family.
+    """Applies the augmentations to images.
 
     Args:
         images: pixels in [0, 1], shape (P, C, H, W).
-        change: for each strength above 0 a tensor with values in [-1, 1]: `color` (P, C, C), `contrast`, `brightness`,
-            `blur` (P,), `noise` (P, C, H, W). Blur acts by its half above zero and below: -1 is none, 1 all of it.
+        change: for each strength above 0, a tensor with values in [-1, 1] that are multiplied by the strength: `color`
+            (P, C, C), `contrast`, `brightness` and `blur` (P,), `noise` (P, C, H, W). Blur cannot be negative: -1 means
+            no blur, 1 means blur of the full strength.
         settings: the strengths.
 
     Returns:
-        Pixels in [0, 1], same shape.
+        Pixels in [0, 1], shape (P, C, H, W).
     """
 
     def each(name: str) -> Tensor:
@@ -169,25 +189,25 @@ def search_partners(
     problem_type: ProblemType,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Partners of images: each under the augmentation that a few steps of ascent on its divergence find.
+    """Searches the partner of each image: a few steps of ascent on the divergence between the two.
 
-    A pair's partner depends on its image, the model and its key alone: not on the other pairs of its batch.
+    The partner depends only on the image, the model and the key, and not on the other images of the batch.
 
     Args:
-        model: the model, used in inference mode; its gradients are left alone.
-        inputs: shape (P, C, H, W), as the image processor makes them.
-        name: of that input.
-        settings: the family and the ascent.
-        normalisation: mean and standard deviation of the processor.
-        keys: non-negative integers for each image, the seed of its random start.
-        problem_type: see `guidance.invariance_divergence`.
-        scale: of the ascended quantity, against underflow in half precision.
+        model: the model. It runs in inference mode. The gradients of its parameters are not changed.
+        inputs: images from the image processor, shape (P, C, H, W).
+        name: name of the model's input for the images.
+        settings: the strengths, and the number and size of the steps.
+        normalisation: mean and standard deviation of the image processor.
+        keys: for each image the non-negative integers that seed its random start.
+        problem_type: problem type of the model, one of `guidance.ProblemType`.
+        scale: a function that scales the divergence before its gradient is taken, against underflow in half precision.
 
     Returns:
-        Shape (P, C, H, W), same dtype.
+        Shape (P, C, H, W), the dtype of `inputs`.
 
     Raises:
-        ValueError: the inputs are no images.
+        ValueError: `inputs` are no images.
     """
     images, mean, std = _pixels(inputs, normalisation, name)
     with torch.no_grad(), inference(model):
@@ -210,16 +230,17 @@ def search_partners(
 
 
 class AdversarialLoader:
-    """A loader of twins whose b sides are replaced by partners that fit the model as it is.
+    """Loads pair batches and replaces each side b with the partner that a search finds for the current model.
 
     Args:
-        loader: gives batches of twins.
-        model: the model, not wrapped, for which the partners are searched.
-        trainer: the trainer whose device, precision and image processor are used.
-        problem_type: a value of `guidance.ProblemType`.
-        chunk_size: number of pairs that are searched at a time; by default all.
+        loader: a loader of batches whose two sides are the same images.
+        model: the model for which partners are searched, not wrapped.
+        trainer: the trainer. Its device, precision and image processor are used.
+        problem_type: problem type of the model, one of `guidance.ProblemType`.
+        chunk_size: number of pairs that are searched at a time. By default all pairs of the batch.
 
-    ValueError at the first batch: the inputs are not in [0, 1] before the normalisation.
+    Raises:
+        ValueError: at the first batch, if pixels are not in [0, 1] before the normalisation.
     """
 
     def __init__(
@@ -235,12 +256,12 @@ class AdversarialLoader:
         self.settings: AdversarialPairs = loader.dataset.settings
         self.chunk_size = chunk_size
         self.kept: dict[str, Tensor] = {}
-        self.uses = 0  # of the kept batch
+        self.uses = 0  # steps that have used the kept batch
         self.cost = {"adversarial_images": 0.0, "adversarial_seconds": 0.0}
 
     @property
     def position(self) -> int:
-        """Pairs drawn so far by all processes together."""
+        """Number of pairs that all processes together have drawn."""
         return self.loader.position
 
     def __next__(self) -> dict[str, Tensor]:
@@ -281,17 +302,27 @@ class AdversarialLoader:
         return self.kept
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Stops the worker processes."""
         self.loader.close()
 
     def save(self, folder: str | os.PathLike, name: str) -> None:
-        """Writes the kept batch into a checkpoint, where the next step will use it again."""
+        """Writes the kept batch into a checkpoint, if the next step will use it again.
+
+        Args:
+            folder: folder of the checkpoint.
+            name: name of the pair set.
+        """
         if self.kept and self.uses < self.settings.every:
             state = {**self.kept, "uses": torch.tensor(self.uses)}
             save_file({key: value.cpu().contiguous() for key, value in state.items()}, self._file(folder, name))
 
     def load(self, folder: str | os.PathLike, name: str) -> None:
-        """Goes on with the batch that a checkpoint holds, if any."""
+        """Reads the kept batch from a checkpoint, if it has one.
+
+        Args:
+            folder: folder of the checkpoint.
+            name: name of the pair set.
+        """
         if self._file(folder, name).is_file():
             state = load_file(self._file(folder, name))
             self.uses = int(state.pop("uses"))
@@ -302,7 +333,7 @@ class AdversarialLoader:
 
 
 def _start(images: Tensor, settings: AdversarialPairs, keys: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """A random member for each image: at the image itself the divergence has no slope."""
+    """Draws a random change for each image, because without a change the gradient of the divergence is 0."""
     channels = images.shape[1]
     shapes = {"color": (channels, channels), "contrast": (), "brightness": (), "blur": (), "noise": images.shape[1:]}
     shapes = {name: shape for name, shape in shapes.items() if getattr(settings, name)}
@@ -317,7 +348,7 @@ def _start(images: Tensor, settings: AdversarialPairs, keys: Sequence[Sequence[i
 def _pixels(inputs: Tensor, normalisation: tuple[Any, Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.dim() != 4 or not inputs.is_floating_point():
         raise ValueError(
-            f"adversarial pairs are images, but {name} is {inputs.dtype} of shape {tuple(inputs.shape)}: use a model "
+            f"adversarial pairs need images, but {name} is {inputs.dtype} of shape {tuple(inputs.shape)}: use a model "
             "that reads (batch, channels, height, width)."
         )
     mean, std = (torch.as_tensor(value, device=inputs.device, dtype=torch.float64) for value in normalisation)
@@ -331,7 +362,7 @@ def _check_range(inputs: Tensor, normalisation: tuple[Any, Any], name: str) -> N
     if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
         raise ValueError(
             f"{name} is not in [0, 1] before normalisation, but from {low:.3g} to {high:.3g}: give AdversarialPairs "
-            "the mean and std that its images were normalised with."
+            "the mean and std with which its images were normalised."
         )
 
 

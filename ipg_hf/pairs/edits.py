@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs by editing: one image as it is and once more with another colour, with something laid over it, or on another
-background. Each row's draws are a function of the seed and its number alone; streams stay streams."""
+"""Makes pairs by editing images: other colours, an overlay, or another background.
+
+The draws of a row depend on the seed and the row's number alone. A stream gives a stream of pairs.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ import datasets
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from .makers import draw_rows, encode_image
+from .makers import check_choice, check_columns, draw_rows, encode_image
 
 Recoloring = Literal["hue", "channels", "gray"]
 Overlay = Literal["mark", "frame", "text", "watermark", "ruler"]
 Edit = Callable[[Image.Image, Mapping[str, Any], np.random.Generator], tuple[Image.Image, Image.Image]]
 
-FILL_MARGIN = 9  # pixels, odd: the edge of a mask is not exact, and what is left of a foreground would be copied
+FILL_MARGIN = 9  # pixels, odd: masks are not exact at their edges, and the fill would copy rests of the foreground
 FILL_BLUR = 6.0  # pixels
-CANDIDATES = 16  # backgrounds drawn for a side, of which the one is taken whose filled part is hidden best
-COARSE = 32  # pixels a side of the masks that are compared for it
+CANDIDATES = 16  # backgrounds drawn for a side: the new foreground hides the filled part of the chosen one best
+COARSE = 32  # height and width in pixels of the masks that are compared to choose it
 
 
 def recolor_pairs(
@@ -34,29 +36,30 @@ def recolor_pairs(
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> Any:
-    """Pairs of an image and the same in other colours.
+    """Makes pairs of an image and the same image in other colours.
 
     Args:
-        source: a `datasets.Dataset` or `IterableDataset` with a column `image`, and a `label` where there is one.
-        change: `"hue"` turns the hue; `"channels"` exchanges colour channels; `"gray"` takes the colour away.
-        amount: degrees by which the hue turns; `None` draws 60 to 300 for each image.
-        order: for `"channels"`, which channel each channel is taken from: `"grb"` exchanges red and green.
-        attribute: column of a binary attribute that the change turns into its other value (red and green digits under
-            `"channels"`): the side with the value 0 comes first, so that pairs are oriented.
-        num_pairs: number of rows to use, drawn without replacement, in the order of the source; `None`: all. Not for a
-            stream.
-        seed: non-negative; seed of all draws.
+        source: a `datasets.Dataset` or `IterableDataset` with the column `image`. The column `label` is optional.
+        change: `"hue"` turns the hue; `"channels"` exchanges colour channels; `"gray"` removes the colour.
+        amount: degrees by which the hue turns. `None` draws 60 to 300 degrees for each image.
+        order: for `"channels"`: the channel from which red, green and blue are taken. `"grb"` exchanges red and green.
+        attribute: column of a binary attribute that the change turns into its other value (with `"channels"`, red
+            digits become green and green ones red). The image with the value 0 becomes side a, so the pairs are
+            oriented.
+        num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
+            uses all. A stream must have `None`.
+        seed: non-negative seed of all draws.
 
     Returns:
-        A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` (the row's number), and
-        `label`. Without `attribute` side a is the original.
+        A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` (number of the row in the
+        source) and, if the source has it, `label`. Without `attribute`, side a is the original image.
 
     Raises:
-        ValueError: `change` or `order` is unknown; a column is missing; an image is grey already.
+        ValueError: `change` or `order` is unknown; a column is missing; an image does not change (it is grey already).
     """
-    _check_choice("change", change, Recoloring)
+    check_choice("change", change, get_args(Recoloring))
     if len(order) != 3 or not set(order) <= set("rgb"):
-        raise ValueError(f"order={order!r} must be three of r, g and b, e.g. 'grb'.")
+        raise ValueError(f"order={order!r} must be three of the letters r, g and b, for example 'grb'.")
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         other = _recolored(image, change, amount if amount is not None else rng.uniform(60, 300), order)
@@ -81,40 +84,46 @@ def overlay_pairs(
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> Any:
-    """Pairs of an image and the same with something laid over it.
+    """Makes pairs of an image without and with an overlay.
 
     Args:
-        source: as in [`recolor_pairs`]. Images that have the overlay already are named by `attribute`.
-        overlay: `"mark"`, a filled square in the upper left corner; `"frame"`, a border; `"text"`, in the lower left
-            corner; `"watermark"`, the text over the whole image, slanted; `"ruler"`, a scale along the lower edge. Or a
-            PIL image with transparency, scaled to `size` and put into the upper left corner; or a function of (image,
-            generator) that returns the changed image.
-        text: of a text or a watermark.
-        size: of the overlay, as a share of the image's shorter side, in (0, 1]. Of a frame: its width.
-        opacity: in (0, 1].
-        color: red, green and blue, 0 to 255.
-        random_position: put marks, texts and images anywhere, drawn for each image.
-        attribute: column that tells which images have the overlay already (value not 0): they are left out.
-        fill_present: do not leave them out: side b is such an image as it is, and on side a the place where `overlay`
-            would lie is filled from around it. Where an attribute goes with a label this gives pairs of all labels.
-            Needs `attribute`, and an overlay at a fixed place.
-        num_pairs: as in [`recolor_pairs`].
-        seed: non-negative; seed of all draws.
+        source: a `datasets.Dataset` or `IterableDataset` with the column `image`. The column `label` is optional.
+        overlay: what is put over the image:
+            - `"mark"`: a filled square in the upper left corner.
+            - `"frame"`: a border.
+            - `"text"`: the text in the lower left corner.
+            - `"watermark"`: the text over the whole image, slanted.
+            - `"ruler"`: a scale along the lower edge.
+            - a PIL image with transparency: scaled to `size`, in the upper left corner.
+            - a function of (image, generator) that returns the changed image.
+        text: the text of `"text"` and `"watermark"`.
+        size: size of the overlay as a share of the shorter side of the image, in (0, 1]. For a frame, its width.
+        opacity: opacity of the overlay, in (0, 1].
+        color: red, green and blue of the overlay, 0 to 255.
+        random_position: put a mark, a text or an image at a position that is drawn for each image.
+        attribute: column that is not 0 for images that have the overlay already. These images are left out.
+        fill_present: use images that have the overlay already. Side b is the image as it is. On side a the area of the
+            overlay is filled from the pixels around it. If the overlay occurs with one label only, this gives pairs of
+            all labels. It needs `attribute` and an overlay at a fixed position.
+        num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
+            uses all. A stream must have `None`.
+        seed: non-negative seed of all draws.
 
     Returns:
-        As [`recolor_pairs`]; side a is the original, side b has the overlay.
+        A set with the columns `image_a` (without the overlay), `image_b` (with it), `attribute_a`, `attribute_b`,
+        `source_id` (number of the row in the source) and, if the source has it, `label`.
 
     Raises:
-        ValueError: `overlay` is unknown, `size` or `opacity` out of range; a column is missing; the overlay changes
-            nothing in an image; `fill_present` without `attribute`, with a function or with a random position.
+        ValueError: `overlay` is unknown; `size` or `opacity` is out of range; a column is missing; the overlay does not
+            change an image; `fill_present` without `attribute`, with a function or with a random position.
     """
     if isinstance(overlay, str):
-        _check_choice("overlay", overlay, Overlay)
+        check_choice("overlay", overlay, get_args(Overlay))
     for name, value in (("size", size), ("opacity", opacity)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value} is not valid: it must be in (0, 1].")
     if fill_present and (attribute is None or callable(overlay) or random_position):
-        raise ValueError("fill_present=True needs attribute=..., and an overlay (no function) at a fixed place.")
+        raise ValueError("fill_present=True needs attribute=..., and an overlay (no function) at a fixed position.")
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         if callable(overlay):
@@ -143,43 +152,49 @@ def background_pairs(
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> Any:
-    """Pairs of one foreground on two backgrounds, as in Waterbirds, of any segmented set.
+    """Makes pairs of one foreground on two backgrounds, as in Waterbirds, from any set with masks.
 
     Args:
-        source: as in [`recolor_pairs`], with a column of masks.
-        backgrounds: two sets of images for side a and side b: `datasets.Dataset`s with a column `image`, or sequences
-            of PIL images. By default both come from the source itself: its images of attribute 0 and 1, the foreground
-            filled from around it (our reading; clean photographs are better). Of 16 drawn ones that is taken whose
-            filled part the new foreground hides best.
-        mask: column of masks, images of one channel, 0 background and 255 foreground; resized to the image.
-        attribute: column of a binary attribute, the kind of background; used where `backgrounds` is not given, and by
-            `keep_own`.
-        soft_edge: radius in pixels of the Gaussian blur of the mask, for the transition between the two; 0 or more.
-        keep_own: the side of the image's own kind is the image as it is, and the other alone is composed: pairs for
-            `pair_source="batch"`. What composing leaves behind then tells the sides apart too.
-        num_pairs: as in [`recolor_pairs`].
-        seed: non-negative; seed of all draws.
+        source: a `datasets.Dataset` or `IterableDataset` with the column `image` and a column of masks. The column
+            `label` is optional.
+        backgrounds: two sets of images, for side a and for side b: `datasets.Dataset`s with the column `image`, or
+            sequences of PIL images. By default they are the images of the source with attribute 0 and 1, their
+            foreground filled from the pixels around it (our reading; photographs without a foreground are better). In
+            this case 16 backgrounds are drawn, and the one is used whose filled part the new foreground hides best.
+        mask: column of masks: images of one channel, 0 background and 255 foreground. They are resized to the image.
+        attribute: column of a binary attribute, the kind of background. It is used if `backgrounds` is not given, and
+            by `keep_own`.
+        soft_edge: radius in pixels of the Gaussian blur of the mask's edge; 0 or more.
+        keep_own: use the image itself, unchanged, as the side of its own kind of background. Only the other side is
+            composed. Then the sides also differ in what composing leaves behind at the edges.
+        num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
+            uses all. A stream must have `None`.
+        seed: non-negative seed of all draws.
 
     Returns:
-        As [`recolor_pairs`]; a foreground stands at the same spot on both sides.
+        A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` (number of the row in the
+        source) and, if the source has it, `label`. The foreground has the same position on both sides.
 
     Raises:
-        ValueError: a column is missing; a mask is empty or covers all; there are no backgrounds of a kind; with
-            `keep_own` an attribute is neither 0 nor 1.
+        ValueError: a column is missing; a mask is empty or covers the whole image; one side has no backgrounds; with
+            `keep_own`, an attribute is neither 0 nor 1.
     """
     if soft_edge < 0:
         raise ValueError(f"soft_edge={soft_edge} is not valid: it must be 0 or more pixels.")
     feature = source.features.get(attribute) if source.features else None
     if backgrounds is None:
-        _check_columns(source, ["image", mask, attribute])
+        check_columns(source, ["image", mask, attribute])
         values = np.asarray(source[attribute][:]) if isinstance(source, datasets.Dataset) else None
         if values is None or not {0, 1} <= set(values.tolist()):
-            raise ValueError(f"without `backgrounds` the source must be map-style, with {attribute!r} both 0 and 1.")
+            raise ValueError(
+                f"without `backgrounds` the source must be map-style, with {attribute!r} both 0 and 1. Give "
+                "backgrounds=(images for side a, images for side b)."
+            )
         own = source.select_columns(["image", mask])
         backgrounds = tuple(own.select(np.flatnonzero(values == value)) for value in (0, 1))
     for side, images in zip("ab", backgrounds, strict=True):
         if not len(images):
-            raise ValueError(f"there are no backgrounds for side {side}.")
+            raise ValueError(f"there are no backgrounds for side {side}: give at least one image.")
 
     shapes = [_coarse(images[mask]) if mask in getattr(images, "column_names", []) else None for images in backgrounds]
 
@@ -207,14 +222,14 @@ def background_pairs(
 
 
 def fill_foreground(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """An image whose foreground is filled from the background around it, softly.
+    """Fills the foreground of an image from the background around it, and blurs the fill.
 
     Args:
-        image: any mode that converts to RGB.
-        mask: 0 background, 255 foreground; resized to the image.
+        image: an image of any mode that converts to RGB.
+        mask: 0 background, 255 foreground. It is resized to the image.
 
     Raises:
-        ValueError: the mask covers all of the image.
+        ValueError: the mask covers the whole image.
     """
     image = image.convert("RGB")
     grown = mask.convert("L").resize(image.size).point(lambda value: 255 * (value > 32))
@@ -225,7 +240,7 @@ def fill_foreground(image: Image.Image, mask: Image.Image) -> Image.Image:
 
 
 def _filled(image: Image.Image, inside: np.ndarray) -> Image.Image:
-    """The image with each pixel of a region, bool (H, W), as the nearest one outside it."""
+    """Fills a region, bool (H, W): each of its pixels becomes the nearest pixel outside the region."""
     from scipy.ndimage import distance_transform_edt
 
     if inside.all():
@@ -244,11 +259,11 @@ def _edited(
     seed: int,
     leave_out: str | None = None,
 ) -> Any:
-    """The pairs that `edit` makes of the rows, but for those whose column `leave_out` is not 0."""
-    _check_columns(source, ["image", *needs, *([leave_out] if leave_out else [])])
+    """Makes a pair of each row with `edit`, except rows whose column `leave_out` is not 0."""
+    check_columns(source, ["image", *needs, *([leave_out] if leave_out else [])])
     stream = isinstance(source, datasets.IterableDataset)
     if stream and num_pairs is not None:
-        raise ValueError("a stream has no length: num_pairs needs a map-style set. Use take(n).")
+        raise ValueError("a stream has no length: num_pairs needs a map-style set. Use source.take(n).")
     columns = source.column_names
     features = datasets.Features({"image_a": datasets.Image(), "image_b": datasets.Image()})
     if "label" in columns:
@@ -260,8 +275,8 @@ def _edited(
         a, b = edit(image, row, np.random.default_rng((seed, 5, number)))
         if a.size != b.size or a.mode != b.mode or ImageChops.difference(a, b).getbbox() is None:
             raise ValueError(
-                f"the two sides of row {number} are equal, or of different size or mode ({a.mode} {a.size}, {b.mode} "
-                f"{b.size}): the change must show in every image. Leave such rows out."
+                f"the two sides of row {number} are equal, or differ in size or mode ({a.mode} {a.size}, {b.mode} "
+                f"{b.size}): the edit must change every image. Leave out rows that it does not change."
             )
         label = {"label": row["label"]} if "label" in row else {}
         return {"image_a": a, "image_b": b, **label, "attribute_a": 0, "attribute_b": 1, "source_id": number}
@@ -278,7 +293,7 @@ def _edited(
     def numbered(row: Mapping[str, Any], place: int) -> dict[str, Any]:
         made = pair(row, int(rows[place]))
         for name in ("image_a", "image_b"):
-            # the image itself stays what it was, a JPEG say: smaller, and known again as one of the training images
+            # an unchanged image keeps its file (a JPEG, say): it is smaller, and recognised as a training image
             is_own = made[name] is row["image"]
             made[name] = stored[place]["image"] if is_own else {"bytes": encode_image(made[name]), "path": None}
         return made
@@ -304,7 +319,7 @@ def _stamp(
     color: tuple[int, int, int],
     place: tuple[float, float] | None,
 ) -> Image.Image:
-    """The overlay on a transparent ground of the image's size, RGBA."""
+    """Draws the overlay on a transparent RGBA image of the given size."""
     width, height = image_size
     length = max(1, round(size * min(image_size)))
     ground = Image.new("RGBA", image_size, (*color, 0))
@@ -361,25 +376,13 @@ def _alpha(mask: Image.Image, size: tuple[int, int], soft_edge: float) -> Image.
     low, high = alpha.getextrema()
     if high < 128 or low > 127:
         raise ValueError(
-            f"a mask {'has no foreground' if high < 128 else 'covers all of the image'}: leave its row out."
+            f"a mask {'has no foreground' if high < 128 else 'covers the whole image'}: leave its row out."
         )
     return alpha.filter(ImageFilter.GaussianBlur(soft_edge)) if soft_edge else alpha
 
 
 def _coarse(masks: Iterable[Image.Image]) -> np.ndarray:
-    """Where n masks have a foreground, bool (n, COARSE, COARSE)."""
+    """Shrinks n masks: bool (n, COARSE, COARSE), true where a mask has foreground."""
     return np.stack(
         [np.asarray(mask.convert("L").resize((COARSE, COARSE), Image.Resampling.BOX)) > 32 for mask in masks]
     )
-
-
-def _check_columns(source: Any, wanted: Sequence[str]) -> None:
-    names = list(source.column_names or [])
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"the source has no column {name!r}, only {names}.")
-
-
-def _check_choice(name: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(get_args(choices))}.")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making pair sets: two versions of one source row, written straight into an Arrow table."""
+"""Makes pair sets by rendering. Shared by all makers: draws, checks, encoded images and Arrow tables."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-CHUNK = 1000  # rows per Arrow chunk: a chunk of binary values holds at most 2 GiB
-READ_CHUNK = 32  # decoded rows held at once: they may be photographs
-SMALL = 64 * 64  # up to this many pixels PIL's fixed cost per image outweighs its better compression
+CHUNK = 1000  # rows per Arrow chunk: a chunk of binary values has at most 2 GiB
+READ_CHUNK = 32  # decoded rows in memory at a time: they may be photographs
+SMALL = 64 * 64  # pixels: for larger images PIL's better compression outweighs its fixed cost per image
 
 
 def pairs_from_render(
@@ -30,30 +30,30 @@ def pairs_from_render(
     seed: int = 0,
     features: Mapping[str, Any] | None = None,
 ) -> datasets.Dataset:
-    """Makes invariance pairs by drawing each source row with both values of the spurious attribute.
+    """Makes pairs by rendering each source row with both values of the spurious attribute.
 
     Example: `pairs_from_render(birds, lambda row, place: paste(row["bird"], scenes[place]), ("land", "water"))`.
 
     Args:
-        source: the rows to draw; its length is the number of pairs to be had.
-        render: called as `render(row, attribute)`; returns a PIL image, or a uint8 array of shape (H, W, 3) with values
-            0 to 255. Both calls of a row must give one size and mode, and differ.
-        attributes: the two values (names or ints), for side a and for side b, as `render` gets them.
-        num_pairs: number of rows to use, drawn without replacement and kept in the order of the source; `None`: all.
-            With one seed, fewer pairs are a subset of more.
+        source: the rows to render. Each row gives one pair.
+        render: a function, called as `render(row, attribute)`. It returns a PIL image, or a uint8 array of shape
+            (H, W, 3) with values 0 to 255. The two images of a row must have the same size and mode, and must differ.
+        attributes: the two values of the attribute, for side a and for side b: names or ints. `render` gets them.
+        num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
+            uses all. With the same seed, a smaller number gives a subset of a larger one.
         oriented: `False` swaps the sides of a random half of the pairs (an ablation).
-        seed: non-negative; seed of both draws.
-        features: features for `label` and `attribute`, which win over those of the source. Without any, `label` gets
-            the type of its values, and the attributes a ClassLabel of the two values (ints in ascending order). With a
-            ClassLabel of the attribute, a name in `attributes` is looked up and an int is an id.
+        seed: non-negative seed of both draws.
+        features: features of `label` and `attribute`. They replace those of the source. If neither names a feature,
+            `label` gets the type of its values, and the attributes get a ClassLabel of the two values (ints in
+            ascending order). If the attribute has a ClassLabel, a str in `attributes` is a name and an int is an id.
 
     Returns:
         A set with the columns `image_a`, `image_b` (images, stored as PNG), `attribute_a`, `attribute_b` (ClassLabel),
-        `source_id` (int64, number of the row in the source) and, where the rows have it, `label`.
+        `source_id` (int64, number of the row in the source) and, if the rows have it, `label`.
 
     Raises:
-        ValueError: fewer rows than `num_pairs`; the two attributes are the same, or unknown to their ClassLabel; some
-            rows lack the label that others have; a row is drawn in two sizes or modes, or twice the same.
+        ValueError: the source has fewer rows than `num_pairs`; the two attributes are equal or not in their ClassLabel;
+            some rows have a label and others do not; the two images of a row are equal or differ in size or mode.
     """
     rows = draw_rows(len(source), num_pairs, seed=seed, of="source rows")
     label_feature, attribute_feature = _features_of(source, features or {})
@@ -66,7 +66,8 @@ def pairs_from_render(
             labels.append(row["label"])
         if len(labels) not in (0, len(sides)):
             raise ValueError(
-                f"row {number} of the source has no label, or those before it have none: all or none must."
+                f"row {number} of the source has no label, or the rows before it have none. Give all rows a label, or "
+                "none."
             )
     return pair_dataset(
         *zip(*sides, strict=True),
@@ -90,20 +91,20 @@ def pair_dataset(
     label_feature: Any = None,
     swap: np.ndarray | None = None,
 ) -> datasets.Dataset:
-    """Puts encoded images together as a pair set.
+    """Makes a pair set from encoded images.
 
     Args:
-        images_a: n encoded images (PNG, JPEG, ...) with the first attribute.
-        images_b: n encoded images with the second one.
-        source_id: n integers, what each pair was made from.
-        attributes: ids of the two attributes in `attribute_feature`.
-        attribute_feature: names of the attribute.
-        label: n labels, ids or names of `label_feature`.
-        label_feature: feature of the label, by default that of the values.
-        swap: n booleans; where true, the sides change places.
+        images_a: n encoded images (PNG, JPEG, ...) with the first value of the attribute.
+        images_b: n encoded images with the second value of the attribute.
+        source_id: n integers that name the source of each pair.
+        attributes: ids of the two values in `attribute_feature`.
+        attribute_feature: the ClassLabel of the attribute.
+        label: n labels: ids or names of `label_feature`.
+        label_feature: feature of the label. By default the type of the values.
+        swap: n booleans. If one is true, the sides of that pair change places.
 
     Returns:
-        A set with the columns that [`pairs_from_render`] describes.
+        A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` and, if given, `label`.
     """
     swap = np.zeros(len(images_a), dtype=bool) if swap is None else swap
     sides = list(zip(images_a, images_b, strict=True))
@@ -123,14 +124,22 @@ def pair_dataset(
 
 
 def dataset_of(columns: Mapping[str, tuple[pa.Array | pa.ChunkedArray, Any]]) -> datasets.Dataset:
-    """A data set of Arrow columns and their features, without going through Python rows."""
+    """Makes a data set from Arrow columns, without going through Python rows.
+
+    Args:
+        columns: column name -> (values, feature).
+    """
     features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
     table = pa.table({name: values for name, (values, _) in columns.items()}).cast(features.arrow_schema)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
 def image_column(encoded: Sequence[bytes | Mapping[str, Any]]) -> pa.ChunkedArray:
-    """Encoded images, or files as `datasets.Image(decode=False)` gives them, as the storage of an image column."""
+    """Makes the Arrow column of a `datasets.Image` feature.
+
+    Args:
+        encoded: encoded images, as bytes or as the dicts that `datasets.Image(decode=False)` returns.
+    """
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     files = [value if isinstance(value, Mapping) else {"bytes": value, "path": None} for value in encoded]
     chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
@@ -150,19 +159,19 @@ def image_column(encoded: Sequence[bytes | Mapping[str, Any]]) -> pa.ChunkedArra
 
 
 def encode_png(images: np.ndarray) -> list[bytes]:
-    """Encodes small images as PNG, some three times as fast as PIL, whose cost per image is fixed.
+    """Encodes small images as PNG, about three times as fast as PIL, which has a fixed cost per image.
 
-    Rows are stored unfiltered and compressed by run lengths (RFC 2083), which suits synthetic images. PIL compresses
-    photographs better.
+    Rows of pixels are stored unfiltered and compressed by run lengths (RFC 2083). This suits synthetic images; PIL
+    compresses photographs better.
 
     Args:
         images: uint8, shape (N, H, W, 3), values 0 to 255.
 
     Returns:
-        N files.
+        N encoded images.
     """
     count, height, width, _ = images.shape
-    # one zero before each line of pixels: the filter type "none"
+    # the zero before each line of pixels is the filter type "none"
     lines = np.zeros((count, height, 1 + 3 * width), dtype=np.uint8)
     lines[:, :, 1:] = images.reshape(count, height, 3 * width)
     start = b"\x89PNG\r\n\x1a\n" + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
@@ -175,7 +184,11 @@ def encode_png(images: np.ndarray) -> list[bytes]:
 
 
 def encode_image(image: Image.Image | np.ndarray) -> bytes:
-    """One image as PNG: a PIL image, or a uint8 array of shape (H, W, 3)."""
+    """Encodes an image as PNG.
+
+    Args:
+        image: a PIL image, or a uint8 array of shape (H, W, 3).
+    """
     if isinstance(image, Image.Image) and image.mode == "RGB" and image.width * image.height <= SMALL:
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
@@ -187,19 +200,43 @@ def encode_image(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises ValueError if the option `name` has a value that is not one of `choices`."""
+    choices = [*choices]
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}.")
+
+
+def check_columns(source: Any, wanted: Iterable[str]) -> None:
+    """Raises ValueError if a source of images has not all of the wanted columns."""
+    names = list(source.column_names or [])
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"the source has no column {name!r}, only {names}: rename_column gives it one.")
+
+
 def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.ndarray:
-    """Row numbers of `wanted` rows drawn without replacement, ascending; all of them where `wanted` is `None`.
+    """Draws rows without replacement.
+
+    Args:
+        available: number of rows.
+        wanted: number of rows to draw. `None` draws all.
+        seed: non-negative seed of the draw. With the same seed, fewer rows are a subset of more.
+        of: what the rows are, for the message.
+
+    Returns:
+        Ascending row numbers.
 
     Raises:
-        ValueError: `wanted` is below 1 or more than `available`, or there are none; `of` names the rows.
+        ValueError: there are no rows; `wanted` is below 1 or above `available`.
     """
     wanted = available if wanted is None else wanted
     if available == 0:
         raise ValueError(f"there are no {of} to make pairs of: the source is empty.")
     if not 1 <= wanted <= available:
         raise ValueError(
-            f"num_pairs={wanted}, but {available} {of} give 1 to {available} pairs, one each. Ask for fewer or, with "
-            "num_pairs=None, for all."
+            f"num_pairs={wanted}, but {available} {of} give 1 to {available} pairs, one each. Ask for fewer pairs, or "
+            "for all with num_pairs=None."
             if wanted > 0
             else f"num_pairs={wanted} must be at least 1, or None for all of the {available} {of}."
         )
@@ -207,7 +244,7 @@ def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.n
 
 
 def draw_swap(count: int, seed: int) -> np.ndarray:
-    """`count` booleans, a random half of them (rounded down) true: the pairs whose sides change places."""
+    """Draws which pairs change sides: `count` booleans, of which a random half (rounded down) is true."""
     return np.random.default_rng((seed, 1)).permutation(count) < count // 2
 
 
@@ -216,10 +253,12 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _features_of(source: Any, given: Mapping[str, Any]) -> tuple[Any, datasets.ClassLabel | None]:
-    """The features of the label and of the attribute, where they are known."""
+    """Returns the features of the label and of the attribute, or `None` for an unknown one."""
     unknown = set(given) - {"label", "attribute"}
     if unknown:
-        raise ValueError(f"features={sorted(unknown)} are unknown: it takes a feature for 'label' and for 'attribute'.")
+        raise ValueError(
+            f"features={sorted(unknown)} are unknown: it may have entries for 'label' and 'attribute' only."
+        )
     own = source.features if isinstance(source, datasets.Dataset) else {}
     features = {**own, **given}
     attribute = features.get("attribute")
@@ -233,19 +272,20 @@ def _attribute_ids(
         raise ValueError(f"attributes={attributes!r} must be two different values: one for side a, one for side b.")
     are_ints = [isinstance(value, (int, np.integer)) for value in attributes]
     if feature is None:
-        # in ascending order 0 and 1 keep their meaning whichever side they are on
+        # in ascending order 0 and 1 are the ids "0" and "1", on either side
         names = [str(value) for value in (sorted(attributes) if all(are_ints) else attributes)]
         return datasets.ClassLabel(names=names), (names.index(str(attributes[0])), names.index(str(attributes[1])))
     for value, is_int in zip(attributes, are_ints, strict=True):
         if not (0 <= value < feature.num_classes if is_int else value in feature.names):
             raise ValueError(
-                f"the attribute {value!r} is none of {feature.names} (ids 0 to {feature.num_classes - 1})."
+                f"the attribute {value!r} is none of {feature.names} (ids 0 to {feature.num_classes - 1}): use one of "
+                "them."
             )
     first, second = (
         int(value) if is_int else feature.names.index(value) for value, is_int in zip(attributes, are_ints, strict=True)
     )
     if first == second:
-        raise ValueError(f"attributes={attributes!r} are one value twice: a pair needs two different ones.")
+        raise ValueError(f"attributes={attributes!r} are the same value twice: a pair needs two different values.")
     return feature, (first, second)
 
 
@@ -264,7 +304,7 @@ def _render_pair(row: Mapping[str, Any], number: int, render: Callable, attribut
     if kinds[0] != kinds[1]:
         raise ValueError(
             f"row {number} was rendered as {kinds[0][0]} of {kinds[0][1]} pixels with {attributes[0]!r} and "
-            f"as {kinds[1][0]} of {kinds[1][1]} with {attributes[1]!r}: both sides must have one size and mode."
+            f"as {kinds[1][0]} of {kinds[1][1]} with {attributes[1]!r}: both sides must have the same size and mode."
         )
     try:
         files = [encode_image(image) for image in sides]
@@ -275,8 +315,8 @@ def _render_pair(row: Mapping[str, Any], number: int, render: Callable, attribut
         ) from failure
     if files[0] == files[1]:
         raise ValueError(
-            f"row {number} was rendered the same with attribute {attributes[0]!r} and with {attributes[1]!r}: a pair "
-            "must differ in the attribute. Check that render uses its second argument."
+            f"row {number} was rendered the same with attribute {attributes[0]!r} and with {attributes[1]!r}. The two "
+            "sides of a pair must differ in the attribute: check that render uses its second argument."
         )
     return files
 

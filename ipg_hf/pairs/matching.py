@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs by matching: two images of a set that have the same label and another attribute."""
+"""Makes pairs by matching: two images of a set with the same label and different attributes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers.utils import logging
 from ..heads import find_head
 from ..inference import inference
 from ..models import forward_inputs
-from .makers import draw_rows, encode_image
+from .makers import check_choice, check_columns, draw_rows, encode_image
+from .sources import pairs_from_rows
 from .transforms import ImageRows
 
 logger = logging.get_logger(__name__)
@@ -39,44 +40,43 @@ def match_pairs(
     num_pairs: int | None = None,
     seed: int = 0,
 ) -> datasets.Dataset:
-    """Pairs of images of one set: the same label, another value of the spurious attribute, each image used once.
+    """Pairs images that have the same label and different values of the attribute. Each image is used at most once.
 
-    The sides differ in more than the attribute, and so teach less than exact pairs do; groups with few images give few
-    pairs, and a label with one value of the attribute alone gives none.
+    The sides of a matched pair differ in more than the attribute, so matched pairs teach less than exact pairs. A group
+    with few images gives few pairs. A label that has one value of the attribute only gives none.
 
     Args:
         source: a set with the columns `image`, `label` and the attribute.
-        match_on: `"features"` makes the sum of the distances within the pairs smallest, label by label (the Hungarian
-            method; the distance of two images is the Euclidean one of their features, standardised over the set);
-            `"random"` pairs at random, the honest baseline. Both use as many pairs as the smaller side has images.
-        model: an image classifier whose features are matched: what enters its classifier head, in inference mode, on
-            its own device.
-        processor: its image processor.
+        match_on: `"features"` minimises the sum of the distances within the pairs of a label (Hungarian method). The
+            distance of two images is the Euclidean distance of their features, standardised over the set. `"random"`
+            pairs at random, as a baseline. Either way, a label gives as many pairs as its smaller side has images.
+        model: an image classifier. The features are what enters its classifier head, in inference mode, on the device
+            of the model.
+        processor: the image processor of the model.
         attribute: column of the attribute.
-        attributes: the two values (names or ids), for side a and side b; by default the column's first two.
-        head: path of the model's head, where it is not found by itself (see `find_head`).
-        batch_size: images a forward.
-        max_per_group: at most so many images of each label and attribute, drawn at random, are matched; `None`: all.
-            For large sets: features are computed of the drawn images alone, and n with m images take 8·n·m bytes.
-        size: (width, height) in pixels to which the images of the pairs are scaled, cropped at the centre; `None`
-            leaves them as they are. For sets whose images differ in size: the two sides of a pair must have one.
-        num_pairs: pairs to keep: the nearest ones (random ones with `"random"`); `None`: all.
-        seed: non-negative; seed of the random draws.
+        attributes: the two values (names or ids), for side a and for side b. By default the first two of the column.
+        head: path of the model's head, if `find_head` does not find it by itself.
+        batch_size: number of images in a forward.
+        max_per_group: largest number of images of a label and attribute; more images are reduced to a random draw.
+            `None` uses all. Use it for large sets: only the drawn images get features, and matching n with m images
+            needs 8·n·m bytes.
+        size: (width, height) in pixels. The images of the pairs are scaled to it and cropped at the centre. `None`
+            leaves them as they are. Use it if the images differ in size: the sides of a pair must have one size.
+        num_pairs: number of pairs to keep: the nearest ones, or random ones with `"random"`. `None` keeps all.
+        seed: non-negative seed of the random draws.
 
     Returns:
-        A set with the columns `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b`, `source_id` (row of side a),
-        `source_id_b`, and with features `distance` (float, the distance of the sides' features; the same distance
-        averaged over pairs at random is logged beside its mean).
+        A set with the columns `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b`, `source_id` and
+        `source_id_b` (numbers of the rows of side a and side b) and, with `"features"`, `distance` (float, between the
+        features of the two sides). The mean distance of the pairs and of random pairs is logged.
 
     Raises:
-        ValueError: a column is missing; features without model or processor; the values are not two different ones of
-            the column; `max_per_group` is below 1; no label has images of both; more pairs wanted than there are.
+        ValueError: a column is missing; `"features"` without a model or processor; `attributes` are not two different
+            values of the column; `max_per_group` is below 1; no label has images of both values; there are fewer pairs
+            than `num_pairs`.
     """
-    if match_on not in get_args(MatchOn):
-        raise ValueError(f"match_on={match_on!r} is unknown: choose from {', '.join(get_args(MatchOn))}.")
-    for name in ("image", "label", attribute):
-        if name not in source.column_names:
-            raise ValueError(f"the source has no column {name!r}, only {source.column_names}.")
+    check_choice("match_on", match_on, get_args(MatchOn))
+    check_columns(source, ("image", "label", attribute))
     if match_on == "features" and (model is None or processor is None):
         raise ValueError("match_on='features' needs a model and its image processor; match_on='random' needs none.")
     if max_per_group is not None and max_per_group < 1:
@@ -91,9 +91,14 @@ def match_pairs(
         if min(len(a), len(b)):
             drawn[label] = a[:max_per_group], b[:max_per_group]
         else:
-            logger.warning(f"no pairs of label {label}: it has {len(a)} and {len(b)} images of the two attributes.")
+            logger.warning(
+                f"label {label} gives no pairs: it has {len(a)} and {len(b)} images of the two attributes. Add images "
+                "or make pairs by editing."
+            )
     if not drawn:
-        raise ValueError(f"no label has images with both values of {attribute!r}: there is nothing to match.")
+        raise ValueError(
+            f"no label has images with both values of {attribute!r}: there is nothing to match. Make pairs by editing."
+        )
     features, rows = None, np.arange(len(plain))
     if match_on == "features":
         if max_per_group is not None:
@@ -119,7 +124,8 @@ def match_pairs(
         logger.info(
             f"{len(kept)} pairs matched: mean distance {distances[kept].mean():.3g}, at random {at_random:.3g}."
         )
-    pairs = _paired(plain, a[kept], b[kept], attribute)
+    pairs = pairs_from_rows(plain, a[kept], b[kept], attribute=attribute)
+    pairs = pairs.add_column("source_id", a[kept]).add_column("source_id_b", b[kept])
     pairs = _fitted(pairs, tuple(size)) if size else pairs
     return pairs.add_column("distance", distances[kept]) if features is not None else pairs
 
@@ -128,14 +134,17 @@ def match_pairs(
 def extract_features(
     source: datasets.Dataset, model: nn.Module, processor: Any, *, head: str | None = None, batch_size: int = 64
 ) -> np.ndarray:
-    """What enters a model's classifier head for each image: float32, shape (N, D).
+    """Computes the features of images: what enters the classifier head of a model.
 
     Args:
         source: a set with the column `image`.
         model: an image classifier.
-        processor: its image processor.
-        head: path of its head, where it is not found by itself.
-        batch_size: images a forward.
+        processor: the image processor of the model.
+        head: path of the model's head, if `find_head` does not find it by itself.
+        batch_size: number of images in a forward.
+
+    Returns:
+        float32, shape (N, D).
     """
     main = forward_inputs(model)[0]
     batches = DataLoader(ImageRows(source, processor, {"image": main}), batch_size, generator=torch.Generator())
@@ -155,7 +164,10 @@ def _standardised(features: np.ndarray) -> np.ndarray:
 
 
 def _assigned(features: np.ndarray, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Rows of the pairs with the smallest sum of distances, the distances, and the mean over all that could be."""
+    """Matches rows a and b so that the sum of the distances is smallest.
+
+    Returns the rows of side a, the rows of side b, the distances, and the mean distance over all pairs of rows.
+    """
     from scipy.optimize import linear_sum_assignment
     from scipy.spatial.distance import cdist
 
@@ -175,25 +187,12 @@ def _values(feature: Any, values: np.ndarray, column: str, wanted: tuple[Any, An
         for v in wanted
     ]
     if len(ids) != 2 or ids[0] == ids[1] or not {*ids} <= {*known}:
-        raise ValueError(f"attributes={wanted!r} must be two different values of {column!r}, which holds {known}.")
+        raise ValueError(f"attributes={wanted!r} must be two different values of {column!r}, which has {known}.")
     return ids[0], ids[1]
 
 
-def _paired(source: datasets.Dataset, a: np.ndarray, b: np.ndarray, attribute: str) -> datasets.Dataset:
-    """The rows side by side; images that lie in files stay there."""
-    sides = []
-    for rows, side in ((a, "a"), (b, "b")):
-        part = source.select_columns(["image", "label", attribute] if side == "a" else ["image", attribute]).select(
-            rows
-        )
-        part = part.rename_columns({"image": f"image_{side}", attribute: f"attribute_{side}"})
-        sides.append(part.add_column("source_id" if side == "a" else "source_id_b", rows))
-    order = ["image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id", "source_id_b"]
-    return datasets.concatenate_datasets(sides, axis=1).select_columns(order)
-
-
 def _fitted(pairs: datasets.Dataset, size: tuple[int, int]) -> datasets.Dataset:
-    """The pairs with their images scaled and cropped to (width, height)."""
+    """Scales the images of the pairs to (width, height) and crops them at the centre."""
 
     def fitted(row: dict[str, Any]) -> dict[str, Any]:
         sides = {name: row[name].convert("RGB") for name in ("image_a", "image_b")}
