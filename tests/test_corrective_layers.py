@@ -10,7 +10,7 @@ from small import Around, bit_equal, logged, trainer
 from torch import nn
 
 from ipg_hf import IPGConfig
-from ipg_hf.layers import moving_only, parameters_matching
+from ipg_hf.gradients import only_gradients_of, parameters_matching
 
 # model -> its last block and head as patterns, the start of their parameters' names, a layer below
 CASES = {
@@ -130,7 +130,7 @@ def test_what_was_frozen_stays_so_and_the_rest_is_put_back(tmp_path):
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     trainer(tmp_path, model, corrective_layers=["vit.layers.1"]).train()
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
-    with pytest.raises(RuntimeError, match="in between"), moving_only(model, {"classifier.weight"}):
+    with pytest.raises(RuntimeError, match="in between"), only_gradients_of(model, {"classifier.weight"}):
         assert [name for name, p in model.named_parameters() if p.requires_grad] == ["classifier.weight"]
         raise RuntimeError("in between")
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
@@ -166,7 +166,7 @@ def test_either_name_of_a_shared_parameter_will_do():
     model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in ("one", "other", "third")})
     model["other"].weight = model["one"].weight
     for name in ("one", "other"):
-        with moving_only(model, parameters_matching(model, [name])):
+        with only_gradients_of(model, parameters_matching(model, [name])):
             assert model["one"].weight.requires_grad and not model["third"].weight.requires_grad
         assert model["third"].weight.requires_grad
 

@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModelForImageClassification
 
 from ipg_hf import find_head
-from ipg_hf.baselines.last_layer import fit_balanced, project_last_layer, project_out, refit_last_layer, split_groups
+from ipg_hf.baselines.dfr import fit_balanced, refit_last_layer, split_groups
+from ipg_hf.baselines.projection import project_last_layer, project_out
 
 MODELS = {"vit": small.vit, "resnet": small.resnet, "timm": small.timm_resnet, "1x1 convolution": small.conv_head}
 L1 = {"penalty": "l1"} if LogisticRegression().penalty == "l2" else {"l1_ratio": 1.0}

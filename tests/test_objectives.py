@@ -9,9 +9,10 @@ from small import grouped, logged, trainer, weights
 from transformers import Trainer
 
 from ipg_hf import IPGTrainer, find_head
-from ipg_hf.correction import penalty_backward
+from ipg_hf.baselines.environments import irm_penalty, vrex_penalty
+from ipg_hf.baselines.pair_penalties import pair_penalty
 from ipg_hf.guidance import invariance_divergence
-from ipg_hf.objectives import balanced_shares, group_dro_shares, irm_penalty, pair_penalty, vrex_penalty
+from ipg_hf.losses import balanced_weights, group_dro_shares
 
 PENALTIES = ("kl", "features", "rationales", "augmentation")
 NEVER_REACHED = 1e9  # as a threshold, of a divergence
@@ -26,7 +27,7 @@ def randn(*shape, seed=0):
 
 def test_balanced_shares_by_hand():
     counts = torch.tensor([6, 2, 0, 4])
-    shares = balanced_shares(counts)
+    shares = balanced_weights(counts)
     assert shares.tolist() == pytest.approx([12 / 18, 12 / 6, 0, 12 / 12])
     assert (counts * shares).sum() / counts.sum() == pytest.approx(1)
 
@@ -217,7 +218,7 @@ def test_group_dro_goes_on_with_its_shares(tmp_path):
     )
     run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert small.bit_equal(weights(whole.model), weights(run.model))
-    assert run._task.shares.shares == whole._task.shares.shares != [0.25] * 4
+    assert run.task_loss.shares == whole.task_loss.shares != [0.25] * 4
 
 
 @pytest.mark.parametrize("build", [small.vit, small.timm_resnet])  # timm's forward takes no count of items

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from ipg_hf import IPGConfig, IPGTrainer, find_head
 from ipg_hf.guidance import invariance_divergence, rationale_distance
-from ipg_hf.guided import GuidedStep
+from ipg_hf.step import GuidedStep
 
 MODELS = {"vit": small.vit, "resnet": small.resnet, "timm": small.timm_resnet}
 RUNTIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, ViTImageProcessor
 
 from ipg_hf import IPGConfig, IPGTrainer
-from ipg_hf.launch import check_launch
+from ipg_hf.step import check_launch
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import small
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ipg_hf.guided import GuidedStep
+from ipg_hf.step import GuidedStep
 from ipg_hf.pairs.loader import PairLoader
 
 
