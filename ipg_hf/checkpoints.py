@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there, and that hold the model under the names it is loaded by."""
+"""Writes checkpoints completely or not at all, under the names that `Trainer` loads, and finds the newest one."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator[None]:
-    """Saves a checkpoint in the block, on all processes: it counts as whole when the last has written its part.
+    """Within the block, a checkpoint is saved. It is complete when the last process has written its part.
 
-    One that fails half-way is removed, as it would be taken for the newest.
+    If saving fails, the incomplete checkpoint is removed, because a resume would take it for the newest. All processes
+    must enter the block.
 
     Args:
-        folder: the checkpoint's folder.
-        writes: whether this process is the one that writes it.
+        folder: folder of the checkpoint.
+        writes: whether this process writes the marker of an unfinished checkpoint and removes it.
 
     Raises:
-        OSError: for any error; safetensors and torch report a full disk by errors of their own.
+        OSError: saving failed. safetensors and torch raise errors of other types if the disk is full.
     """
     folder = Path(folder)
     several = dist.is_available() and dist.is_initialized()
     try:
         if writes:
-            # an older checkpoint of that name would look whole until it is overwritten to its end
+            # an older checkpoint of this name would look complete until it is overwritten
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
             _mark(folder).touch()
         yield
         if several:
-            dist.barrier()  # the first process has written the last file, others may not have written theirs
+            dist.barrier()  # other processes may still be writing their files
     except Exception as failure:
         if _damage(folder) is None:
             if writes and not several:
@@ -55,9 +56,9 @@ def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator
         if writes:
             shutil.rmtree(folder, ignore_errors=True)
             _mark(folder).unlink(missing_ok=True)
-        kept = "which was removed; those before it are whole" if writes else "which a resume passes over"
+        kept = "which was removed; those before it are whole" if writes else "which a resume will pass over"
         raise OSError(
-            f"could not save {folder.name}, {kept}. Make room, or save less (save_total_limit, save_only_model). "
+            f"could not save {folder.name}, {kept}. Free disk space, or save less (save_total_limit, save_only_model). "
             f"The cause: {failure}"
         ) from failure
     if writes:
@@ -66,10 +67,13 @@ def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator
 
 @contextmanager
 def own_names(model: nn.Module) -> Iterator[None]:
-    """Makes `model.save_pretrained` keep the names that the parameters have in the model, for the block.
+    """Within the block, `model.save_pretrained` writes the parameters under the names that they have in the model.
 
-    By default it writes the names of the architecture's first release, ViT's among them; `Trainer` reads checkpoints
-    back without translating them, and so would go on with fresh weights (transformers issue 43701).
+    By default it writes the names of the first release of the architecture, for example for ViT. `Trainer` does not
+    translate them back when it loads a checkpoint and would continue with fresh weights (transformers issue 43701).
+
+    Args:
+        model: the model. Nothing changes unless it is a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         yield
@@ -82,17 +86,17 @@ def own_names(model: nn.Module) -> Iterator[None]:
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> str:
-    """The last whole checkpoint of a run; each one after it is passed over with a warning that names the file.
+    """Returns the path of the newest complete checkpoint of a run. It skips damaged ones, with a warning that says why.
 
-    A run killed while saving leaves a checkpoint that is marked as unfinished, a machine that went down leaves files
-    that are cut off, empty or missing. That is seen from names, headers and lengths, without reading tensors or
-    unpickling. A value that has changed in a file of the right length (bit rot) is not seen.
+    A run that is killed while saving leaves a checkpoint that is marked as unfinished. A machine that crashes leaves
+    files that are cut off, empty or missing. Names, headers and lengths of the files show this; no tensor is read and
+    nothing is unpickled. A changed value in a file of the right length (bit rot) is not detected.
 
     Args:
-        folder: the run's output folder.
+        folder: output folder of the run.
 
     Raises:
-        ValueError: there is none, or none is whole.
+        ValueError: the folder has no checkpoint, or all are damaged.
     """
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
     faults = []
@@ -102,31 +106,31 @@ def newest_checkpoint(folder: str | os.PathLike) -> str:
             return str(path)
         logger.warning(f"{path} is passed over: {fault}.")
         faults.append(f"{path.name}: {fault}")
-    damaged = f" Every one is damaged ({'; '.join(faults)})." if faults else ""
+    damaged = f" All are damaged ({'; '.join(faults)})." if faults else ""
     raise ValueError(
         f"No whole checkpoint in {os.fspath(folder)!r}: train without resume_from_checkpoint=True.{damaged}"
     )
 
 
 def _mark(checkpoint: Path) -> Path:
-    """A file that is there while the checkpoint is written, beside it: `Trainer` sends no name in _ to the Hub."""
+    """The marker file beside a checkpoint that is being written. `Trainer` does not upload names that start with _."""
     return checkpoint.with_name(f"_{checkpoint.name}_is_being_written")
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What keeps a run from going on from the checkpoint, if anything."""
+    """Returns why a run cannot continue from the checkpoint, or `None` if it can."""
     if not (checkpoint / TRAINER_STATE_NAME).exists():
-        return f"it was not written to its end, {TRAINER_STATE_NAME}"
+        return f"it was not written to its end, {TRAINER_STATE_NAME} is missing"
     for check, patterns in CHECKS.items():
         for path in sorted(path for pattern in patterns for path in checkpoint.glob(pattern) if path.is_file()):
             try:
                 check(path)
-            except Exception as failure:  # of whatever kind: what is read is damaged
+            except Exception as failure:  # any error means that the file is damaged
                 return f"{path.relative_to(checkpoint)} is damaged ({failure})"
     missing = {name for name, patterns in PARTS.items() if not any(any(checkpoint.glob(p)) for p in patterns)}
     if "the weights" in missing:
         return "the weights are missing"
-    # save_only_model leaves all three out, DeepSpeed keeps them in a folder of its own
+    # save_only_model leaves out all three; DeepSpeed has them in a folder of its own
     if 0 < len(missing) < 3 and not any(checkpoint.glob("global_step*")):
         return f"{' and '.join(sorted(missing))} missing"
     return None
@@ -140,17 +144,17 @@ def _check_json(path: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    with safe_open(path, framework="pt"):  # compares the header with the file's length
+    with safe_open(path, framework="pt"):  # compares the header with the length of the file
         pass
 
 
 def _check_torch(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:  # reads the directory, which lies at the file's end
+    with zipfile.ZipFile(path) as archive:  # reads the directory, which is at the end of the file
         if archive.infolist()[0].header_offset != 0:
-            raise ValueError("its length is not that of its parts")
+            raise ValueError("its length does not match its parts")
 
 
-# What a resume reads; files that others keep beside it are none of ours.
+# The files that a resume reads. Other files in a checkpoint are not checked.
 CHECKS: dict[Callable[[Path], None], tuple[str, ...]] = {
     _check_json: (TRAINER_STATE_NAME, "config.json", "*.index.json", "adapter_config.json", "*/adapter_config.json"),
     _check_safetensors: ("model*.safetensors", "adapter_model.safetensors", "*/adapter_model.safetensors"),
