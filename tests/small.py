@@ -31,6 +31,15 @@ from ipg_hf.inference import logits_of
 
 SIZE = 16
 
+# The method of the paper: the distance of rationales, and a step 4 that scales the task gradient up as well as down.
+# A test takes it where it computes the paper's distance or its factor by hand, or where the two distances take
+# different ways through the code. The threshold lets step 4 act on freshly initialised models.
+PAPER = {"invariance_distance": "rationale", "invariance_threshold": 1e-4, "max_loss_scale": float("inf")}
+
+# Step 4 acts at every step: the outputs of freshly initialised models differ by less than the default threshold, and
+# an alpha of 1 would ask for a factor above the default limit of 1. `scales` shows that it did.
+SCALED = {"invariance_threshold": 0.0, "alpha": 0.1}
+
 
 def vit(num_labels=2, dropout=0.0, **kwargs):
     torch.manual_seed(0)
@@ -186,14 +195,11 @@ class Recorded(Dataset):
 
 
 def config(output_dir, kind=IPGConfig, **kwargs):
+    """A config for three steps on the CPU; all settings of the method have the defaults that are shipped."""
     settings = {
         "max_steps": 3,
         "per_device_train_batch_size": 8,
         "per_device_pair_batch_size": 4,
-        # the paper's, which the reference steps compute
-        "invariance_distance": "rationale",
-        "invariance_threshold": 1e-4,
-        "max_loss_scale": float("inf"),
         "warmup_steps": 0,  # of three steps the first would move nothing
         "logging_steps": 1,
         "report_to": "none",
@@ -236,6 +242,11 @@ def trainer(tmp_path, model=None, train=None, pair_dataset=None, kind=IPGTrainer
 
 def logged(run, key="loss"):
     return [entry for entry in run.state.log_history if key in entry]
+
+
+def scales(run):
+    """The factor of step 4 at each logged step."""
+    return [entry["ipg/loss_scale"] for entry in logged(run)]
 
 
 def weights(model):
