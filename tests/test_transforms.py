@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw images as model inputs: one draw for both sides of a pair, every draw a function of the row's place."""
 
-import math
 import os
-from itertools import product
 
 import datasets
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -15,7 +14,7 @@ from transformers import ViTImageProcessor
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from ipg_hf.pairs import ImageRows, PairCollator, PairLoader
-from ipg_hf.pairs.transforms import as_model_inputs, crop_box, process_images
+from ipg_hf.pairs.transforms import as_model_inputs, process_images
 
 PAIR = {"image_a": "pixel_values_a", "image_b": "pixel_values_b"}
 N, SIDE = 12, 16
@@ -108,6 +107,37 @@ def test_crops_are_parts_of_the_image_and_resized():
     left, right = fetched[:, 0, 0, 0], fetched[:, 0, 0, -1]
     share = (right - left) / (250 / 127.5)  # of the ramp, hence of the width
     assert share.min() < 0.6 and share.max() > 0.9 and left.unique().numel() > 20
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (200, 40), (120, 120)])
+@pytest.mark.parametrize("scale", [0.01, 0.25, 0.8, 0.99])
+def test_crops_have_the_area_and_the_shape_asked_for(size, scale):
+    """Each pixel holds its place, and nothing is resized, so that the box of a crop can be read from the crop."""
+    width, height = size
+    x, y = np.meshgrid(np.arange(width, dtype=np.uint8), np.arange(height, dtype=np.uint8))
+    places = Image.fromarray(np.stack([x, y, y], -1))
+    dataset = datasets.Dataset.from_dict({"image": [places]}, datasets.Features({"image": datasets.Image()}))
+    as_it_is = ViTImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    rows = ImageRows(dataset, as_it_is, {"image": "pixel_values"}, random_crop_scale=scale, seed=5)
+    boxes = []
+    for position in range(100):
+        crop = rows[(position, 0)]["pixel_values"]
+        (left, top), (high, wide) = crop[:2, 0, 0].int().tolist(), crop.shape[1:]
+        assert torch.equal(crop[0], torch.arange(left, left + wide).float().expand(high, wide))
+        assert torch.equal(crop[1], torch.arange(top, top + high).float()[:, None].expand(high, wide))
+        assert left + wide <= width and top + high <= height
+        boxes.append((left, top, wide / width, high / height))
+    left, top, wide, high = np.array(boxes).T
+    half_pixels = 0.5 / np.array(size)
+    if min(size) * np.sqrt(scale) > 2:  # else whole pixels are too coarse to say more
+        tolerance = half_pixels[0] / wide + half_pixels[1] / high  # both sides are rounded to whole pixels
+        assert (np.log(wide * high) >= np.log(scale) - 1.1 * tolerance).all()
+        assert (np.abs(np.log(wide / high)) < np.log(4 / 3) + 1.1 * tolerance).all()
+    if size == (120, 120) and scale == 0.25:
+        # the ends of both ranges are reached, and crops lie everywhere
+        assert (wide * high).min() < 0.35 and (wide * high).max() > 0.75
+        assert (wide / high).min() < 0.8 and (wide / high).max() > 1.25
+        assert left.max() > 40 and top.max() > 40 and min(left.min(), top.min()) < 5
 
 
 def test_draws_are_a_function_of_seed_epoch_position_and_row():
@@ -212,6 +242,49 @@ def test_preloaded_rows_equal_the_others():
     assert len(loaded) == N
 
 
+@pytest.mark.parametrize("world", [{}, {"rank": 1, "world_size": 2}, {"num_workers": 2}])
+@pytest.mark.parametrize("name", processors)
+def test_batches_of_preloaded_pairs_equal_those_of_the_data_loader(name, world):
+    dataset, collate = raw_pairs(10, same=False), PairCollator({"pixel_values"}, labels=True)
+    plain, loaded = (
+        PairLoader(
+            ImageRows(dataset, processors[name], PAIR, keep=("label",), preload=preload), collate, 4, seed=3, **world
+        )
+        for preload in (False, True)
+    )
+    loaded.dataset.processor = None  # nothing is transformed again
+    plain.position = loaded.position = 8
+    for _ in range(6):  # more than two passes
+        batch = next(loaded)
+        assert {*batch} == {"pixel_values", "labels"} and small.bit_equal(batch, next(plain))
+        assert plain.position == loaded.position
+    plain.close()
+
+
+def test_faults_of_preloaded_pairs_are_found():
+    rows = ImageRows(raw_pairs(), processor, PAIR, keep=("source_id",), preload=True)
+    rows.preloaded["pixel_values_b"][7, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or infinite values in 'pixel_values', row \d+ .*\(source_id 7\)"):
+        next(PairLoader(rows, PairCollator({"pixel_values"}), N, seed=1))
+    with pytest.raises(ValueError, match="need a column 'label'"):
+        next(PairLoader(rows, PairCollator({"pixel_values"}, labels=True), 1, seed=0))
+
+
+def end_of_training(folder, preload, seed=0):
+    sets = {"one": raw_pairs(10, same=False), "other": raw_pairs(7, same=False)}
+    sets = {name: ImageRows(pairs, processor, PAIR, preload=preload) for name, pairs in sets.items()}
+    settings = {"max_steps": 5, "learning_rate": 1e-3, "data_seed": seed}
+    training = small.trainer(folder, small.vit(), small.rows(24), sets, processing_class=processor, **settings)
+    training.train()
+    return small.weights(training.model), training.progress.positions
+
+
+def test_a_training_on_preloaded_pairs_is_the_same_to_the_bit(tmp_path):
+    (plain, positions), (loaded, theirs) = (end_of_training(tmp_path, preload) for preload in (False, True))
+    assert small.bit_equal(plain, loaded) and positions == theirs == {"one": 20, "other": 20}
+    assert small.differences(plain, end_of_training(tmp_path, True, seed=1)[0]) > 1e-5
+
+
 def test_preloading_more_than_a_chunk(monkeypatch):
     monkeypatch.setattr("ipg_hf.pairs.transforms.PRELOAD_CHUNK", 5)
     rows, loaded = (ImageRows(raw_pairs(), processor, PAIR, preload=preload) for preload in (False, True))
@@ -275,39 +348,6 @@ def test_an_image_file_that_changed_is_transformed_again(tmp_path):
 def test_preload_refuses_random_draws(settings):
     with pytest.raises(ValueError, match="preload=True keeps one version of each image"):
         ImageRows(raw_pairs(), processor, PAIR, preload=True, **settings)
-
-
-# ---- crop_box ----
-
-JUST_BELOW_1 = math.nextafter(1, 0)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 500), (224, 224), (640, 480)])
-@pytest.mark.parametrize("scale", [0.01, 0.25, 0.8, 0.99, 1.0])
-def test_crops_lie_inside_and_have_the_share_and_ratio_asked_for(size, scale):
-    corners = product([0.0, 0.5, JUST_BELOW_1], repeat=4)
-    draws = [*corners, *np.random.default_rng(0).random((500, 4))]
-    half_pixels = [0.5 / side for side in size]
-    for draw in draws:
-        left, top, right, bottom = crop_box(size, scale, draw)
-        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-        width, height = (right - left) / size[0], (bottom - top) / size[1]
-        if min(size) * math.sqrt(scale) < 2:
-            continue  # whole pixels are too coarse to say more
-        tolerance = half_pixels[0] / width + half_pixels[1] / height  # both sides are rounded to whole pixels
-        area = scale + (1 - scale) * draw[0]
-        assert abs(math.log(width * height / area)) < 1.1 * tolerance
-        assert abs(math.log(width / height)) < math.log(4 / 3) + 1.1 * tolerance
-
-
-def test_the_whole_image_and_the_extremes():
-    for draw in product([0.0, 0.3, JUST_BELOW_1], repeat=4):
-        assert crop_box((640, 480), 1.0, draw) == (0, 0, 640, 480)
-    assert crop_box((100, 100), 0.25, (0, 0.5, 0, 0)) == (0, 0, 50, 50)
-    assert crop_box((100, 100), 0.25, (0, 0.5, JUST_BELOW_1, JUST_BELOW_1)) == (50, 50, 100, 100)
-    # 1 / 4 of the area in the ratio 3 : 4, then nearly 4 : 3
-    assert crop_box((400, 400), 0.25, (0, 0.0, 0, 0)) == (0, 0, 173, 231)
-    assert crop_box((400, 400), 0.25, (0, JUST_BELOW_1, 0, 0)) == (0, 0, 231, 173)
 
 
 # ---- as_model_inputs ----

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing pairs: an endless, reshuffled, resumable order, and batches of two halves."""
+"""Draws pairs: an endless, shuffled order that can be resumed, and batches of two halves."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..config import IPGConfig
 from ..seeding import seeded
-from .cache import CachedPairs
+from .transforms import ImageRows
 
 
 class PairCollator:
-    """Rows of pairs -> one batch whose first half holds the a sides and whose second half the b sides.
+    """Makes a batch of pairs: the first half holds the a sides, the second half the b sides.
 
     Args:
-        input_names: the names that the model's forward accepts; `<name>_a` and `<name>_b` of a row become `<name>`.
-        main_input: the input that every row must have.
-        labels: whether a batch holds `labels` too, of both halves, from the rows' column `label`.
+        input_names: names of the inputs that the model's forward takes. The columns `<name>_a` and `<name>_b` of a row
+            become the input `<name>`.
+        main_input: name of the input that every row must have.
+        labels: whether a batch also holds `labels`, for both halves, from the column `label`.
 
-    A call takes n rows and returns `{name: tensor (2n, ...)}`. ValueError: the columns are missing, the sides differ in
-    shape or dtype, or a value is NaN or infinite.
+    A call takes n rows and returns `{name: tensor (2n, ...)}`. It raises a ValueError if columns are missing, if the
+    sides differ in shape or dtype, or if a value is NaN or infinite.
     """
 
     def __init__(self, input_names: Collection[str], main_input: str = "pixel_values", *, labels: bool = False):
@@ -54,26 +54,50 @@ class PairCollator:
                     check_sides(name, a, b, where)
                     check_rows_agree(name, sides[0][0], a, where)
             batch[name] = torch.stack(values)
-            # a sum shows that a value is not finite at a fraction of the cost of looking for it
-            if torch.isfinite(batch[name].sum()):
-                continue
-            finite = torch.isfinite(batch[name]).flatten(1).all(1)
-            if not finite.all():
-                number = int(finite.int().argmin()) % len(rows)
-                raise ValueError(
-                    f"the pair set has NaN or infinite values in {name!r}, row {number} of the batch"
-                    f"{source_of(rows[number])}. Remove or mend that row."
-                )
+            self._check_finite(name, batch[name], rows.__getitem__)
         if self.labels:
-            if any("label" not in row for row in rows):
-                raise ValueError(
-                    f"the pairs need a column 'label' where their sides' loss is minimised, but have {sorted(rows[0])}."
-                )
+            for row in rows:
+                self._check_label(row)
             batch["labels"] = torch.stack([torch.as_tensor(row["label"]) for row in rows] * 2)
         return batch
 
+    def of_columns(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Makes the batch that a call makes, of rows whose values are stacked already.
+
+        Args:
+            columns: column of the pair set -> its values in n rows, (n, ...).
+        """
+        batch = {}
+        for name in self.names(columns):
+            a, b = columns[f"{name}_a"], columns[f"{name}_b"]
+            check_sides(name, a[0], b[0], "row 0 of the batch")
+            batch[name] = torch.cat([a, b])
+            self._check_finite(name, batch[name], lambda n: {column: rows[n] for column, rows in columns.items()})
+        if self.labels:
+            self._check_label(columns)
+            batch["labels"] = columns["label"].repeat(2)
+        return batch
+
+    def _check_finite(self, name: str, values: Tensor, row_of: Callable[[int], Mapping[str, Any]]) -> None:
+        # the sum shows at a fraction of the cost whether it is worth looking for a value that is not finite
+        if torch.isfinite(values.sum()):
+            return
+        finite = torch.isfinite(values).flatten(1).all(1)
+        if not finite.all():
+            number = int(finite.int().argmin()) % (len(values) // 2)
+            raise ValueError(
+                f"the pair set has NaN or infinite values in {name!r}, row {number} of the batch"
+                f"{source_of(row_of(number))}. Remove or mend that row."
+            )
+
+    def _check_label(self, row: Mapping[str, Any]) -> None:
+        if "label" not in row:
+            raise ValueError(
+                f"the pairs need a column 'label' if the loss of their sides is minimised, but have {sorted(row)}."
+            )
+
     def names(self, row: Mapping[str, Any]) -> list[str]:
-        """The model inputs of which the row holds both sides."""
+        """Returns the names of the model inputs that a row holds for both sides."""
         found = [key[:-2] for key in row if key.endswith("_a") and f"{key[:-2]}_b" in row]
         names = [name for name in found if name in self.input_names]
         if self.main_input not in names:
@@ -85,7 +109,7 @@ class PairCollator:
 
 
 def check_sides(name: str, a: Tensor, b: Tensor, where: str) -> None:
-    """Raises ValueError where the two sides of a pair differ in shape or dtype."""
+    """Raises a ValueError if the two sides of a pair differ in shape or dtype."""
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
             f"the sides of a pair must have one shape and dtype, but {name}_a is {a.dtype} {tuple(a.shape)} and "
@@ -94,7 +118,7 @@ def check_sides(name: str, a: Tensor, b: Tensor, where: str) -> None:
 
 
 def check_rows_agree(name: str, first: Tensor, a: Tensor, where: str) -> None:
-    """Raises ValueError where a row differs from row 0 in shape or dtype: they could not be one batch."""
+    """Raises a ValueError if a row differs from row 0 in shape or dtype, so that they cannot form a batch."""
     if first.shape != a.shape or first.dtype != a.dtype:
         raise ValueError(
             f"all rows of pairs must have one shape and dtype, but {name}_a is {first.dtype} {tuple(first.shape)} in "
@@ -103,15 +127,23 @@ def check_rows_agree(name: str, first: Tensor, a: Tensor, where: str) -> None:
 
 
 def source_of(row: Mapping[str, Any]) -> str:
-    """The row's `source_id`, where it has one, for messages."""
+    """Returns the row's `source_id` for a message, or nothing if the row has none."""
     return f" (source_id {row['source_id']})" if "source_id" in row else ""
 
 
 class PairSampler(Sampler):
-    """Endless batches of keys (position, row) over n rows: each pass is a fresh permutation, no row is dropped.
+    """Draws endless batches of keys (position, row). Each pass over the rows is a new permutation.
 
-    Batches go on across the end of a pass. Position p is row `permutation(seed, p // n)[p % n]`, whatever the batch
-    size and the number of processes; process r of m takes the r-th part of each global batch.
+    No row is dropped: a batch goes on into the next pass. Position p is row `permutation(seed, p // n)[p % n]` of n
+    rows, for every batch size and number of processes. Process r of m takes part r of each global batch.
+
+    Args:
+        num_rows: number of rows of the pair set.
+        batch_size: number of keys in a batch of this process.
+        seed: seed of the permutations.
+        start: position of the first key.
+        rank: number of this process.
+        world_size: number of processes.
     """
 
     def __init__(
@@ -139,10 +171,10 @@ class PairSampler(Sampler):
 
 
 class _MapPairs(Dataset):
-    """Fetches keys of a PairSampler from the user's data set.
+    """Fetches the keys of a PairSampler from the user's data set.
 
-    A random transform of the user's own draws from the global generators: they are set from the seed and the position
-    for the fetch and put back after it, so that the pairs and the rest of the training do not disturb each other.
+    A random transform of the user's data set draws from the global generators. For the fetch, they are set from the
+    seed and the position, and put back after it. The pairs and the rest of the training do not disturb each other.
     """
 
     def __init__(self, dataset: Any, seed: int):
@@ -160,7 +192,7 @@ class _MapPairs(Dataset):
 
 
 class _StreamPairs(IterableDataset):
-    """An endless stream over an iterable data set."""
+    """Iterates over an iterable data set again and again."""
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset = dataset
@@ -194,21 +226,24 @@ class _StreamPairs(IterableDataset):
 
 
 class PairLoader:
-    """Endless batches of pairs, from any position on.
+    """Draws endless batches of pairs, from any position.
+
+    A preloaded [`ImageRows`] is read by whole batches in this process, since that takes less time than a worker's
+    answer. Every other data set is read by a `torch.utils.data.DataLoader`.
 
     Args:
         dataset: a map-style data set, or an iterable one, which is read again from its start when it ends.
-        collate: makes a batch of rows, e.g. [`PairCollator`].
-        batch_size: pairs a batch on this process. More than a map-style set holds: all of it.
-        seed: seed of the order, and of random transforms.
+        collate: makes a batch of rows.
+        batch_size: number of pairs in a batch of this process; at most as many as a map-style set has.
+        seed: seed of the order and of random transforms.
         rank: number of this process.
         world_size: number of processes that share each global batch.
-        loader_kwargs: more arguments for `torch.utils.data.DataLoader` (worker processes, pinned memory).
+        loader_kwargs: further arguments of `torch.utils.data.DataLoader` (worker processes, pinned memory).
 
     Attributes:
-        cost: what the last batch cost beside being read, for the logs.
-        position: pairs drawn so far by all processes together; set it before the first draw to go on from there. A
-            stream is read again and passed over up to that point.
+        cost: what the last batch cost besides reading it, for the logs.
+        position: number of pairs that all processes together have drawn. Set it before the first draw to continue from
+            there. A stream is read again up to that position.
     """
 
     cost: Mapping[str, float] = MappingProxyType({})
@@ -216,7 +251,7 @@ class PairLoader:
     def __init__(
         self,
         dataset: Any,
-        collate: Any,
+        collate: PairCollator,
         batch_size: int,
         *,
         seed: int,
@@ -256,12 +291,12 @@ class PairLoader:
             rank=self.rank,
             world_size=self.world_size,
         )
-        if isinstance(self.dataset, CachedPairs):
-            return map(self.dataset.batch, sampler)
+        if isinstance(self.dataset, ImageRows) and self.dataset.preloaded is not None:
+            return (self.collate.of_columns(self.dataset.columns_of(keys)) for keys in sampler)
         return iter(self._loader(_MapPairs(self.dataset, self.seed), batch_sampler=sampler, collate_fn=self.collate))
 
     def _stream(self) -> Iterator[Any]:
-        # every process reads the whole global batch and takes its part: exact for any stream, at the price of reading
+        # every process reads the whole global batch and takes its part: exact for any stream, but all rows are read
         size, rank = self.batch_size, self.rank
         rows = _StreamPairs(self.dataset, self.seed)
         batches = iter(self._loader(rows, batch_size=size * self.world_size, collate_fn=list))
@@ -280,25 +315,6 @@ class PairLoader:
         return DataLoader(dataset, generator=torch.Generator().manual_seed(self.seed), **settings)
 
 
-def loader_of(args: IPGConfig, dataset: Any, collate: Any, name: str) -> PairLoader:
-    """The loader of one pair set in a training run."""
-    if args.pair_cache != "none":
-        kept_on = args.device if args.pair_cache == "device" else torch.device("cpu")
-        dataset = CachedPairs(dataset, collate, kept_on, args.device)
-    return PairLoader(
-        dataset,
-        collate,
-        args.per_device_pair_batch_size,
-        seed=args.pair_order_seed(name),
-        rank=args.process_index,
-        world_size=args.world_size,
-        num_workers=args.dataloader_num_workers if args.pair_num_workers is None else args.pair_num_workers,
-        pin_memory=args.dataloader_pin_memory,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-    )
-
-
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set can only be iterated."""
+    """Returns whether a data set can only be iterated."""
     return isinstance(dataset, (IterableDataset, datasets.IterableDataset))

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From raw images to model inputs: the model's own image processor, with random crops and flips in its train form.
+"""Makes model inputs of raw images: the model's own image processor, and for training random crops and flips.
 
-Every draw is a function of the seed and of the row's place (epoch and row of the training set, position in the endless
-order of the pairs), never of a global generator: the number of workers, of processes, or a resume changes nothing.
+A random draw is a function of the seed and of the row's place: epoch and row in a training set, position in the order
+of a pair set. The number of workers, the number of processes and a resume therefore change nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -22,33 +21,40 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchvision.transforms import v2
+
+from ..seeding import seeded
 
 PRELOAD_CHUNK = 512
 TRANSFORMING = ("transformers", "torch", "torchvision", "timm", "pillow")
 
 
 class ImageRows(torch.utils.data.Dataset):
-    """Rows of a raw-image data set as model inputs.
+    """Gives the rows of a data set with raw images as model inputs.
 
     Args:
         dataset: a map-style `datasets.Dataset` with image columns.
-        processor: an image processor (`AutoImageProcessor`, `TimmWrapperImageProcessor`, ...), called in its inference
-            form on batches of images.
-        columns: image column -> name of the model input it becomes, e.g. `{"image": "pixel_values"}`, or two columns
-            for a pair set. All images of one row get the same crop and the same flip.
-        keep: other columns that stay as they are (labels, attributes).
-        random_flip: flip left-right half of the time.
-        random_crop_scale: smallest share of the area that a random crop keeps; 1.0 crops nothing.
+        processor: an image processor (`AutoImageProcessor`, `TimmWrapperImageProcessor`, ...). It is called on batches
+            of images, in the form that it has at inference.
+        columns: image column -> name of the model input, e.g. `{"image": "pixel_values"}`. A pair set has two columns.
+            All images of a row get the same crop and the same flip.
+        keep: other columns that are passed on unchanged (labels, attributes).
+        random_flip: flip the images of a row left to right with probability 1/2.
+        random_crop_scale: smallest share of the area that a random crop keeps; 1.0 crops nothing. The aspect ratio of
+            the crop is that of the image times a factor between 3/4 and 4/3.
         seed: seed of the draws.
         preload: transform every row once, now, and keep the tensors in memory. Only without random draws.
-        preload_dir: with `preload`, a folder that keeps these tensors for the next time, a safetensors file under the
-            hash of the images (of an image that is a file beside the set: its path, size and time of change), the
-            processor's settings and the versions of what transforms. Nothing is removed from it.
+        preload_dir: with `preload`, a folder that keeps the tensors for the next run, as one safetensors file. The name
+            of the file is a hash of the images (for an image that is a file of its own: path, size and time of change),
+            of the settings of the processor and of the versions of the packages that transform. No file is removed.
 
-    Items are dicts: input name -> tensor, of floats and shape (channels, height, width) for most models; kept column ->
-    its value. What a processor gives beside the main input (masks) comes under its own name, with the side of a pair
-    (`pixel_attention_mask_a`). A key is a row
-    number, or a pair (position, row) as the pair sampler gives it.
+    Attributes:
+        preloaded: the tensors of all rows by name, (number of rows, ...); `None` without `preload`.
+
+    An item is a dict: name of a model input -> tensor, for most models floats of shape (channels, height, width); kept
+    column -> its value. A processor may return more than the main input, e.g. masks. They keep their own names; those
+    of a pair end in the side (`pixel_attention_mask_a`). A key is a row number, or (position, row) as the pair sampler
+    gives it.
     """
 
     def __init__(
@@ -74,21 +80,21 @@ class ImageRows(torch.utils.data.Dataset):
         self.seed = seed
         # worker processes that outlive an epoch see a change made here, since the memory is shared
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._preloaded: dict[str, Tensor] | None = None
+        self.preloaded: dict[str, Tensor] | None = None
         if preload:
             if self.is_random:
                 raise ValueError("preload=True keeps one version of each image: it needs no random flip and no crop.")
-            self._preloaded = self._load_all(preload_dir)
+            self.preloaded = self._load_all(preload_dir)
 
     takes_positions = True
 
     @property
     def is_random(self) -> bool:
-        """Whether two visits of a row may differ."""
+        """Whether a row may give other values when it is read again."""
         return self.random_flip or self.random_crop_scale < 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the draws of another pass over the rows."""
+        """Sets the number of the pass over the rows, on which the draws depend."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -98,46 +104,60 @@ class ImageRows(torch.utils.data.Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """Several rows at once, as `torch.utils.data.DataLoader` asks for them."""
-        rows = [key[1] if isinstance(key, tuple) else key for key in keys]
-        if self._preloaded is not None:
-            index = torch.as_tensor(rows)
-            table = {name: values[index].unbind() for name, values in self._preloaded.items()}
+        """Returns several rows, as `torch.utils.data.DataLoader` asks for them."""
+        if self.preloaded is not None:
+            table = {name: values.unbind() for name, values in self.columns_of(keys).items()}
         else:
+            rows = [key[1] if isinstance(key, tuple) else key for key in keys]
             places = [key[0] if isinstance(key, tuple) else (self._epoch.item(), key) for key in keys]
-            table = self._transformed(self.dataset[rows], [self.draw(place) for place in places])
+            table = self._transformed(self.dataset[rows], places)
         return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
-    def transform_batch(self, batch: dict[str, list], numbers: list[int]) -> dict[str, Any]:
-        """The inputs of a batch of raw rows, for `datasets.IterableDataset.map`; `numbers` are the rows' places.
+    def columns_of(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
+        """Returns the values of several rows of a preloaded set, stacked: input or kept column -> (n, ...)."""
+        rows = torch.tensor([key[1] if isinstance(key, tuple) else key for key in keys])
+        return {name: values.index_select(0, rows) for name, values in self.preloaded.items()}
 
-        ValueError: the images of a row differ in size (a stream has no check before training).
+    def transform_batch(self, batch: dict[str, list], numbers: list[int]) -> dict[str, Any]:
+        """Makes the inputs of a batch of raw rows, for `datasets.IterableDataset.map`.
+
+        Args:
+            batch: image column -> images.
+            numbers: place of each row in the stream.
+
+        Raises:
+            ValueError: the images of a row differ in size. (The rows of a stream are not checked before training.)
         """
         for number, images in zip(numbers, zip(*(batch[name] for name in self.columns), strict=True), strict=True):
             sizes = [image.size for image in images]
             if len({*sizes}) > 1:
                 raise ValueError(f"the sides of a pair must have one size, but they have {sizes} in row {number}.")
-        return self._transformed(batch, [self.draw(number) for number in numbers])
+        return self._transformed(batch, numbers)
 
-    def draw(self, place: int | tuple[int, int]) -> np.ndarray | None:
-        """The five numbers in [0, 1) of a place: four of its crop, one of its flip; None without random draws."""
-        if not self.is_random:
-            return None
-        return np.random.default_rng((self.seed, *np.atleast_1d(place))).random(5)
+    def _transformed(self, batch: dict[str, list], places: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
+        if self.is_random:
+            with seeded(self.seed):
+                rows = zip(places, *(batch[name] for name in self.columns), strict=True)
+                augmented = [self._augmented(place, images) for place, *images in rows]
+            batch = {**batch, **dict(zip(self.columns, zip(*augmented, strict=True), strict=True))}
+        return self._inputs(batch) | {name: batch[name] for name in self.keep}
 
-    def flips(self, draw: np.ndarray | None) -> bool:
-        """Whether an image with this draw is flipped."""
-        return self.random_flip and bool(draw[4] < 0.5)
+    def _augmented(self, place: int | tuple[int, int], images: list[Image.Image]) -> list[Image.Image]:
+        """The images of a row under the random crop and flip of its place. Call it within [`~seeding.seeded`]."""
+        # torchvision draws from the global generator of torch
+        key = np.random.SeedSequence((self.seed, *np.atleast_1d(place).tolist()))
+        torch.default_generator.manual_seed(int(key.generate_state(1)[0]))
+        if self.random_crop_scale < 1:
+            shape = images[0].width / images[0].height
+            ratios = [shape * 3 / 4, shape * 4 / 3]
+            box = v2.RandomResizedCrop.get_params(images[0], [self.random_crop_scale, 1.0], ratios)
+            # the image processor resizes
+            images = [v2.functional.crop(image, *box) for image in images]
+        return v2.RandomHorizontalFlip()(images) if self.random_flip else images
 
-    def _transformed(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Any]:
-        return self._inputs(batch, draws) | {name: batch[name] for name in self.keep}
-
-    def _inputs(self, batch: dict[str, list], draws: list[np.ndarray | None]) -> dict[str, Tensor]:
-        images = {
-            name: [self._augmented(*pair) for pair in zip(batch[name], draws, strict=True)] for name in self.columns
-        }
+    def _inputs(self, batch: Mapping[str, Sequence[Image.Image]]) -> dict[str, Tensor]:
         # one call for all columns: processors have a fixed cost per call
-        inputs = process_images(self.processor, [image for name in self.columns for image in images[name]])
+        inputs = process_images(self.processor, [image for name in self.columns for image in batch[name]])
         main = "pixel_values" if "pixel_values" in inputs else next(iter(inputs))  # ImageGPT's are `input_ids`
         table = {}
         for name, values in inputs.items():
@@ -146,15 +166,6 @@ class ImageRows(torch.utils.data.Dataset):
                 table[target if name == main else f"{name}{side}"] = part
         return table
 
-    def _augmented(self, image: Image.Image, draw: np.ndarray | None) -> Image.Image:
-        if draw is None:
-            return image
-        if self.random_crop_scale < 1:
-            image = image.crop(crop_box(image.size, self.random_crop_scale, draw[:4]))
-        if self.flips(draw):
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
-
     def _load_all(self, folder: str | None) -> dict[str, Tensor]:
         kept = {name: torch.as_tensor(self.dataset[name][:]) for name in self.keep}
         path = None if folder is None else Path(folder) / f"{self._content_hash()}.safetensors"
@@ -162,7 +173,7 @@ class ImageRows(torch.utils.data.Dataset):
             return load_file(path) | kept
         images = self.dataset.select_columns([*self.columns])
         chunks = (images[start : start + PRELOAD_CHUNK] for start in range(0, len(self), PRELOAD_CHUNK))
-        tables = [self._inputs(chunk, [None] * len(next(iter(chunk.values())))) for chunk in chunks]
+        tables = [self._inputs(chunk) for chunk in chunks]
         inputs = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +202,7 @@ def _version(package: str) -> str | None:
 
 
 def _image_content(stored: Mapping[str, Any]) -> bytes:
-    """What tells a stored image from others: its bytes, after their number, or the facts of its file."""
+    """What identifies a stored image: its bytes after their number, or path, size and time of change of its file."""
     if stored["bytes"] is not None:
         return len(stored["bytes"]).to_bytes(8, "big") + stored["bytes"]
     facts = os.stat(stored["path"])
@@ -208,10 +219,19 @@ def as_model_inputs(
     random_crop_scale: float = 1.0,
     seed: int = 0,
 ) -> Any:
-    """A `datasets` set with raw images (`image`, or `image_a` and `image_b`) as model inputs; any other set as it is.
+    """Wraps a data set with raw images so that its rows are model inputs. Any other data set is returned unchanged.
 
-    A set with columns of inputs, or with a format or transform of the user's own, is left alone. A stream is mapped
-    lazily, its format dropped, its draws being a function of the row alone.
+    A set that has columns of model inputs, a format or a transform of the user is returned unchanged. A stream is
+    mapped lazily without its format, and a draw depends on the row only, not on the pass.
+
+    Args:
+        dataset: the data set; raw images are the columns `image`, or `image_a` and `image_b`, of a `datasets` set.
+        processor: the image processor.
+        main_input: name of the model input that the images become.
+        keep: other columns that are passed on unchanged.
+        random_flip: flip the images of a row left to right with probability 1/2.
+        random_crop_scale: smallest share of the area that a random crop keeps.
+        seed: seed of the draws.
     """
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         return dataset
@@ -232,12 +252,16 @@ def as_model_inputs(
 def process_images(processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
     """Calls an image processor on images of any mode.
 
+    Args:
+        processor: the image processor.
+        images: N images.
+
     Returns:
-        Its tensors by name, each of N rows: `pixel_values`, a float tensor of shape (N, channels, height, width), or
-        what else the model reads (patches with their mask and places, colours).
+        The tensors of the processor by name, each with N rows: `pixel_values`, floats of shape (N, channels, height,
+        width), or what the model reads instead (patches with their mask and places, colours).
 
     Raises:
-        ValueError: something is no image, or one of more than 8 bits a channel, or the processor gives images of
+        ValueError: an entry is no image, an image has more than 8 bits a channel, or the processor returns images of
             different sizes.
     """
     for image in images:
@@ -259,25 +283,3 @@ def process_images(processor: Any, images: Sequence[Image.Image]) -> dict[str, T
     return {
         name: values for name, values in inputs.items() if isinstance(values, Tensor) and len(values) == len(images)
     }
-
-
-def crop_box(size: tuple[int, int], scale: float, draw: Sequence[float]) -> tuple[int, int, int, int]:
-    """A random crop: an area share in [scale, 1] and an aspect ratio in [3/4, 4/3] of the image's own, nearer to 1 for
-    large shares, since they would not fit; to whole pixels.
-
-    Args:
-        size: (width, height) in pixels.
-        scale: smallest share of the area, in (0, 1].
-        draw: four numbers in [0, 1): area, aspect ratio, left, top.
-
-    Returns:
-        (left, top, right, bottom) in pixels, inside the image and not empty.
-    """
-    area = scale + (1 - scale) * draw[0]
-    # a crop of the share `area` fits into the image only in ratios between area and 1 / area
-    limit = min(math.log(4 / 3), -math.log(area)) / 2
-    stretch = math.exp((2 * draw[1] - 1) * limit)
-    width = max(1, min(size[0], round(size[0] * math.sqrt(area) * stretch)))
-    height = max(1, min(size[1], round(size[1] * math.sqrt(area) / stretch)))
-    left, top = int(draw[2] * (size[0] - width + 1)), int(draw[3] * (size[1] - height + 1))
-    return left, top, left + width, top + height
