@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Invariance pair-guided learning for Hugging Face `Trainer` (arXiv 2502.18975)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .config import IPGConfig
 from .heads import ClassifierHead, find_head

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classifier head: the last linear layer or layers, their weight W, and the features z that enter them.
 
-The method needs z and W such that `W z + b` is exactly what the model returns as logits. `find_head` finds the layer,
-`ClassifierHead.verify` proves it on a real forward, and `ClassifierHead.run` does a forward and hands out logits and z.
+A rationale needs z and W such that `W z + b` is exactly what the model returns as logits. `find_head` finds the layer,
+`ClassifierHead.verify` proves it on a real forward, and `ClassifierHead.run` runs a forward and returns logits and z.
 
-Some models return the mean of n linear heads, each with features of its own (distilled DeiT and LeViT, CrossViT,
-RepViT, ...). The mean is linear as well: with z the concatenation of the z_i and W that of the W_i / n, W z + b still
-is the logits, and the rationale W ⊙ z the concatenation of the heads' rationales divided by n (our reading: the paper
-has one head).
+Some models return the mean of n linear heads, each with its own features (distilled DeiT and LeViT, CrossViT, RepViT,
+...). This mean is linear too. Let z be the concatenation of the z_i, and W the concatenation of the W_i / n: then
+W z + b is still the logits, and the rationale W ⊙ z is the concatenation of the heads' rationales, divided by n (our
+reading: the paper has one head).
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from .inference import inference, logits_of
+from .names import nearest
 
 # A recomputed W z + b may differ from the layer's own output by rounding alone, relative to sum |W z|.
 RELATIVE_TOLERANCE = 1e-4
 
-# Why classes of models are refused that others of their kind are not, and the way out.
+# Models without a head that can be proven -> the reason, and what to do.
 WAYS_OUT = {
     "PeftModel": "Where an adapter is in the head, train a copy of the head instead: modules_to_save=['classifier'].",
     "VOLO": "VOLO adds the maximum over its tokens of an auxiliary head: build it with use_aux_head=False.",
@@ -43,11 +43,11 @@ WAYS_OUT = {
 
 @dataclass(frozen=True)
 class ClassifierHead:
-    """The linear classifier head inside a model, or the several whose mean the model returns.
+    """The linear classifier head of a model, or its several heads, if the model returns their mean.
 
     Args:
-        modules: the `nn.Linear`, or `nn.Conv2d` with a 1×1 kernel, that makes the logits; or all that do.
-        paths: the dotted name of each in the model, e.g. `("classifier.1",)`.
+        modules: the layers that make the logits, each an `nn.Linear` or an `nn.Conv2d` with a 1×1 kernel.
+        paths: the dotted name of each layer in the model, e.g. `("classifier.1",)`.
     """
 
     modules: tuple[nn.Module, ...]
@@ -55,7 +55,7 @@ class ClassifierHead:
 
     @property
     def path(self) -> str | tuple[str, ...]:
-        """As `find_head` takes it: the dotted name of the one layer, or the names of all."""
+        """The argument `head` that makes `find_head` return this head: the name of its layer, or the names of all."""
         return self.paths[0] if len(self.paths) == 1 else self.paths
 
     @property
@@ -66,16 +66,17 @@ class ClassifierHead:
 
     @property
     def weight(self) -> Tensor:
-        """W, shape (C, D): gradients flow into the parameters. Of n heads [W_1, ..., W_n] / n, with D = sum of D_i.
+        """W, shape (C, D), through which gradients flow into the parameters.
 
-        Of a sharded parameter (FSDP2) it is the whole: read it after the forward, on all processes.
+        For n heads it is [W_1, ..., W_n] / n, with D = sum of D_i. A sharded parameter (FSDP2) is gathered: read W
+        after the forward, on all processes.
         """
         weights = [_whole(module.weight).flatten(1) for module in self.modules]
         return weights[0] if len(weights) == 1 else torch.cat(weights, 1) / len(weights)
 
     @property
     def bias(self) -> Tensor | None:
-        """b, shape (C,), or None. Of n heads the mean of their biases."""
+        """b, shape (C,), or None. For n heads it is the mean of their biases."""
         biases = [_whole(module.bias) for module in self.modules if module.bias is not None]
         if len(self.modules) == 1:
             return biases[0] if biases else None
@@ -87,7 +88,7 @@ class ClassifierHead:
         return dict(zip(self.paths, self.modules, strict=True))
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """One forward of `model`, eager (see [`CompiledRun`] for another).
+        """Runs one forward of `model`, eagerly ([`CompiledRun`] runs a compiled one).
 
         Args:
             model: the model that holds this head.
@@ -105,16 +106,15 @@ class ClassifierHead:
         return logits, features_of(calls)
 
     def verify(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Proves on one forward that this head alone makes the logits; leaves the model as it was.
+        """Proves on one forward that only this head makes the logits; leaves the model as it was.
 
-        Noise is put in the place of each layer's output: it must come out as the logits (as their mean, of several
-        heads), and no trainable parameter of the model may reach the logits by another way. So freshly initialised and
-        zero-initialised heads, and adapters that start at zero, prove no less than trained ones. `W z + b` must be the
-        layer's own output. On the meta device, which holds no numbers, the ways to the logits and the shapes are
-        proven.
+        Noise replaces the output of each layer. It must come out as the logits (for several heads, as their mean), and
+        no trainable parameter may reach the logits by another way. This also proves freshly initialised and
+        zero-initialised heads, and adapters that start at zero. `W z + b` must equal the layer's own output. The meta
+        device holds no numbers: there, the ways to the logits and the shapes are proven.
 
         Args:
-            model: the model, eager (not compiled). A sharded one is passed over: it was whole when it was made.
+            model: the model, eager (not compiled). Nothing is proven of a sharded model: it was whole when it was made.
             inputs: keyword arguments of its forward, without labels; two images are enough.
 
         Raises:
@@ -122,7 +122,7 @@ class ClassifierHead:
         """
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             return
-        problem = try_layers(model, self.layers, inputs).problem(self.paths)
+        problem = check_layers(model, self.layers, inputs).problem(self.paths)
         if problem:
             others = [repr(name) for name, _ in _candidates(model) if name not in self.paths]
             raise ValueError(
@@ -153,7 +153,7 @@ class CompiledRun:
         self._compiled = torch.compile(self._run, **options)
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """As `ClassifierHead.run`."""
+        """Runs one forward; returns logits, shape (N, C), and z, shape (N, D), or None without a head."""
         return self._compiled(model, inputs)
 
     def close(self) -> None:
@@ -178,13 +178,13 @@ class CompiledRun:
 
 
 def features_of(calls: Mapping[str, list[Tensor]]) -> Tensor:
-    """z, shape (N, D), from the inputs of every call of each head in one forward."""
+    """z, shape (N, D), from the inputs of all calls of each head in one forward: path -> inputs."""
     for path, inputs in calls.items():
         if len(inputs) != 1:
             raise RuntimeError(
-                f"the head {path!r} ran {len(inputs)} times in one forward instead of once. A layer that was replaced "
-                "since the head was found (reset_classifier), or a forward that was compiled before, is the usual "
-                "cause: find the head anew, compile afterwards, or pass another one as head=."
+                f"the head {path!r} ran {len(inputs)} times in one forward instead of once. Usually the layer was "
+                "replaced after the head was found (reset_classifier), or the forward was compiled before: find the head "
+                "anew, compile afterwards, or pass another layer as head=."
             )
         if not is_pooled(inputs[0]):
             raise RuntimeError(
@@ -199,19 +199,19 @@ def find_head(
 ) -> ClassifierHead:
     """Finds the last linear layer of an image classifier, or the layers whose mean it returns.
 
-    Candidates are the linear layers (and 1×1 convolutions) with as many outputs as the model has labels. Where there
-    are several (a hidden layer as wide as the number of labels, the untrained copy that PEFT keeps, several heads), one
-    forward decides: the head is what reaches the logits.
+    Candidates are the linear layers (and 1×1 convolutions) with as many outputs as the model has labels. There may be
+    several: a hidden layer of the same width, the untrained copy that PEFT keeps, several heads. Then one forward
+    decides: the head is what reaches the logits.
 
     Args:
-        model: a transformers image classifier, a timm model, or any module; one that names its number of labels
-            (`config.num_labels`, `num_classes`) needs no `head`.
-        head: dotted path of the layer, where it cannot be found; a tuple of paths for a mean of several.
-        inputs: keyword arguments of a forward that decides between several candidates; by default noise in the size
+        model: a transformers image classifier, a timm model, or any other module. A module that names its number of
+            labels (`config.num_labels`, `num_classes`) needs no `head`.
+        head: dotted path of the layer, where it cannot be found; a tuple of paths for a mean of several heads.
+        inputs: keyword arguments of the forward that decides between several candidates; by default noise in the size
             that the config names.
 
     Returns:
-        The head. Nothing is registered on the model. It is found, not yet proven: see `ClassifierHead.verify`.
+        The head. Nothing is registered on the model. The head is found, and not yet proven (`ClassifierHead.verify`).
 
     Raises:
         ValueError: the path does not exist or is not linear; no candidate; several, which do not make the logits.
@@ -226,8 +226,8 @@ def find_head(
         linear = [name for name, module in model.named_modules() if _is_linear(module)]
         if _num_labels(model) == 0:
             raise ValueError(
-                f"{type(model).__name__} has no classifier (num_classes is 0): choose a model that has one, or add one "
-                "to it, a module of your own whose forward returns the logits of a linear layer."
+                f"{type(model).__name__} has no classifier (num_classes is 0): choose a model with a classifier, or "
+                "wrap it in a module of your own whose forward returns the logits of a linear layer."
             )
         raise ValueError(
             f"{type(model).__name__} has no linear layer with {_num_labels(model)} outputs (its config.num_labels). "
@@ -237,11 +237,11 @@ def find_head(
 
 
 def noise_inputs(model: nn.Module, size: int | tuple[int, int] | None = None) -> dict[str, Tensor]:
-    """Two images of noise for a model's forward, in the size that its config names, 224 pixels where it names none.
+    """Two images of noise for a model's forward, in the size that its config names, or else of 224 pixels.
 
     Args:
         model: a transformers image classifier or a timm model.
-        size: height and width in pixels, instead of the config's.
+        size: height and width in pixels; by default the config's.
 
     Raises:
         ValueError: the model has neither a config nor timm's.
@@ -279,8 +279,8 @@ def noise_inputs(model: nn.Module, size: int | tuple[int, int] | None = None) ->
 def _layer_at(model: nn.Module, path: str) -> nn.Module:
     modules = dict(model.named_modules())
     if path not in modules:
-        near = difflib.get_close_matches(path, [name for name in modules if name], n=3, cutoff=0.3)
-        raise ValueError(f"head={path!r} is no layer of {type(model).__name__}. Nearest names: {near}.")
+        names = [name for name in modules if name]
+        raise ValueError(f"head={path!r} is no layer of {type(model).__name__}.{nearest(path, names)}")
     if not _is_linear(modules[path]):
         start = f"{path}." if path else ""
         inside = [name for name, module in modules.items() if name.startswith(start) and _is_linear(module)]
@@ -296,14 +296,15 @@ def _head_among(
     width = "" if num_labels is None else f" with {num_labels} outputs"
     error = f"{type(model).__name__} has several linear layers{width}: {', '.join(map(repr, list(candidates)[-8:]))}."
     try:
-        trial = try_layers(model, candidates, noise_inputs(model) if inputs is None else inputs)
+        check = check_layers(model, candidates, noise_inputs(model) if inputs is None else inputs)
     except Exception as failure:
         tried = "noise" if inputs is None else "the inputs"
         raise ValueError(
-            f"{error} Trying them out on {tried} failed ({failure}). Pass the right one as head=."
+            f"{error} A forward of {tried} that would decide between them failed ({failure}). Pass the right one as "
+            "head=."
         ) from failure
-    paths = trial.reaching()
-    problem = trial.problem(paths) if paths else "the output of none of them reaches the logits"
+    paths = check.reaching()
+    problem = check.problem(paths) if paths else "the output of none of them reaches the logits"
     if problem:
         raise ValueError(f"{error} They do not make the logits: {problem}. {_way_out(model)}")
     return ClassifierHead(tuple(candidates[path] for path in paths), paths)
@@ -316,7 +317,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _described(model: nn.Module) -> nn.Module:
-    """The model inside wrappers (averaged copies, adapters): the outermost module that names its number of labels."""
+    """The model inside wrappers such as averaged copies and adapters: the outermost module with a number of labels."""
     named = (
         m for m in model.modules() if hasattr(getattr(m, "config", None), "num_labels") or hasattr(m, "num_classes")
     )
@@ -350,8 +351,8 @@ def _way_out(model: nn.Module) -> str:
 def _whole(parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return parameter
-    # each process's gradient is that of its own pairs, and FSDP takes the mean: a plain full_tensor() would take one
-    # process's gradient for everybody's
+    # each process has the gradient of its own pairs, and FSDP takes their mean: with a plain full_tensor() the gradient
+    # of one process would count as that of all
     return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
@@ -364,9 +365,9 @@ def _quoted(paths: Sequence[str]) -> str:
 
 @contextmanager
 def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, tuple, dict, Tensor], Any]) -> Iterator[None]:
-    """Forward hooks `hook(path, args, kwargs, output)` on layers, given by path, for the block.
+    """Within the block, the layers have forward hooks that call `hook(path, args, kwargs, output)`.
 
-    Hooks that stay would be copied by deepcopy and refused by pickle (model copies for averaging, `mp_spawn`).
+    Permanent hooks would be copied by deepcopy and refused by pickle (model copies for averaging, `mp_spawn`).
     """
     handles = [
         module.register_forward_hook(
@@ -387,16 +388,16 @@ def is_pooled(z: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A forward in which noise took the place of each layer's output.
+class HeadCheck:
+    """What one forward shows in which noise replaced the output of each layer.
 
     Args:
-        layers: the layers by path.
-        calls: by path (z, output, noise) of each call.
-        logits: what came out, shape (N, C).
-        probe: shape (N, C), random.
-        shares: by path and call the gradient of the sum of logits · `probe` by the noise; None where there is none.
-        others: the trainable parameters that reach the logits by another way than through the layers.
+        layers: path -> layer.
+        calls: path -> (z, output, noise) of each call of the layer.
+        logits: the logits of this forward, shape (N, C).
+        probe: random numbers, shape (N, C).
+        shares: path -> for each call, the gradient of the sum of logits · `probe` with respect to the noise, or None.
+        others: names of the trainable parameters that reach the logits by another way than through the layers.
     """
 
     layers: Mapping[str, nn.Module]
@@ -411,7 +412,7 @@ class Trial:
         return tuple(path for path, shares in self.shares.items() if any(share is not None for share in shares))
 
     def problem(self, paths: Sequence[str]) -> str | None:
-        """Why the layers at these paths together are not the head; None where their mean is proven to be the logits."""
+        """Why the layers at these paths are not the head; None if their mean is proven to be the logits."""
         for path in paths:
             problem = self._problem_of(path)
             if problem:
@@ -460,10 +461,10 @@ class Trial:
 
 
 @torch.enable_grad()
-def try_layers(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> Trial:
-    """One forward in inference mode in which the outputs of the layers are replaced by noise.
+def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mapping[str, Any]) -> HeadCheck:
+    """Runs one forward in inference mode in which noise replaces the outputs of the layers.
 
-    The noise has a generator of its own; the model, its gradients included, stays as it was.
+    The noise has its own generator. The model and its gradients stay as they were.
     """
     generator = torch.Generator().manual_seed(0)
     calls: dict[str, list] = {path: [] for path in layers}
@@ -489,4 +490,4 @@ def try_layers(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Mappin
         for name, gradient in zip(parameters, remaining, strict=True)
         if gradient is not None and (gradient.is_meta or gradient.any())
     ]
-    return Trial(layers, calls, logits.detach(), probe, shares, others)
+    return HeadCheck(layers, calls, logits.detach(), probe, shares, others)
