@@ -183,8 +183,8 @@ def features_of(calls: Mapping[str, list[Tensor]]) -> Tensor:
         if len(inputs) != 1:
             raise RuntimeError(
                 f"the head {path!r} ran {len(inputs)} times in one forward instead of once. Usually the layer was "
-                "replaced after the head was found (reset_classifier), or the forward was compiled before: find the head "
-                "anew, compile afterwards, or pass another layer as head=."
+                "replaced after the head was found (reset_classifier), or the forward was compiled before: find "
+                "the head anew, compile afterwards, or pass another layer as head=."
             )
         if not is_pooled(inputs[0]):
             raise RuntimeError(
@@ -300,8 +300,7 @@ def _head_among(
     except Exception as failure:
         tried = "noise" if inputs is None else "the inputs"
         raise ValueError(
-            f"{error} A forward of {tried} that would decide between them failed ({failure}). Pass the right one as "
-            "head=."
+            f"{error} Trying them out on {tried} failed ({failure}). Pass the right one as head=."
         ) from failure
     paths = check.reaching()
     problem = check.problem(paths) if paths else "the output of none of them reaches the logits"
