@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face Hub on 127.0.0.1, in memory: what `huggingface_hub` 2.4 asks of one when it pushes and loads.
+"""A Hugging Face Hub on 127.0.0.1, in memory: the requests of `huggingface_hub` that push and load models.
 
-Uploads go by LFS (`HF_HUB_DISABLE_XET=1`). Routes are matched on the undecoded path, as branches and files may hold
-an encoded slash.
+It keeps every file in git, so that nothing goes by LFS or Xet, and has one branch.
 """
 
 import base64
@@ -11,353 +10,173 @@ import json
 import re
 import threading
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
-from urllib.parse import parse_qs, unquote
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
-import uvicorn
-import yaml
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+REPO = r"(?P<repo>[^/]+/[^/]+)"
+ROUTES = {  # request -> method of the handler
+    r"POST /api/repos/create": "create",
+    r"POST /api/validate-yaml": "validate_yaml",
+    rf"GET /api/models/{REPO}/auth-check/write": "auth_check",
+    rf"POST /api/models/{REPO}/preupload/main": "preupload",
+    rf"POST /api/models/{REPO}/commit/main": "commit",
+    rf"GET /api/models/{REPO}(/revision/(?P<revision>\w+))?": "info",
+    rf"GET /api/models/{REPO}/tree/(?P<revision>\w+)": "tree",
+    rf"(GET|HEAD) /{REPO}/resolve/(?P<revision>\w+)/(?P<path>.+)": "resolve",
+}
 
-LARGE = ("*.safetensors", "*.parquet", "*.bin", "*.pt", "*.pth", "*.pkl", "*.png", "*tfevents*")
-ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LARGE)
-API = r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)"
-PAGE = r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)"
-REVISION = r"/(?P<revision>[^/]+)"
-TOKEN = ContextVar("token")  # of the request: several are served at a time
 
-
-@dataclass(frozen=True)
-class Blob:
-    """A file's content; `oid` is git's name of it, or the sha256 where it is kept by LFS."""
-
-    content: bytes
-    lfs: bool
-
-    @property
-    def oid(self):
-        if self.lfs:
-            return hashlib.sha256(self.content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
-
-    def entry(self, path):
-        """As in a tree listing."""
-        size, oid = len(self.content), self.oid
-        lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 134}} if self.lfs else {}
-        return {"type": "file", "path": path, "size": size, "oid": oid[:40], **lfs}
+def git_oid(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @dataclass
 class Commit:
     title: str
-    files: dict
+    files: dict  # path -> bytes
     oid: str
 
 
 @dataclass
-class Repo:
-    commits: list = field(default_factory=list)
-    branches: dict = field(default_factory=dict)
-
-    def add(self, branch, title, files):
-        oid = hashlib.sha1(f"{len(self.commits)} {title} {sorted((p, b.oid) for p, b in files.items())}".encode())
-        self.commits.append(Commit(title, files, oid.hexdigest()))
-        self.branches[branch] = self.commits[-1]
-        return self.commits[-1]
-
-    @property
-    def titles(self):
-        """Of the commits that clients have made."""
-        return [commit.title for commit in self.commits[1:]]
-
-    @property
-    def files(self):
-        """Path -> bytes on the main branch."""
-        return {path: blob.content for path, blob in self.branches["main"].files.items()}
-
-
-class Refusal(Exception):
-    """An answer with an error status."""
-
-    def __init__(self, status, message, code=None, **headers):
-        super().__init__(message)
-        headers |= {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
-        self.response = JSONResponse({"error": message}, status, headers)
-
-
 class Hub:
-    """The ASGI application and all that it holds.
+    """All that the Hub holds; a user may write to the repositories under their own name."""
 
-    Args:
-        tokens: token -> user; each user may write to the repositories of that name alone.
-    """
+    users: dict  # token -> name
+    repos: dict = field(default_factory=dict)  # "user/name" -> list of Commit
+    cut: set = field(default_factory=set)  # repositories whose commits lose their connection
+    expiring: set = field(default_factory=set)  # tokens that are refused once something is uploaded
 
-    def __init__(self, tokens):
-        self.tokens = dict(tokens)
-        self.repos = {}  # (kind, "user/name") -> Repo
-        self.large = {}  # sha256 -> bytes, as uploaded
-        self.sent = set()  # (repository, sha256): what one holds is not to be had by naming it in another
-        self.requests = []  # (method, undecoded path, status)
-        self.cuts = {}  # repository -> how many of its next uploads lose their connection half-way
-        self.expiring = set()  # tokens that are good until the upload
+    def add(self, repo, title="initial commit", files=None):
+        commits = self.repos.setdefault(repo, [])
+        files = files or {}
+        oid = hashlib.sha1(f"{len(commits)} {[(path, git_oid(files[path])) for path in sorted(files)]}".encode())
+        commits.append(Commit(title, files, oid.hexdigest()))
+        return commits[-1]
 
-    async def __call__(self, scope, receive, send):
-        request = Request(scope, receive)
-        path = scope["raw_path"].decode().split("?")[0]
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        TOKEN.set(token)
+    def titles(self, repo):
+        """Titles of the commits that clients have made."""
+        return [commit.title for commit in self.repos[repo][1:]]
+
+    def files(self, repo):
+        """Path -> bytes, now."""
+        return self.repos[repo][-1].files
+
+
+class Refused(Exception):
+    """Status, message and the Hub's code of an error."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def answer(self):
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = self.path.split("?")[0]
+        matches = ((re.fullmatch(route, f"{self.command} {path}"), name) for route, name in ROUTES.items())
+        match, name = next(((match, name) for match, name in matches if match), (None, None))
         try:
-            if token and token not in self.tokens:
-                raise Refusal(401, "Invalid credentials in Authorization header")
-            response = await self.route(request, path, send)
-        except Refusal as refusal:
-            response = refusal.response
-        self.requests.append((request.method, path, response.status_code if response else 0))
-        if response is not None:
-            await response(scope, receive, send)
+            if not match:
+                raise Refused(404, f"no such endpoint: {self.command} {path}", "")
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if token and token not in self.hub.users:
+                raise Refused(401, "Invalid credentials in Authorization header", "")
+            self.token, self.user = token, self.hub.users.get(token)
+            groups = {key: unquote(value) for key, value in match.groupdict().items() if value}
+            if "repo" in groups and groups["repo"] not in self.hub.repos:
+                raise Refused(404, "Repository not found", "RepoNotFound")
+            getattr(self, name)(**groups)
+        except Refused as refusal:
+            status, message, code = refusal.args
+            self.send({"error": message}, status, {"X-Error-Message": message, "X-Error-Code": code})
 
-    async def route(self, request, path, send):
-        base = str(request.base_url).rstrip("/")
-        for methods, pattern, handler in ROUTES:
-            match = re.fullmatch(pattern, path)
-            if match and request.method in methods:
-                parts = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
-                parts["kind"] = parts.get("kind", "model").removesuffix("s/")
-                return await handler(self, request, base=base, send=send, **parts)
-        raise Refusal(404, f"no such endpoint: {request.method} {path}")
+    do_GET = do_HEAD = do_POST = answer
 
-    # ---- Who may do what, and what there is ----
+    def send(self, content, status=200, headers=None):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-    def user(self):
-        if not TOKEN.get():
-            raise Refusal(401, "Invalid username or password.")
-        return self.tokens[TOKEN.get()]
+    def log_message(self, *args):
+        pass
 
-    def find(self, kind, repo, revision="main"):
-        if (kind, repo) not in self.repos:
-            raise Refusal(404, "Repository not found", "RepoNotFound")
-        found = self.repos[kind, repo]
-        commits = {**{commit.oid: commit for commit in found.commits}, **found.branches}
-        if revision not in commits:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found, commits[revision]
+    def check_writable(self, repo, is_upload=True):
+        if not self.user or (is_upload and self.token in self.hub.expiring):
+            raise Refused(401, "Invalid username or password.", "")
+        if self.user != repo.split("/")[0]:
+            raise Refused(403, f"You don't have write access to {repo}", "")
 
-    def writable(self, kind, repo, revision="main"):
-        if self.user() != repo.split("/")[0]:
-            raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
-        if TOKEN.get() in self.expiring:
-            raise Refusal(401, "Invalid credentials in Authorization header")
-        return self.find(kind, repo, revision)
+    def find(self, repo, revision="main"):
+        commits = self.hub.repos[repo]
+        return {**{commit.oid: commit for commit in commits}, "main": commits[-1]}[revision]
 
-    async def whoami(self, request, **_):
-        return JSONResponse({"type": "user", "name": self.user(), "orgs": [], "auth": {"type": "access_token"}})
+    def create(self):
+        wanted = json.loads(self.body)
+        repo = f"{wanted['organization'] or self.user}/{wanted['name']}"
+        self.check_writable(repo, is_upload=False)
+        exists = repo in self.hub.repos
+        if not exists:
+            self.hub.add(repo)
+        base = f"http://{self.headers['Host']}"
+        self.send({"url": f"{base}/{repo}", "name": repo, "id": repo}, 409 if exists else 200)
 
-    async def auth_check(self, request, kind, repo, write=None, **_):
-        self.find(kind, repo)
-        if write and self.user() != repo.split("/")[0]:
-            raise Refusal(403, f"You don't have write access to {repo}")
-        return JSONResponse({})
+    def auth_check(self, repo):
+        self.check_writable(repo, is_upload=False)
+        self.send({})
 
-    async def create(self, request, base, **_):
-        wanted = await request.json()
-        kind, owner = wanted.get("type", "model"), wanted["organization"] or self.user()
-        repo = f"{owner}/{wanted['name']}"
-        if owner != self.user():
-            raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
-        answer = {"url": f"{base}/{'datasets/' if kind == 'dataset' else ''}{repo}", "name": repo, "id": repo}
-        if (kind, repo) in self.repos:
-            return JSONResponse({**answer, "error": f"You already created this {kind} repo: {repo}"}, 409)
-        self.add_repo(kind, repo)
-        return JSONResponse(answer)
+    def validate_yaml(self):
+        self.send({"errors": [], "warnings": []})
 
-    def add_repo(self, kind, repo):
-        self.repos[kind, repo] = Repo()
-        self.repos[kind, repo].add("main", "initial commit", {".gitattributes": Blob(ATTRIBUTES.encode(), False)})
+    def preupload(self, repo):
+        self.check_writable(repo)
+        known = {path: {"oid": git_oid(content)} for path, content in self.hub.files(repo).items()}
+        files = [
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, **known.get(file["path"], {})}
+            for file in json.loads(self.body)["files"]
+        ]
+        self.send({"files": files, "commitOid": self.find(repo).oid})
 
-    async def branch(self, request, kind, repo, revision, **_):
-        found, head = self.writable(kind, repo)
-        if revision in found.branches:
-            raise Refusal(409, f"Reference already exists: {revision}")
-        found.branches[revision] = head
-        return JSONResponse({}, 201)
+    def commit(self, repo):
+        self.check_writable(repo)
+        if repo in self.hub.cut:
+            self.close_connection = True  # without an answer
+            return
+        header, *lines = [json.loads(line) for line in self.body.splitlines()]
+        sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines}
+        commit = self.hub.add(repo, header["value"]["summary"], self.hub.files(repo) | sent)
+        url = f"http://{self.headers['Host']}/{repo}/commit/{commit.oid}"
+        self.send({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
 
-    async def info(self, request, kind, repo, revision="main", **_):
-        _, commit = self.find(kind, repo, revision)
-        files = [{"rfilename": path} for path in sorted(commit.files)]
-        return JSONResponse(
-            {"id": repo, "_id": commit.oid[:24], "sha": commit.oid, "siblings": files, "private": False, "tags": []}
+    def info(self, repo, revision="main"):
+        commit = self.find(repo, revision)
+        siblings = [{"rfilename": path} for path in commit.files]
+        self.send({"id": repo, "_id": "0" * 24, "sha": commit.oid, "siblings": siblings, "private": False, "tags": []})
+
+    def tree(self, repo, revision):
+        files = self.find(repo, revision).files
+        self.send(
+            [{"type": "file", "path": p, "size": len(content), "oid": git_oid(content)} for p, content in files.items()]
         )
 
-    async def tree(self, request, kind, repo, revision, path="", **_):
-        _, commit = self.find(kind, repo, revision)
-        prefix, deep = f"{path}/" if path else "", request.query_params.get("recursive", "").lower() == "true"
-        entries = {}
-        for name, blob in sorted(commit.files.items()):
-            if not name.startswith(prefix):
-                continue
-            *folders, _ = name[len(prefix) :].split("/")
-            for depth in range(len(folders) if deep else min(1, len(folders))):
-                folder = prefix + "/".join(folders[: depth + 1])
-                entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
-            if deep or not folders:
-                entries[name] = blob.entry(name)
-        if path and not entries:
-            raise Refusal(404, f"{path} does not exist", "EntryNotFound")
-        return JSONResponse([*entries.values()])
-
-    async def paths_info(self, request, kind, repo, revision, **_):
-        _, commit = self.find(kind, repo, revision)
-        form = parse_qs((await request.body()).decode())
-        found = []
-        for path in form["paths"]:
-            if path in commit.files:
-                found.append(commit.files[path].entry(path))
-            elif any(name.startswith(f"{path}/") for name in commit.files):
-                found.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
-        return JSONResponse(found)
-
-    # ---- Uploads ----
-
-    async def validate_yaml(self, request, **_):
-        content = (await request.json())["content"]
-        header = re.match(r"---\n(.*?)\n---", content, re.S)
-        if not header:
-            return JSONResponse({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})
-        try:
-            yaml.safe_load(header.group(1))
-        except yaml.YAMLError as failure:
-            return JSONResponse({"errors": [{"message": str(failure)}], "warnings": []}, 400)
-        return JSONResponse({"errors": [], "warnings": []})
-
-    async def preupload(self, request, kind, repo, revision, **_):
-        _, head = self.writable(kind, repo, revision)
-        files = []
-        for file in (await request.json())["files"]:
-            large = any(fnmatch(file["path"].split("/")[-1], pattern) for pattern in LARGE)
-            known = {"oid": head.files[file["path"]].oid} if file["path"] in head.files else {}
-            mode = "lfs" if large else "regular"
-            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, **known})
-        return JSONResponse({"files": files, "commitOid": head.oid})
-
-    async def lfs_batch(self, request, base, kind, repo, **_):
-        self.writable(kind, repo)
-        objects = []
-        for wanted in (await request.json())["objects"]:
-            href = f"{base}/lfs/{wanted['oid']}"
-            upload = {"upload": {"href": f"{href}?repo={repo}"}, "verify": {"href": f"{href}/verify"}}
-            objects.append({**wanted, **({} if (repo, wanted["oid"]) in self.sent else {"actions": upload})})
-        return JSONResponse({"transfer": "basic", "objects": objects})
-
-    async def lfs_put(self, request, oid, send, **_):
-        repo, content, expected = request.query_params["repo"], b"", int(request.headers["content-length"])
-        cut = self.cuts.get(repo, 0) > 0
-        async for chunk in request.stream():
-            content += chunk
-            if cut and 2 * len(content) >= expected:
-                self.cuts[repo] -= 1
-                send.__self__.transport.abort()  # uvicorn's own: the client sees a reset connection
-                return None
-        if hashlib.sha256(content).hexdigest() != oid:
-            raise Refusal(400, "the content does not fit its name")
-        self.large[oid] = content
-        self.sent.add((repo, oid))
-        return Response(headers={"ETag": f'"{oid}"'})
-
-    async def lfs_verify(self, request, oid, **_):
-        wanted = await request.json()
-        if len(self.large.get(oid, b"")) != wanted["size"] or wanted["oid"] != oid:
-            raise Refusal(404, f"{oid} was not uploaded")
-        return JSONResponse({})
-
-    async def commit(self, request, base, kind, repo, revision, **_):
-        found, head = self.writable(kind, repo, revision)
-        lines = [json.loads(line) for line in (await request.body()).splitlines()]
-        header = lines[0]["value"]
-        if header.get("parentCommit", head.oid) != head.oid:
-            raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(head.files)
-        for line in lines[1:]:
-            value, path = line["value"], line["value"]["path"].rstrip("/")
-            if line["key"] == "file":
-                files[path] = Blob(base64.b64decode(value["content"]), False)
-            elif line["key"] == "lfsFile":
-                if (repo, value["oid"]) not in self.sent:
-                    raise Refusal(400, f"Your push was rejected because an LFS pointer of {path} points to no file")
-                files[path] = Blob(self.large[value["oid"]], True)
-            elif line["key"] == "deletedFile":
-                del files[path]
-            else:
-                files = {name: blob for name, blob in files.items() if not name.startswith(f"{path}/")}
-        oid = found.add(revision, header["summary"], files).oid
-        url = f"{base}/{repo}/commit/{oid}"
-        return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
-
-    # ---- Downloads ----
-
-    async def resolve(self, request, base, kind, repo, revision, path, **_):
-        _, commit = self.find(kind, repo, revision)
+    def resolve(self, repo, revision, path):
+        commit = self.find(repo, revision)
         if path not in commit.files:
-            raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
-        blob = commit.files[path]
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"'}
-        if not blob.lfs:
-            return self.ranged(request, blob.content, headers)
-        headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.content))}
-        # on another host, as large files are
-        location = f"{base.replace('127.0.0.1', 'localhost')}/cdn/{blob.oid}"
-        return Response(status_code=302, headers={**headers, "Location": location})
-
-    async def cdn(self, request, oid, **_):
-        if TOKEN.get():
-            raise Refusal(400, "a token was sent to a host that it is not for")
-        return self.ranged(request, self.large[oid], {"ETag": f'"{oid}"'})
-
-    @staticmethod
-    def ranged(request, content, headers):
-        status, whole = 200, len(content)
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-        if wanted:
-            first, last = int(wanted[1]), min(int(wanted[2] or whole), whole - 1)
-            if first >= whole:
-                return Response(status_code=416, headers={"Content-Range": f"bytes */{whole}"})
-            status, content = 206, content[first : last + 1]
-            headers = {**headers, "Content-Range": f"bytes {first}-{last}/{whole}"}
-        headers = {**headers, "Accept-Ranges": "bytes", "Content-Length": str(len(content))}
-        return Response(b"" if request.method == "HEAD" else content, status, headers)
-
-
-ROUTES = (
-    (("GET",), r"/api/whoami-v2", Hub.whoami),
-    (("POST",), r"/api/repos/create", Hub.create),
-    (("POST",), r"/api/validate-yaml", Hub.validate_yaml),
-    (("GET",), rf"{API}/auth-check(?P<write>/write)?", Hub.auth_check),
-    (("POST",), rf"{API}/preupload{REVISION}", Hub.preupload),
-    (("POST",), rf"{API}/commit{REVISION}", Hub.commit),
-    (("POST",), rf"{API}/branch{REVISION}", Hub.branch),
-    (("POST",), rf"{API}/paths-info{REVISION}", Hub.paths_info),
-    (("GET",), rf"{API}/tree{REVISION}(/(?P<path>.+))?", Hub.tree),
-    (("GET",), rf"{API}(/revision{REVISION})?", Hub.info),
-    (("POST",), rf"{PAGE}\.git/info/lfs/objects/batch", Hub.lfs_batch),
-    (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", Hub.lfs_put),
-    (("POST",), r"/lfs/(?P<oid>[0-9a-f]{64})/verify", Hub.lfs_verify),
-    (("GET", "HEAD"), rf"{PAGE}/resolve{REVISION}/(?P<path>.+)", Hub.resolve),
-    (("GET", "HEAD"), r"/cdn/(?P<oid>[0-9a-f]{64})", Hub.cdn),
-)
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        content = commit.files[path]
+        self.send(content, headers={"X-Repo-Commit": commit.oid, "ETag": f'"{git_oid(content)}"'})
 
 
 @contextmanager
 def serving(hub):
     """Serves in a thread on a free port, for the block; yields the endpoint."""
-    server = uvicorn.Server(uvicorn.Config(hub, host="127.0.0.1", port=0, lifespan="off", log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the server did not start")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
-        server.should_exit = True
-        thread.join()
+        server.shutdown()

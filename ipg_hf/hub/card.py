@@ -26,7 +26,7 @@ NEEDS_PAIRS = (*GUIDED, "kl", "features", "rationales", "augmentation", "project
 
 IPG_PAPER = "[arXiv 2502.18975](https://arxiv.org/abs/2502.18975)"
 # method -> what it does; a name in braces is a setting, or a fact that the method reports
-METHODS = {
+METHOD_TEXTS = {
     "ipg": f"Invariance pair-guided learning (IPG, {IPG_PAPER}). Each optimizer step has two updates. The corrective "
     "update makes {agree} agree. The update of the task follows; its gradient is scaled while the outputs of the pairs "
     "disagree.",
@@ -176,7 +176,7 @@ def model_card(
         "kind": "mae" if "mae" in metrics else "accuracy",
         "seeds": [run["seed"] for run in (record, *others)],
         "spread": _spread([record, *others], split, scored),
-        "method": METHODS[method].format_map(defaultdict(lambda: NOT_RECORDED, facts)),
+        "method": METHOD_TEXTS[method].format_map(defaultdict(lambda: NOT_RECORDED, facts)),
         "cites_paper": method in GUIDED,
         "uses_pairs": method in NEEDS_PAIRS,
         "departures": [[key, value, shown[key]] for key, value in PAPER.items() if shown.get(key, value) != value],
