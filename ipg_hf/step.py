@@ -30,6 +30,7 @@ from .callbacks import output_spread
 from .config import IPGConfig
 from .gradients import average_gradients, gradient_norm, only_gradients_of, parameters_matching, scale_gradients
 from .guidance import (
+    LossScaling,
     ProblemType,
     invariance_divergence,
     loss_gradient_scale,
@@ -291,7 +292,7 @@ class GuidedStep:
 
     # ---- Step 4: the scale of the task gradient ----
 
-    def loss_scale(self, metrics: Mapping[str, Tensor]) -> Tensor:
+    def loss_scale(self, metrics: Mapping[str, Tensor], scaling: LossScaling = "adaptive") -> Tensor:
         """The factor on the task gradient, a scalar; `metrics` holds the two norms and the divergence."""
         return loss_gradient_scale(
             metrics["corrective_grad_norm"],
@@ -299,6 +300,7 @@ class GuidedStep:
             metrics["divergence"],
             alpha=self.args.alpha,
             threshold=self.args.invariance_threshold,
+            scaling=scaling,
             maximum=self.args.max_loss_scale,
         )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..config import IPGConfig
-from ..guidance import LossScaling, Norm, loss_gradient_scale, rationale_distance
+from ..guidance import LossScaling, Norm, rationale_distance
 from ..heads import ClassifierHead
 from ..step import GuidedStep
 from ..trainer import IPGTrainer
@@ -78,17 +78,7 @@ class AblationStep(GuidedStep):
 
     def loss_scale(self, metrics: Mapping[str, Tensor]) -> Tensor:
         """The factor on the task gradient, a scalar."""
-        if self.args.loss_scaling == "adaptive":
-            return super().loss_scale(metrics)
-        return loss_gradient_scale(
-            metrics["corrective_grad_norm"],
-            metrics["loss_grad_norm"],
-            metrics["divergence"],
-            alpha=self.args.alpha,
-            threshold=self.args.invariance_threshold,
-            scaling="fixed",
-            maximum=self.args.max_loss_scale,
-        )
+        return super().loss_scale(metrics, self.args.loss_scaling)
 
 
 class AblationTrainer(IPGTrainer):
