@@ -130,7 +130,7 @@ def test_an_attempt_that_failed_lets_go_of_its_loaders(tmp_path):
             alive.append(any(loader() is not None for loader in first))
 
     model.forward = short_of_memory
-    settings = {"auto_find_batch_size": True, "callbacks": [Look()], "per_device_pair_batch_size": 2}
+    settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 5, "callbacks": [Look()]}
     training = small.trainer(tmp_path, model, **settings)
     training.train()
     assert first and alive == [False] * 3
