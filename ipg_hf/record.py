@@ -80,6 +80,11 @@ def resolved_settings(*sources: Any) -> dict[str, Any]:
     return found
 
 
+def recorded_names(given: Iterable[str]) -> list[str]:
+    """The names of the given settings, without those that no record has."""
+    return [name for name in given if not NO_SETTINGS.fullmatch(name)]
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON has it."""
     if isinstance(value, Enum):
@@ -131,7 +136,7 @@ def make_record(
     record = {
         "method": method,
         "settings": dict(settings),
-        "given": None if given is None else [name for name in given if not NO_SETTINGS.fullmatch(name)],
+        "given": None if given is None else recorded_names(given),
         "seed": trainer.args.seed,
         "metrics": {split: dict(values) for split, values in metrics.items()},
         "chosen_step": state.best_global_step or state.global_step,

@@ -10,64 +10,66 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from ..config import IPGConfig
-from .suite import HIGHER, Suite
+from ..metrics import METRICS
+from .suite import Suite
 from .tables import (
-    Standing,
+    Row,
     comma_separated,
     machines,
     markdown,
-    measured_columns,
     progress,
     spread,
-    standings,
+    suite_rows,
     t_interval,
+    worst_group,
     written,
 )
 
-FIGURES = ("figure", "cost", "course")
-COURSE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}
+FIGURES = ("figure", "cost", "guidance")
+GUIDANCE = {"divergence": "divergence c of the pairs", "violated": "share of steps with c > t"}
+GUIDED = ("ipg", "ablation")
 
 
 def write_comparison(suite: Suite) -> list[Path]:
-    """Writes `table.md` and `table.csv` beside the records; where a run has finished `figure.png`; of a suite without a
-    grid `cost.png` too, and where its records hold the course of a guided training, `course.png`.
+    """Writes `table.md` and `table.csv`, and once a run has finished `figure.png`.
+
+    Of a suite without a grid also `cost.png`, and `guidance.png` where records have the divergence over the training.
 
     Returns:
-        The paths of those that were written.
+        The paths of the files that were written.
 
     Raises:
-        RecipeError: see [`~suite.check_records`].
+        RecipeError: a record does not belong to the suite, as [`~suite.suite_records`] describes.
     """
-    found = standings(suite)
+    rows = suite_rows(suite)
     suite.results.mkdir(parents=True, exist_ok=True)
-    table, rows = suite.results / "table.md", suite.results / "table.csv"
-    table.write_text(f"# {suite.title}\n\n{markdown(suite, found)}\n", encoding="utf-8")
-    rows.write_text(comma_separated(suite, found), encoding="utf-8")
-    paths, (figure, cost, course) = [table, rows], (suite.results / f"{name}.png" for name in FIGURES)
-    for path in (figure, cost, course):
+    table, values = suite.results / "table.md", suite.results / "table.csv"
+    table.write_text(f"# {suite.title}\n\n{markdown(suite, rows)}\n", encoding="utf-8")
+    values.write_text(comma_separated(suite, rows), encoding="utf-8")
+    paths, (figure, cost, guidance) = [table, values], (suite.results / f"{name}.png" for name in FIGURES)
+    for path in (figure, cost, guidance):
         path.unlink(missing_ok=True)
-    if any(standing.records for standing in found):
+    if any(row.records for row in rows):
         draw = {0: draw_methods, 1: draw_lines, 2: draw_maps}[len(suite.grid)]
-        draw(suite, found, figure)
+        draw(suite, rows, figure)
         paths.append(figure)
         if not suite.grid:
-            draw_costs(suite, found, cost)
+            draw_costs(suite, rows, cost)
             paths.append(cost)
-    guided = [] if suite.grid else guided_courses(suite, found)
+    guided = [] if suite.grid else guided_records(rows)
     if guided:
-        draw_courses(suite, guided, course)
-        paths.append(course)
+        draw_guidance(suite, guided, guidance)
+        paths.append(guidance)
     return paths
 
 
-def draw_methods(suite: Suite, found: Sequence[Standing], path: Path) -> None:
+def draw_methods(suite: Suite, rows: Sequence[Row], path: Path) -> None:
     """Draws the worst group on the test set: a dot for each seed, mean and 95 % t-interval for each method, as PNG."""
-    metric = measured_columns(found)["worst group"]
-    figure = _figure(6.4, 1.2 + 0.42 * len(found))
+    metric = worst_group(rows)
+    figure = _figure(6.4, 1.2 + 0.42 * len(rows))
     axes = figure.subplots()
-    for place, standing in enumerate(found):
-        values = [*standing.values(metric).values()]
+    for place, row in enumerate(rows):
+        values = [*row.values(metric).values()]
         if not values:
             continue
         axes.scatter(values, [place + 0.16] * len(values), s=16, color="tab:blue", alpha=0.55, linewidths=0)
@@ -75,10 +77,10 @@ def draw_methods(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         if interval.n > 1:
             axes.plot([interval.low, interval.high], [place - 0.1] * 2, color="black", linewidth=1.2)
         axes.plot([interval.mean], [place - 0.1], marker="D", markersize=5, color="black")
-    axes.set_yticks(range(len(found)), [_label(suite, standing) for standing in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlabel(f"worst-group {_measure(metric)}, test\nseeds, their mean and 95 % t-interval")
-    axes.set_xlim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
+    axes.set_yticks(range(len(rows)), [_label(suite, row) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f"{METRICS[metric].title}, test\nseeds, their mean and 95 % t-interval")
+    axes.set_xlim(*((-0.02, 1.02) if _is_higher(metric) else (0, None)))
     _title(figure, suite)
     axes.grid(axis="x", alpha=0.3)
     axes.tick_params(axis="y", length=0)
@@ -91,41 +93,41 @@ def _look(number: int) -> dict[str, str]:
     return {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5]}
 
 
-def draw_costs(suite: Suite, found: Sequence[Standing], path: Path) -> None:
+def draw_costs(suite: Suite, rows: Sequence[Row], path: Path) -> None:
     """Draws the worst group on the test set (mean and sample standard deviation over seeds) against the median seconds
     of a training, a mark for each method, as PNG; says so where the runs were made on more than one kind of machine."""
-    metric = measured_columns(found)["worst group"]
+    metric = worst_group(rows)
     figure = _figure(7.6, 4.2)
     axes = figure.subplots()
-    for number, standing in enumerate(found):
-        values = [*standing.values(metric).values()]
+    for number, row in enumerate(rows):
+        values = [*row.values(metric).values()]
         if not values:
             continue
-        seconds = statistics.median(record["seconds"] for record in standing.records.values())
+        seconds = statistics.median(record["seconds"] for record in row.records.values())
         around = statistics.stdev(values) if len(values) > 1 else 0.0
         look = _look(number) | {"markersize": 6}
-        label = _label(suite, standing)
+        label = _label(suite, row)
         axes.errorbar([seconds], [statistics.fmean(values)], around, linestyle="", capsize=2, label=label, **look)
     axes.set_xlim(0, None)
-    mixed = "\non different machines: these seconds do not compare" if len(machines(found)) > 1 else ""
+    mixed = "\non different machines: these seconds do not compare" if len(machines(rows)) > 1 else ""
     axes.set_xlabel(f"seconds of a training with its evaluations, median{mixed}")
     _save_worst_groups(figure, axes, suite, metric, path)
 
 
-def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
+def draw_lines(suite: Suite, rows: Sequence[Row], path: Path) -> None:
     """Draws the worst group on the test set over a grid of one key, as PNG.
 
     For each method a line of the means over seeds in a band of one sample standard deviation to each side (none for one
     seed); dashed and level for a method outside the grid.
     """
-    metric = measured_columns(found)["worst group"]
+    metric = worst_group(rows)
     ((key, values),) = suite.grid.items()
     places, logarithmic = _places(values)
     figure = _figure(7.6, 4.2)
     axes = figure.subplots()
     for number, name in enumerate(suite.methods):
-        rows = [standing for standing in found if standing.name == name]
-        measured = {one.point.get(key): [*one.values(metric).values()] for one in rows if one.values(metric)}
+        runs = [row for row in rows if row.name == name]
+        measured = {one.point.get(key): [*one.values(metric).values()] for one in runs if one.values(metric)}
         if name in suite.ungridded:
             measured = dict.fromkeys(values, measured[None]) if measured else {}
         drawn = sorted((places[value], scores) for value, scores in measured.items())
@@ -133,7 +135,7 @@ def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
         around = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for _, scores in drawn]
         x, look = [place for place, _ in drawn], _look(number) | {"markersize": 4}
         look |= {"linestyle": "--", "marker": ""} if name in suite.ungridded else {}
-        axes.plot(x, means, label=_name_and_seeds(suite, name, rows), **look)
+        axes.plot(x, means, label=_name_and_seeds(suite, name, runs), **look)
         low, high = (
             zip(*((m - sd, m + sd) for m, sd in zip(means, around, strict=True)), strict=True) if x else ((), ())
         )
@@ -146,104 +148,100 @@ def draw_lines(suite: Suite, found: Sequence[Standing], path: Path) -> None:
     _save_worst_groups(figure, axes, suite, metric, path)
 
 
-def draw_maps(suite: Suite, found: Sequence[Standing], path: Path) -> None:
+def draw_maps(suite: Suite, rows: Sequence[Row], path: Path) -> None:
     """Draws the worst group on the test set over a grid of two keys, as PNG.
 
     For each method of the grid a map: in each cell mean and sample standard deviation over seeds, colored by the mean.
     A method outside the grid is a line of text below.
     """
-    metric = measured_columns(found)["worst group"]
+    metric = worst_group(rows)
     (key, down), (other, across) = suite.grid.items()
     gridded = [name for name in suite.methods if name not in suite.ungridded]
     wide, tall = 1.6 + 0.85 * len(across), 1.6 + 0.55 * len(down)
     figure = _figure(wide * len(gridded) + 0.8, tall)
     panels = figure.subplots(1, len(gridded), squeeze=False)[0]
-    means = [statistics.fmean(one.values(metric).values()) for one in found if one.point and one.values(metric)]
-    low, high = (0.0, 1.0) if metric == HIGHER else (0.0, max(means, default=1.0))
+    means = [statistics.fmean(one.values(metric).values()) for one in rows if one.point and one.values(metric)]
+    low, high = (0.0, 1.0) if _is_higher(metric) else (0.0, max(means, default=1.0))
     for axes, name in zip(panels, gridded, strict=True):
-        rows = [standing for standing in found if standing.name == name]
+        runs = [row for row in rows if row.name == name]
         cells = [[math.nan] * len(across) for _ in down]
-        for standing in rows:
-            scores = [*standing.values(metric).values()]
-            y, x = down.index(standing.point[key]), across.index(standing.point[other])
+        for row in runs:
+            scores = [*row.values(metric).values()]
+            y, x = down.index(row.point[key]), across.index(row.point[other])
             cells[y][x] = statistics.fmean(scores) if scores else math.nan
             # light on the dark half of the map
-            dark = scores and (cells[y][x] - low < (high - low) / 2) == (metric == HIGHER)
+            dark = scores and (cells[y][x] - low < (high - low) / 2) == _is_higher(metric)
             text = spread(scores).replace(" ", "\n", 1) if scores else "not run"
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        colors = "viridis" if metric == HIGHER else "viridis_r"
+        colors = "viridis" if _is_higher(metric) else "viridis_r"
         image = axes.imshow(cells, cmap=colors, vmin=low, vmax=high, aspect="auto")
         axes.set_xticks(range(len(across)), [written(value) for value in across])
         axes.set_yticks(range(len(down)), [written(value) for value in down])
         axes.set_xlabel(other)
         axes.set_ylabel(key)
-        axes.set_title(_name_and_seeds(suite, name, rows), fontsize=9)
+        axes.set_title(_name_and_seeds(suite, name, runs), fontsize=9)
         axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=[*panels], label=f"worst-group {_measure(metric)}")
+    figure.colorbar(image, ax=[*panels], label=METRICS[metric].title)
     _title(figure, suite)
-    level = [f"{one.name}: {spread([*one.values(metric).values()])}" for one in found if not one.point]
+    level = [f"{one.name}: {spread([*one.values(metric).values()])}" for one in rows if not one.point]
     figure.supxlabel("\n".join(["Test set, mean ± sd over seeds. No setting is chosen by it.", *level]), fontsize=8)
     figure.savefig(path, dpi=140)
 
 
-def guided_courses(suite: Suite, found: Sequence[Standing]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The methods that guide by their pairs, with those of their records that hold the course of the divergence."""
-    courses = []
-    for standing in found:
-        settings = {**suite.base, **suite.methods[standing.name], **standing.drawn}
-        guided = settings.get("method", "ipg") == "ipg" and settings.get("pair_objective", "ipg") == "ipg"
-        records = [
-            one for one in standing.records.values() if "divergence" in one.get("course", {}).get("guidance", {})
-        ]
-        if guided and records:
-            courses.append((standing.name, records))
-    return courses
+def guided_records(rows: Sequence[Row]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Of each method that corrects by its pairs, the records that have the divergence over the training."""
+    found = []
+    for row in rows:
+        records = [one for one in row.records.values() if "divergence" in one.get("course", {}).get("guidance", {})]
+        records = [one for one in records if one["method"] in GUIDED]
+        if records:
+            found.append((row.name, records))
+    return found
 
 
-def draw_courses(suite: Suite, courses: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+def draw_guidance(suite: Suite, guided: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """Draws the divergence of the pair batches against the threshold, and the share of steps in which it was above, as
     PNG: over the training, a column for each method, a line for each seed (means between two log lines).
 
     Args:
         suite: the suite.
-        courses: see [`guided_courses`], not empty.
+        guided: names of methods with their records, as [`guided_records`] returns them, at least one.
         path: file to write.
     """
-    figure = _figure(1.2 + 3.0 * len(courses), 5.2)
-    panels = figure.subplots(2, len(courses), sharex=True, sharey="row", squeeze=False)
-    for column, (name, records) in enumerate(courses):
-        for row, key in enumerate(COURSE):
-            axes = panels[row][column]
+    figure = _figure(1.2 + 3.0 * len(guided), 5.2)
+    panels = figure.subplots(2, len(guided), sharex=True, sharey="row", squeeze=False)
+    for column, (name, records) in enumerate(guided):
+        for line, key in enumerate(GUIDANCE):
+            axes = panels[line][column]
             for record in records:
-                guidance = record["course"]["guidance"]
-                if key in guidance:
-                    axes.plot(guidance["step"], guidance[key], color="tab:blue", alpha=0.5, linewidth=1)
+                logged = record["course"]["guidance"]
+                if key in logged:
+                    axes.plot(logged["step"], logged[key], color="tab:blue", alpha=0.5, linewidth=1)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][column].set_title(f"{name} ({len(records)} seed{'s' if len(records) > 1 else ''})", fontsize=9)
         panels[1][column].set_xlabel("optimizer step")
-        # the seeds of a method have one setting
-        threshold = records[0]["config"].get("invariance_threshold", IPGConfig.invariance_threshold)
+        threshold = records[0]["settings"]["invariance_threshold"]  # the seeds of a method have one
         if 0 < threshold < math.inf:
             label = f"threshold t = {threshold:g}"
             panels[0][column].axhline(threshold, color="tab:red", linestyle="--", linewidth=1, label=label)
             panels[0][column].legend(fontsize=8, loc="upper right")
     divergences = [
-        value for _, records in courses for one in records for value in one["course"]["guidance"]["divergence"]
+        value for _, records in guided for one in records for value in one["course"]["guidance"]["divergence"]
     ]
     if any(value > 0 for value in divergences):
         panels[0][0].set_yscale("log")
     panels[1][0].set_ylim(-0.03, 1.03)
-    for row, title in enumerate(COURSE.values()):
-        panels[row][0].set_ylabel(title)
+    for line, title in enumerate(GUIDANCE.values()):
+        panels[line][0].set_ylabel(title)
     _title(figure, suite)
     figure.savefig(path, dpi=140)
 
 
 def _save_worst_groups(figure: Any, axes: Any, suite: Suite, metric: str, path: Path) -> None:
     """What the figures with the worst group upwards share."""
-    axes.set_ylabel(f"worst-group {_measure(metric)}, test: mean ± sd")
-    axes.set_ylim(*((-0.02, 1.02) if metric == HIGHER else (0, None)))
+    axes.set_ylabel(f"{METRICS[metric].title}, test: mean ± sd")
+    axes.set_ylim(*((-0.02, 1.02) if _is_higher(metric) else (0, None)))
     _title(figure, suite)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -277,17 +275,18 @@ def _places(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
     return {value: value for value in values}, min(values) > 0 and max(values) > 10 * min(values)
 
 
-def _measure(metric: str) -> str:
-    return "accuracy" if metric == HIGHER else "error (MAE)"
+def _is_higher(metric: str) -> bool:
+    """Whether higher values are better."""
+    return METRICS[metric].direction == "higher"
 
 
-def _label(suite: Suite, standing: Standing) -> str:
-    done = len(standing.records)
-    text = progress(suite, standing)
-    return standing.name if done == len(suite.seeds) else f"{standing.name} ({text}{' seeds' if done else ''})"
+def _label(suite: Suite, row: Row) -> str:
+    done = len(row.records)
+    text = progress(suite, row)
+    return row.name if done == len(suite.seeds) else f"{row.name} ({text}{' seeds' if done else ''})"
 
 
-def _name_and_seeds(suite: Suite, name: str, rows: Sequence[Standing]) -> str:
+def _name_and_seeds(suite: Suite, name: str, rows: Sequence[Row]) -> str:
     """A method with what is missing of its runs."""
     done, planned = sum(len(one.records) for one in rows), len(rows) * len(suite.seeds)
     return name if done == planned else f"{name} ({done} of {planned} runs)"

@@ -21,24 +21,22 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from ..metrics import DivergedError
-from ..recipe import RecipeError, nearest, parse_recipe
-from ..record import commit, hardware, versions, write_json
+from ..metrics import METRICS, WORST_GROUP, DivergedError
+from ..names import nearest
+from ..recipe import RecipeError, parse_recipe
+from ..record import (
+    append_record,
+    commit,
+    hardware,
+    read_records,
+    recorded_names,
+    resolved_settings,
+    versions,
+    write_json,
+)
 from ..run import RECORD, train
 from .figures import write_comparison
-from .suite import (
-    LOWER,
-    Run,
-    Suite,
-    check_records,
-    chosen,
-    draw_runs,
-    load_suite,
-    points,
-    read_record,
-    seed_runs,
-    validation_score,
-)
+from .suite import Run, Suite, chosen, draw_runs, load_suite, points, seed_runs, suite_records, validation_score
 
 LOG = "log.txt"
 # glibc gives large tensors back to the system and asks for them anew at each step, which zeroes every page of them and
@@ -79,7 +77,7 @@ def bench(
             raise RecipeError(f"--seeds: {seed} is not among the seeds of {suite.path}, {suite.seeds}: add it there.")
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs} must be 1 or more.")
-    check_records(suite)
+    suite_records(suite)
     if only != "render" and (commit() or "").endswith("-dirty"):
         print("The code or the recipes have changes that are not committed: the records will say so.", file=sys.stderr)
     wanted = [name for name in suite.methods if name in (methods or suite.methods)]
@@ -95,9 +93,9 @@ def bench(
 
 
 def _compared(suite: Suite, methods: Sequence[str], seeds: Sequence[int]) -> list[Run]:
-    runs = []
+    runs, records = [], suite_records(suite)
     for name in methods:
-        choice = chosen(suite, name)
+        choice = chosen(suite, name, records)
         if choice is None:
             raise RecipeError(f"{name} has draws without a record: its settings are not chosen. Run --only tune first.")
         runs += [run for point in points(suite, name) for run in seed_runs(suite, name, choice[1], point)]
@@ -118,7 +116,8 @@ def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = Fa
     Raises:
         RecipeError: a run failed; those beside it are brought to their end before.
     """
-    waiting = [run for run in runs if read_record(run) is None]
+    made = {record["run"] for path in {run.records for run in runs} for record in read_records(path)}
+    waiting = [run for run in runs if run.name not in made]
     total, done, failures = len(waiting), 0, []
     going: list[tuple[Run, BaseProcess]] = []
     with _ended(going):
@@ -213,25 +212,22 @@ def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None
     except (ValueError, OSError) as failure:
         if not isinstance(failure, DivergedError) or recipe.measure_test:
             sys.exit(f"error: {failure}")
-        record = {"config": given, "seed": args.seed, "method": recipe.method, "metrics": {}, "diverged": str(failure)}
+        record = {"method": recipe.method, "settings": resolved_settings(recipe, args), "given": recorded_names(given)}
+        record |= {"seed": args.seed, "metrics": {}, "diverged": str(failure)}
         record |= {"seconds": round(time.monotonic() - begun, 1), "versions": versions()}
         write_json(Path(args.output_dir) / RECORD, record | {"commit": code, "hardware": hardware()})
 
 
 def _finish(run: Run, folder: Path, keep_models: bool) -> str:
-    """Keeps the record; returns what is said of it."""
+    """Appends the record to the suite's, and returns a line on the result."""
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    for name in ("output_dir", "preload_dir"):  # folders of this machine, and no part of what was computed
-        record["config"].pop(name, None)
-    run.record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(run.record, record)
+    append_record(run.records, {"run": run.name, **record})
     if not keep_models:
         shutil.rmtree(folder)
     if "diverged" in record:
         return f"diverged, {record['seconds']:.0f} s"
-    score = abs(validation_score(record))
-    kind = "worst-group error" if LOWER in record["metrics"]["validation"] else "worst group"
-    return f"{kind} on validation {score:.3f}, {record['seconds']:.0f} s"
+    (metric,) = [name for name in WORST_GROUP if name in record["metrics"]["validation"]]
+    return f"{METRICS[metric].title} on validation {abs(validation_score(record)):.3f}, {record['seconds']:.0f} s"
 
 
 def _failure(run: Run, status: int, log: Path) -> str:

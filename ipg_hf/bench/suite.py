@@ -9,14 +9,19 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
+from transformers import TrainingArguments
 
-from ..config import IPGConfig
-from ..recipe import Recipe, RecipeError, nearest, parse_settings, read_yaml
+from ..baselines import METHODS
+from ..metrics import METRICS, WORST_GROUP
+from ..names import nearest
+from ..recipe import Recipe, RecipeError, parse_settings, read_yaml
+from ..record import NOT_RECORDED, read_records, resolved_settings
 
 # set for each run by itself; in a suite they would undo the protocol
 OWN = (
@@ -28,21 +33,19 @@ OWN = (
     "compare",
     "push_to_hub",
 )
-# where a run's files lie is no part of what it computes
-PLACES = ("output_dir", "overwrite_output_dir", "data_dir", "preload_dir")
 # the first five are needed
-KEYS = ("title", "recipe", "seeds", "reference", "methods", "settings", "tuning", "grid", "ungridded")
+KEYS = ("title", "recipe", "seeds", "reference", "methods", "settings", "tuning", "grid", "ungridded", "retired")
 ALL = "all"
-HIGHER, LOWER = "worst_group_accuracy", "worst_group_mae"
+OF_TRAINER = {entry.name for entry in fields(TrainingArguments)}
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The budget of settings that every method gets alike.
+    """How settings are chosen: every method gets the same number of random configurations.
 
     Args:
-        draws: random configurations of each method.
-        seed: of the draws, and of their runs.
+        draws: number of random configurations of each method.
+        seed: seed of the draws, and of their runs.
         ranges: `"all"` or a method's name -> key -> `[low, high, "log" or "linear"]`, or a list of choices.
     """
 
@@ -57,16 +60,17 @@ class Suite:
 
     Args:
         path: the YAML file.
-        title: for the table and the figure.
+        title: title of the table and the figure.
         base: the settings that all methods share; a key that the suite sets to null is left out.
-        seeds: of the runs that are compared.
+        seeds: seeds of the runs that are compared.
         references: the methods that differences are taken to.
-        methods: name -> the settings in which it departs from the shared ones; a value that is itself a mapping
-            replaces the shared one whole.
+        methods: name of a row -> the settings in which it departs from the shared ones; a mapping as a value replaces
+            the shared mapping whole.
         tuning: how settings are chosen, or `None` where they are given.
-        grid: one key or two -> the values that it takes, a run for each seed at every point. What tuning chooses, it
-            chooses by the shared settings, and that holds over the grid. Empty: no grid.
-        ungridded: methods that no key of the grid concerns, run by the shared settings alone.
+        grid: one key or two -> the values that the key takes, with a run for each seed at every point. Tuning chooses
+            by the shared settings, and its choice is used at every point. Empty: no grid.
+        ungridded: methods that the grid does not vary; they run by the shared settings alone.
+        retired: name of a row that no code can run any more -> why. Its records stay, and are shown.
     """
 
     path: Path
@@ -78,21 +82,37 @@ class Suite:
     tuning: Tuning | None
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     ungridded: Sequence[str] = ()
+    retired: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def records(self) -> Path:
+        """The file of the suite's records; `records` lies beside the suite, or beside its folder `suites`."""
+        return self._home / "records" / f"{self.path.stem}.jsonl"
 
     @property
     def results(self) -> Path:
-        """The folder of the suite's records, table and figure."""
-        return self.path.parent / "results" / self.path.stem
+        """The folder of the suite's table and figures; `results` lies beside `records`."""
+        return self._home / "results" / self.path.stem
+
+    @property
+    def _home(self) -> Path:
+        folder = self.path.resolve().parent
+        return folder.parent if folder.name == "suites" else folder
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `name` is `<method>-draw<k>`, `<method>-seed<n>` or at a point of a grid
-    `<method>-<key>-<value>-seed<n>`, `record` the file that it leaves."""
+    """One training.
+
+    Args:
+        name: `<method>-draw<k>`, `<method>-seed<n>`, or at a point of a grid `<method>-<key>-<value>-seed<n>`.
+        settings: what is given to it.
+        records: the file that its record is appended to.
+    """
 
     name: str
     settings: Mapping[str, Any]
-    record: Path
+    records: Path
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -111,7 +131,7 @@ def load_suite(path: str | Path) -> Suite:
         _require(isinstance(given[key], kind), f"{path}: {key}={given[key]!r} must be a {kind.__name__}.")
     recipe, changes = path.parent / given["recipe"], _changes(given.get("settings"), f"{path}: settings")
     shared = read_yaml(recipe)
-    _parsed(shared, str(recipe))
+    _check(shared, str(recipe))
     suite = Suite(
         path=path,
         title=given["title"],
@@ -122,6 +142,7 @@ def load_suite(path: str | Path) -> Suite:
         tuning=_tuning(given.get("tuning"), f"{path}: tuning"),
         grid=_grid(given.get("grid"), f"{path}: grid"),
         ungridded=given.get("ungridded", []),
+        retired=given.get("retired") or {},
     )
     _validate(suite)
     return suite
@@ -136,7 +157,8 @@ def draws(suite: Suite, method: str) -> list[dict[str, Any]]:
     Returns:
         `tuning.draws` dicts of key -> value, numbers with three significant digits.
     """
-    hints = get_type_hints(IPGConfig) | get_type_hints(Recipe)
+    config = METHODS[{**suite.base, **suite.methods[method]}.get("method", Recipe.method)].config
+    hints = get_type_hints(config) | get_type_hints(Recipe)
     columns = {}
     for key, values in _ranges(suite, method).items():
         stream = np.random.default_rng([suite.tuning.seed, zlib.crc32(key.encode())])
@@ -171,7 +193,7 @@ def seed_runs(suite: Suite, method: str, drawn: Mapping[str, Any], point: Mappin
         suite: the suite.
         method: one of its methods.
         drawn: the settings that tuning has chosen.
-        point: of the grid, one of [`points`].
+        point: point of the grid, one of those that [`points`] returns.
     """
     point = point or {}
     name = "-".join([method, *(f"{key}-{_word(value)}" for key, value in point.items())])
@@ -179,86 +201,102 @@ def seed_runs(suite: Suite, method: str, drawn: Mapping[str, Any], point: Mappin
     return [_run(suite, f"{name}-seed{seed}", {**changes, "seed": seed}) for seed in suite.seeds]
 
 
-def chosen(suite: Suite, method: str) -> tuple[int | None, dict[str, Any]] | None:
+def chosen(
+    suite: Suite, method: str, records: Mapping[str, Mapping[str, Any]]
+) -> tuple[int | None, dict[str, Any]] | None:
     """The draw with the best worst group on validation (accuracy highest or error lowest; of equals the earliest).
+
+    Args:
+        suite: the suite.
+        method: one of its methods.
+        records: name of a run -> its record.
 
     Returns:
         Its number and its settings; `(None, {})` without tuning; `None` while a draw has no record.
-
-    Raises:
-        RecipeError: see [`read_record`].
     """
     if suite.tuning is None:
         return None, {}
-    records = [read_record(run) for run in draw_runs(suite, method)]
-    if None in records:
+    tried = draw_runs(suite, method)
+    if any(run.name not in records for run in tried):
         return None
-    scores = [validation_score(record) for record in records]
+    scores = [validation_score(records[run.name]) for run in tried]
     number = scores.index(max(scores))
     return number, draws(suite, method)[number]
 
 
 def validation_score(record: Mapping[str, Any]) -> float:
     """What tuning makes high: worst-group accuracy, or the negative of the worst-group error; -inf if it diverged."""
-    metrics = record["metrics"].get("validation", {LOWER: math.inf})  # a run that diverged has none
-    score = metrics[HIGHER] if HIGHER in metrics else -metrics[LOWER]
-    return -math.inf if math.isnan(score) else score
+    metrics = record["metrics"].get("validation", {})  # none of a run that diverged
+    for name in WORST_GROUP:
+        if name in metrics and not math.isnan(metrics[name]):
+            return metrics[name] if METRICS[name].direction == "higher" else -metrics[name]
+    return -math.inf
 
 
-def read_record(run: Run) -> dict[str, Any] | None:
-    """The record of a run, or `None` where it has not finished.
-
-    Raises:
-        RecipeError: the record was made with other settings than the suite now has.
-    """
-    if not run.record.is_file():
-        return None
-    record = json.loads(run.record.read_text(encoding="utf-8"))
-    # as JSON gives them back
-    now = json.loads(json.dumps(_parsed(run.settings, run.name)))
-    then = record["config"]
-    keys = [key for key in {**now, **then} if key not in PLACES and now.get(key) != then.get(key)]
-    if keys:
-        found = ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in keys[:3])
-        raise RecipeError(
-            f"{run.record} was made with other settings than the suite has now: {found}. Put the suite back as it was, "
-            "or remove the file so that the run is made anew."
-        )
-    return record
-
-
-def check_records(suite: Suite) -> None:
-    """Looks at all records of a suite.
+def suite_records(suite: Suite) -> dict[str, dict[str, Any]]:
+    """The records of a suite, by the name of the run.
 
     Raises:
-        RecipeError: a record was made with other settings, belongs to no run of the suite, or to a method whose
-            settings are not chosen.
+        RecipeError: a record was made with other settings, stands twice, belongs to no run of the suite, or to a method
+            whose settings are not chosen.
     """
-    expected = {}
+    found: dict[str, dict[str, Any]] = {}
+    for record in read_records(suite.records):
+        _require(record["run"] not in found, f"{suite.records} has two records of {record['run']}: remove one line.")
+        found[record["run"]] = record
+    expected, waiting = {}, {}
     for method in suite.methods:
-        tried, choice = draw_runs(suite, method), chosen(suite, method)
-        drawn = choice[1] if choice else {}
-        runs = [run for point in points(suite, method) for run in seed_runs(suite, method, drawn, point)]
-        expected |= {run.record: None for run in tried}
-        expected |= {run.record: run if choice else len(tried) for run in runs}
-    for record in sorted(suite.results.glob("*.json")):
-        if record not in expected:
+        tried, choice = draw_runs(suite, method), chosen(suite, method, found)
+        runs = [
+            run for point in points(suite, method) for run in seed_runs(suite, method, (choice or (0, {}))[1], point)
+        ]
+        expected |= {run.name: run for run in [*tried, *(runs if choice else [])]}
+        waiting |= {run.name: len(tried) for run in runs if not choice}
+    for name, record in found.items():
+        if name in waiting:
             raise RecipeError(
-                f"{record} belongs to no method, seed or draw of {suite.path}: put it back into the suite, or remove "
-                "the file."
+                f"{suite.records} has {name}, but of the {waiting[name]} draws that choose its settings some have no "
+                f"record: run ipg bench {suite.path} --only tune, or remove its line."
             )
-        run = expected[record]
-        if isinstance(run, int):
+        if name in expected:
+            _check_settings(record, expected[name])
+        elif not any(re.fullmatch(rf"{retired}-.*", name) for retired in suite.retired):
             raise RecipeError(
-                f"{record} is there, but of the {run} draws that choose its settings some are not: run ipg bench "
-                f"{suite.path} --only tune, or remove the file."
+                f"{suite.records} has {name}, which is no run of {suite.path}: put its method, seed or draw back into "
+                "the suite, or remove its line."
             )
-        if run is not None:
-            read_record(run)
+    return found
+
+
+def _check_settings(record: Mapping[str, Any], run: Run) -> None:
+    """Compares the settings of a record with those of its run; "not recorded" is no difference."""
+    recorded, wanted = record["settings"], _resolved(run.settings)
+    # of TrainingArguments only what the suite gives: other defaults come with other versions of transformers
+    keys = [key for key in wanted if key not in OF_TRAINER or key in run.settings]
+    differing = [key for key in keys if recorded.get(key) not in (NOT_RECORDED, wanted[key])]
+    if differing:
+        shown = ", ".join(f"{key}={recorded.get(key)!r} (now {wanted[key]!r})" for key in differing[:3])
+        raise RecipeError(
+            f"{run.records} has {run.name}, made with other settings than the suite has now: {shown}. Put the suite "
+            "back as it was, or remove its line so that the run is made anew."
+        )
+
+
+def _resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run's record will have, as JSON gives them back."""
+    own = {key: settings[key] for key in ("seed", "measure_test") if key in settings}
+    shared = {key: value for key, value in settings.items() if key not in own}
+    return _resolved_text(json.dumps(shared)) | own
+
+
+@cache  # the runs of a row differ in little more than the seed, and reading settings takes some hundredths of a second
+def _resolved_text(settings: str) -> dict[str, Any]:
+    recipe, args, _ = parse_settings(json.loads(settings), title="settings")
+    return json.loads(json.dumps(resolved_settings(recipe, args)))
 
 
 def _run(suite: Suite, name: str, changes: Mapping[str, Any]) -> Run:
-    return Run(name, {**suite.base, **changes}, suite.results / f"{name}.json")
+    return Run(name, {**suite.base, **changes}, suite.records)
 
 
 def _ranges(suite: Suite, method: str) -> dict[str, list]:
@@ -312,6 +350,11 @@ def _validate(suite: Suite) -> None:
     for name in suite.methods:
         valid = isinstance(name, str) and re.fullmatch(r"\w+", name) and name != ALL
         _require(bool(valid), f"{path}: methods: {name!r} must be of letters, digits and _, and not {ALL!r}.")
+    _require(
+        isinstance(suite.retired, dict), f"{path}: retired={suite.retired!r} must be a mapping of rows to reasons."
+    )
+    for name in suite.retired:
+        _require(name not in suite.methods, f"{path}: retired: {name!r} is one of the methods too: leave one out.")
     seeds = suite.seeds
     valid = seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len({*seeds}) == len(seeds)
     _require(bool(valid), f"{path}: seeds={seeds!r} must be different whole numbers of 0 or more.")
@@ -320,16 +363,16 @@ def _validate(suite: Suite) -> None:
         _known(suite.tuning.ranges, [ALL, *suite.methods], f"{path}: tuning: ranges")
     for name, changes in suite.methods.items():
         place = f"{path}: methods: {name}"
-        _parsed({**suite.base, **changes}, place)
+        _check({**suite.base, **changes}, place)
         if suite.tuning is None:
             continue
         ranges = _ranges(suite, name)
         _require(bool(ranges), f"{place}: tuning has nothing to draw for it: give tuning: ranges: {name}, or {ALL}.")
         for key, values in ranges.items():
             for value in values[:2] if _is_interval(values) else values:
-                _parsed({**suite.base, **changes, key: value}, f"{path}: tuning: ranges of {name}: {key}={value!r}")
+                _check({**suite.base, **changes, key: value}, f"{path}: tuning: ranges of {name}: {key}={value!r}")
         for number, drawn in enumerate(draws(suite, name)):
-            _parsed({**suite.base, **changes, **drawn}, f"{place}: draw {number}, {drawn}")
+            _check({**suite.base, **changes, **drawn}, f"{place}: draw {number}, {drawn}")
     _validate_grid(suite)
 
 
@@ -347,7 +390,7 @@ def _grid(given: Any, place: str) -> dict[str, list]:
             _require(
                 bool(valid), f"{named}: {value!r} must be a number (as YAML reads it: 1.0e-4, not 1e-4) or a word."
             )
-        _require(len({*map(_word, values)}) == len(values), f"{named}: each value may stand there once.")
+        _require(len({*map(_word, values)}) == len(values), f"{named}: each value may be given once.")
     return given
 
 
@@ -370,16 +413,15 @@ def _validate_grid(suite: Suite) -> None:
             twice = key in suite.methods[name] or key in ranges
             _require(not twice, f"{path}: methods: {name}: {key!r} is set by the grid too: leave one out.")
         for point in points(suite, name):
-            _parsed({**suite.base, **suite.methods[name], **point}, f"{path}: grid: {name} at {point}")
+            _check({**suite.base, **suite.methods[name], **point}, f"{path}: grid: {name} at {point}")
 
 
-def _parsed(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """What a run's record will hold as its configuration."""
+def _check(settings: Mapping[str, Any], place: str) -> None:
+    """Reads settings; `place` names them in an error."""
     try:
-        given = parse_settings(settings, title="settings")[2]
+        _resolved(settings)
     except RecipeError as failure:
         raise RecipeError(f"{place}: {failure}") from failure
-    return {key: value for key, value in given.items() if not key.endswith("_token")}
 
 
 def _changes(given: Any, place: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Table and CSV of a suite, from its records alone."""
+"""Table and CSV of a suite, made of its records."""
 
 from __future__ import annotations
 
@@ -8,36 +8,18 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scipy import stats
 
-from .suite import (
-    HIGHER,
-    LOWER,
-    Suite,
-    check_records,
-    chosen,
-    draw_runs,
-    points,
-    read_record,
-    seed_runs,
-    validation_score,
-)
+from ..metrics import METRICS, WORST_GROUP
+from .suite import Suite, chosen, draw_runs, points, seed_runs, suite_records, validation_score
 
-# title -> metric, in the order of the columns; the third is the worst group
-CLASSES = {
-    "test accuracy": "accuracy",
-    "adjusted": "adjusted_accuracy",
-    "worst group": HIGHER,
-    "flip rate": "flip_rate",
-}
-NUMBERS = {"test error (MAE)": "mae", "worst group": LOWER, "pairs' difference": "difference"}
-NOTE = "Spread: sample standard deviation over seeds."
+NOTE = "Metrics on the test set; spread: sample standard deviation over seeds."
 NOTE_OF_DIFFERENCES = (
-    " Differences: worst group on the test set, method minus other on the "
+    " Differences: worst group, method minus other on the "
     "same seeds, with the 95 % t-interval over these seeds in brackets, each comparison for itself; the best other "
     "has, of the methods with the most of these seeds, the best mean on them."
 )
@@ -50,16 +32,16 @@ NOTE_OF_ERRORS = " Worst group: the highest error; a negative difference is the 
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What there is of a method, at one point where it is run over a grid.
+class Row:
+    """The runs of a method, at one point where it is run over a grid.
 
     Args:
         name: the method.
-        point: of the grid; without a key where there is none, or the method stands outside it.
+        point: the point; without a key where there is no grid, or where the grid does not vary the method.
         records: seed -> record.
-        draw: number of the draw that its settings come from; `None` without tuning, or before it is done.
-        drawn: these settings.
-        scores: validation score of each draw that has run, see [`~suite.validation_score`].
+        draw: number of the draw that its settings come from; `None` without tuning, or before tuning is done.
+        drawn: the settings of that draw.
+        scores: validation score of each draw that has run, as [`~suite.validation_score`] gives it.
     """
 
     name: str
@@ -115,130 +97,138 @@ def best_other(name: str, scores: Mapping[str, Mapping[int, float]]) -> str | No
     return max(others, key=lambda other: (len(common[other]), statistics.fmean(common[other])), default=None)
 
 
-def standings(suite: Suite) -> list[Standing]:
-    """A standing for each method and point of the grid, in the suite's order.
+def suite_rows(suite: Suite) -> list[Row]:
+    """A row for each method and point of the grid, in the suite's order; those that are retired at the end.
 
     Raises:
-        RecipeError: see [`~suite.check_records`].
+        RecipeError: a record does not belong to the suite, as [`~suite.suite_records`] describes.
     """
-    check_records(suite)
-    found = []
+    records, rows = suite_records(suite), []
     for name in suite.methods:
-        choice = chosen(suite, name)
+        choice = chosen(suite, name, records)
         draw, drawn = choice or (None, {})
-        scores = [validation_score(record) for run in draw_runs(suite, name) if (record := read_record(run))]
+        scores = [validation_score(records[run.name]) for run in draw_runs(suite, name) if run.name in records]
         for point in points(suite, name):
             runs = seed_runs(suite, name, drawn, point) if choice else []
-            records = {run.settings["seed"]: record for run in runs if (record := read_record(run))}
-            found.append(Standing(name, point, records, draw, drawn, scores))
-    return found
+            made = {run.settings["seed"]: records[run.name] for run in runs if run.name in records}
+            rows.append(Row(name, point, made, draw, drawn, scores))
+    for name in suite.retired:
+        made = {record["seed"]: record for run, record in records.items() if run == f"{name}-seed{record['seed']}"}
+        rows.append(Row(name, {}, made, None, {}, []))
+    return rows
 
 
-def markdown(suite: Suite, found: Sequence[Standing]) -> str:
-    """The table, a line on each method's settings, and what the runs were made by."""
-    columns = measured_columns(found)
-    worst = columns["worst group"]
+def markdown(suite: Suite, rows: Sequence[Row]) -> str:
+    """The table, a line on each method's settings, and the code and machines that made the runs."""
+    metrics = measured(rows)
     titles = ["method", *(f"`{key}`" for key in suite.grid), "seeds"]
-    for title in columns:
-        extreme = "lowest" if worst == HIGHER else "highest"
-        titles += ["worst group, mean ± sd", "median", extreme] if title == "worst group" else [title]
+    for metric in metrics:
+        title, direction = METRICS[metric]
+        spreads = [f"{title}, mean ± sd", "median", "lowest" if direction == "higher" else "highest"]
+        titles += spreads if metric in WORST_GROUP else [title]
     several = len(suite.methods) > 1
     against = [*(f"`{name}`" for name in suite.references), "the best other"] if several else []
     titles += ["seconds a run", *(f"against {other}" for other in against)]
-    rows = [titles, ["---"] * len(titles), *(_row(suite, standing, found, columns) for standing in found)]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    cells = [titles, ["---"] * len(titles), *(_cells(suite, row, rows, metrics) for row in rows)]
+    lines = ["| " + " | ".join(part) + " |" for part in cells]
     lines[1] = "|" + "---|" * len(titles)
-    first = {standing.name: standing for standing in reversed(found)}
+    first = {row.name: row for row in reversed(rows)}
     settings = [f"- `{name}`: {_settings(suite, first[name])}" for name in suite.methods]
+    settings += [f"- `{name}` can no longer be run: {reason}." for name, reason in suite.retired.items()]
     note = NOTE + (NOTE_OF_DIFFERENCES if several else "") + (NOTE_OF_GRIDS if suite.grid else "")
-    note += (NOTE_OF_POINTS if several and suite.grid else "") + (NOTE_OF_ERRORS if worst == LOWER else "")
-    return "\n".join([*lines, "", f"{note} {_provenance(found)}".strip(), "", *settings])
+    note += NOTE_OF_POINTS if several and suite.grid else ""
+    note += NOTE_OF_ERRORS if METRICS[worst_group(rows)].direction == "lower" else ""
+    return "\n".join([*lines, "", f"{note} {_provenance(rows)}".strip(), "", *settings])
 
 
-def comma_separated(suite: Suite, found: Sequence[Standing]) -> str:
-    """The table with all digits, a row for each method and point of the grid; empty cells are not known."""
-    columns = measured_columns(found)
-    rows = []
-    for standing in found:
-        at = {f"grid_{key}": standing.point.get(key, "") for key in suite.grid}
-        row: dict[str, Any] = {"method": standing.name, **at, "seeds": len(standing.records)}
-        for metric in columns.values():
-            values = [*standing.values(metric).values()]
-            row[f"{metric}_mean"] = statistics.fmean(values) if values else ""
-            row[f"{metric}_sd"] = statistics.stdev(values) if len(values) > 1 else ""
-            if metric in (HIGHER, LOWER):
-                row[f"{metric}_median"] = statistics.median(values) if values else ""
-                extreme = min if metric == HIGHER else max
-                row[f"{metric}_{extreme.__name__}"] = extreme(values) if values else ""
-        seconds = [record["seconds"] for record in standing.records.values()]
-        row["seconds_median"] = statistics.median(seconds) if seconds else ""
-        for title, (other, difference) in _differences(suite, standing, found).items():
-            row[title] = other or ""
+def comma_separated(suite: Suite, rows: Sequence[Row]) -> str:
+    """The table with all digits, a line for each method and point of the grid; empty cells are not known."""
+    lines = []
+    for row in rows:
+        at = {f"grid_{key}": row.point.get(key, "") for key in suite.grid}
+        line: dict[str, Any] = {"method": row.name, **at, "seeds": len(row.records)}
+        for metric in measured(rows):
+            values = [*row.values(metric).values()]
+            line[f"{metric}_mean"] = statistics.fmean(values) if values else ""
+            line[f"{metric}_sd"] = statistics.stdev(values) if len(values) > 1 else ""
+            if metric in WORST_GROUP:
+                line[f"{metric}_median"] = statistics.median(values) if values else ""
+                extreme = _worst(metric)
+                line[f"{metric}_{extreme.__name__}"] = extreme(values) if values else ""
+        seconds = [record["seconds"] for record in row.records.values()]
+        line["seconds_median"] = statistics.median(seconds) if seconds else ""
+        for title, (other, difference) in _differences(suite, row, rows).items():
+            line[title] = other or ""
             for part in ("mean", "low", "high", "n"):
                 value = getattr(difference, part, "")
-                row[f"{title}_difference_{part}"] = "" if value != value else value
-        row["draws"], row["draw"] = len(standing.scores), "" if standing.draw is None else standing.draw
-        row["settings"] = json.dumps({**suite.methods[standing.name], **standing.drawn, **standing.point})
-        rows.append(row)
+                line[f"{title}_difference_{part}"] = "" if value != value else value
+        line["draws"], line["draw"] = len(row.scores), "" if row.draw is None else row.draw
+        line["settings"] = json.dumps({**suite.methods.get(row.name, {}), **row.drawn, **row.point})
+        lines.append(line)
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*rows[0]], lineterminator="\n")
+    writer = csv.DictWriter(text, [*lines[0]], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(lines)
     return text.getvalue()
 
 
-def measured_columns(found: Sequence[Standing]) -> dict[str, str]:
-    """Of `CLASSES` or `NUMBERS`, what the records hold."""
-    tests = [record["metrics"]["test"] for standing in found for record in standing.records.values()]
-    columns = NUMBERS if any(LOWER in test for test in tests) else CLASSES
-    measured = {title: metric for title, metric in columns.items() if any(metric in test for test in tests)}
-    return measured or columns
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The test metrics that the records have, in the order of `METRICS`; before any run, the metrics of classes."""
+    tests = [record["metrics"]["test"] for row in rows for record in row.records.values()]
+    found = [metric for metric in METRICS if any(metric in test for test in tests)]
+    return found or ["accuracy", "worst_group_accuracy", "adjusted_accuracy", "flip_rate"]
 
 
-def _row(suite: Suite, standing: Standing, found: Sequence[Standing], columns: Mapping[str, str]) -> list[str]:
-    at = [written(standing.point[key]) if standing.point else "-" for key in suite.grid]
-    cells = [f"`{standing.name}`", *at, progress(suite, standing)]
-    for title, metric in columns.items():
-        values = [*standing.values(metric).values()]
+def worst_group(rows: Sequence[Row]) -> str:
+    """The one metric of the worst group that the records have."""
+    return next(metric for metric in WORST_GROUP if metric in measured(rows))
+
+
+def _worst(metric: str) -> Callable:
+    return min if METRICS[metric].direction == "higher" else max
+
+
+def _cells(suite: Suite, row: Row, rows: Sequence[Row], metrics: Sequence[str]) -> list[str]:
+    at = [written(row.point[key]) if row.point else "-" for key in suite.grid]
+    cells = [f"`{row.name}`", *at, progress(suite, row)]
+    for metric in metrics:
+        values = [*row.values(metric).values()]
         cells.append(spread(values))
-        if title == "worst group":
-            extreme = min if metric == HIGHER else max
-            cells += [f"{f(values):.3f}" if values else "-" for f in (statistics.median, extreme)]
-    seconds = [record["seconds"] for record in standing.records.values()]
+        if metric in WORST_GROUP:
+            cells += [f"{f(values):.3f}" if values else "-" for f in (statistics.median, _worst(metric))]
+    seconds = [record["seconds"] for record in row.records.values()]
     cells.append(f"{statistics.median(seconds):.0f}" if seconds else "-")
-    differences = _differences(suite, standing, found) if len(suite.methods) > 1 else {}
+    differences = _differences(suite, row, rows) if len(suite.methods) > 1 else {}
     for title, (other, difference) in differences.items():
         named = f"`{other}`: " if title == "best_other" and difference else ""
         cells.append(f"{named}{_interval(difference)}" if difference else "-")
     return cells
 
 
-def _differences(
-    suite: Suite, standing: Standing, found: Sequence[Standing]
-) -> dict[str, tuple[str | None, Interval | None]]:
+def _differences(suite: Suite, row: Row, rows: Sequence[Row]) -> dict[str, tuple[str | None, Interval | None]]:
     """Of the worst group at one point of the grid: to each reference, and to the best other method."""
-    metric = measured_columns(found)["worst group"]
-    worst = {other.name: other.values(metric) for other in found if other.point in (standing.point, {})}
-    sign = 1 if metric == HIGHER else -1
+    metric = worst_group(rows)
+    worst = {other.name: other.values(metric) for other in rows if other.point in (row.point, {})}
+    sign = 1 if METRICS[metric].direction == "higher" else -1
     scores = {name: {seed: sign * value for seed, value in values.items()} for name, values in worst.items()}
     others = {
-        f"reference_{number}" if number > 1 else "reference": name if name in worst.keys() - {standing.name} else None
+        f"reference_{number}" if number > 1 else "reference": name if name in worst.keys() - {row.name} else None
         for number, name in enumerate(suite.references, 1)
     }
-    others["best_other"] = best_other(standing.name, scores)
+    others["best_other"] = best_other(row.name, scores)
     return {
-        title: (other, paired_difference(worst[standing.name], worst[other]) if other else None)
+        title: (other, paired_difference(worst[row.name], worst[other]) if other else None)
         for title, other in others.items()
     }
 
 
-def progress(suite: Suite, standing: Standing) -> str:
+def progress(suite: Suite, row: Row) -> str:
     """How many of the seeds have run, or what there is of the tuning."""
-    if standing.records:
-        done, planned = len(standing.records), len(suite.seeds)
+    if row.records:
+        done, planned = len(row.records), len(suite.seeds)
         return str(done) if done == planned else f"{done} of {planned}"
-    if suite.tuning and standing.draw is None and standing.scores:
-        return f"not run ({len(standing.scores)} of {suite.tuning.draws} draws)"
+    if suite.tuning and row.draw is None and row.scores:
+        return f"not run ({len(row.scores)} of {suite.tuning.draws} draws)"
     return "not run"
 
 
@@ -256,17 +246,17 @@ def _interval(interval: Interval) -> str:
     return f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def _settings(suite: Suite, standing: Standing) -> str:
-    given = _listed(suite.methods[standing.name])
+def _settings(suite: Suite, row: Row) -> str:
+    given = _listed(suite.methods[row.name])
     if suite.tuning is None:
         return f"{given}."
-    if standing.draw is None:
-        return f"{given}; {len(standing.scores)} of {suite.tuning.draws} draws have run."
-    score, diverged = abs(standing.scores[standing.draw]), standing.scores.count(-math.inf)
+    if row.draw is None:
+        return f"{given}; {len(row.scores)} of {suite.tuning.draws} draws have run."
+    score, diverged = abs(row.scores[row.draw]), row.scores.count(-math.inf)
     tried = f"{suite.tuning.draws} draws{f', of which {diverged} diverged,' if diverged else ''}"
     return (
-        f"{given}; of {tried} number {standing.draw} is the best on validation (worst group "
-        f"{score:.3f}, seed {suite.tuning.seed}): {_listed(standing.drawn)}."
+        f"{given}; of {tried} number {row.draw} is the best on validation (worst group "
+        f"{score:.3f}, seed {suite.tuning.seed}): {_listed(row.drawn)}."
     )
 
 
@@ -280,18 +270,18 @@ def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(listed) or "the shared settings"
 
 
-def _provenance(found: Sequence[Standing]) -> str:
-    """Of which code and on what the runs were made."""
-    records = [record for standing in found for record in standing.records.values()]
+def _provenance(rows: Sequence[Row]) -> str:
+    """The code and the machines that made the runs."""
+    records = [record for row in rows for record in row.records.values()]
     if not records:
         return ""
     commits = sorted({_short(record["commit"]) for record in records})
-    return f"Code: {', '.join(commits)}. Machine: {'; '.join(machines(found))}."
+    return f"Code: {', '.join(commits)}. Machine: {'; '.join(machines(rows))}."
 
 
-def machines(found: Sequence[Standing]) -> list[str]:
-    """On what the runs were made, each kind once; seconds compare within one."""
-    return sorted({_machine(record["hardware"]) for standing in found for record in standing.records.values()})
+def machines(rows: Sequence[Row]) -> list[str]:
+    """The machines that made the runs, each kind once. Seconds compare on one kind only."""
+    return sorted({_machine(record["hardware"]) for row in rows for record in row.records.values()})
 
 
 def _short(commit: str | None) -> str:
