@@ -65,7 +65,7 @@ def train(
     columns = {recipe.method: record["metrics"][split]}
     if recipe.compare == "erm" and recipe.method != "erm":
         folder = Path(args.output_dir) / "erm"  # pushed with the folder that it lies in
-        plain = _without_method(args, str(folder))
+        plain = _without_method(args, recipe.method, str(folder))
         begun = resume and list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
         its_resume = newest_checkpoint(folder) if begun else None
         recipe_of_erm = replace(recipe, method="erm", compare="none")
@@ -80,9 +80,10 @@ def train(
     return record
 
 
-def _without_method(args: IPGConfig, output_dir: str) -> IPGConfig:
-    """The training settings without those of a baseline's config, for plain training in another folder."""
-    settings = {entry.name: getattr(args, entry.name) for entry in fields(IPGConfig) if entry.init}
+def _without_method(args: IPGConfig, method: str, output_dir: str) -> IPGConfig:
+    """The training settings without those of a baseline, for plain training or an evaluation in another folder."""
+    names = [entry.name for entry in fields(IPGConfig) if entry.init and entry.name not in METHODS[method].settings]
+    settings = {name: getattr(args, name) for name in names}
     settings |= {"output_dir": output_dir, "resume_from_checkpoint": None, "push_to_hub": False}
     return IPGConfig(**settings)
 
@@ -140,8 +141,8 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     data = recipe.load_data(args.data_order_seed)
     model, processor = load_trained(name, recipe, data)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
-    unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
-    args = replace(args, eval_strategy="no", output_dir=gettempdir(), **unsaved)
+    unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no"}
+    args = replace(_without_method(args, recipe.method, gettempdir()), **unsaved)
     trainer = IPGTrainer(model=model, args=args, processing_class=processor, compute_metrics=_metrics(data))
     _silence(trainer)
     metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
