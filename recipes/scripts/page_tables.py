@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the tables of README.md and recipes/findings.md from the run records.
+"""Makes the tables of README.md, recipes/README.md and recipes/findings.md from the run records.
 
 Launch: python recipes/scripts/page_tables.py          says which page differs from its records
         python recipes/scripts/page_tables.py --write  puts each table between `<!-- numbers: NAME -->` and
@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from ipg_hf.bench.tables import paired_difference, spread
 from ipg_hf.record import read_records
 from ipg_hf.report import fill_marked
 
 RECIPES = Path(__file__).resolve().parents[1]
-PAGES = (RECIPES.parent / "README.md", RECIPES / "findings.md")
+PAGES = (RECIPES.parent / "README.md", RECIPES / "README.md", RECIPES / "findings.md")
 WORST, WORST_ERROR = "worst_group_accuracy", "worst_group_mae"
 NOT_RUN = "-"
 
@@ -131,6 +133,23 @@ def headline() -> str:
             for title, name in names.items()
         ],
     )
+
+
+def recipes() -> str:
+    """Every recipe, its network and its result."""
+    lines = []
+    for path in sorted(RECIPES.glob("*/*.yaml")):
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "dataset" not in recipe:
+            continue
+        folder, name = path.parent.name, path.stem
+        result = "not run"
+        if (RECIPES / "records" / f"{folder}.jsonl").exists():
+            is_error = any(WORST_ERROR in run["metrics"]["test"] for run in runs(folder)[name].values())
+            result = cell(folder, name, metric=WORST_ERROR if is_error else WORST) + (" (error)" if is_error else "")
+        network = recipe.get("model_name_or_path") or f"{recipe['model_type']}, from scratch"
+        lines.append([f"[{folder}/{name}]({folder}/{path.name})", network, result])
+    return table(["recipe", "network", "worst group"], lines)
 
 
 def methods() -> str:
@@ -421,30 +440,17 @@ def ablations() -> str:
     return table(["training", "worst group", "lowest"], lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function
-    for function in (
-        *(
-            headline,
-            methods,
-            draws,
-            untuned,
-            elsewhere,
-            few_pairs,
-            few_pairs_tuned,
-            speed,
-            faults,
-            batch_norm,
-            stability,
-        ),
-        *(sensitivity, scaling, attributes, regression, sources, readability, ablations),
-    )
-}
+TABLES: list[Callable[[], str]] = [
+    *(headline, recipes),
+    *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, few_pairs_tuned, speed, faults),
+    *(batch_norm, stability, sources, attributes, regression, readability, ablations),
+]
 
 
 def rendered(page: str) -> str:
     """The page with each marked table made anew."""
-    return fill_marked(page, "numbers", lambda name: TABLES[name]())
+    made = {function.__name__: function for function in TABLES}
+    return fill_marked(page, "numbers", lambda name: made[name]())
 
 
 if __name__ == "__main__":
