@@ -20,7 +20,6 @@ from .audit.measure import audit, named_models
 from .audit.page import audit_table, check_folder, write_report
 from .bench.run import bench
 from .config import IPGConfig
-from .data import ABOUT
 from .hub.card import model_card
 from .models import load_image_classifier
 from .pairs.checks import ONLY_SET, named_sets
@@ -119,7 +118,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         "only the config is fetched. A wildcard of timm proves which layers reach the logits, a name the numbers too.",
     )
     card = commands.add_parser("card", help="print the model card of a run", allow_abbrev=False)
-    card.add_argument("run", help="a folder made by ipg train; its twin in the folder erm stands beside")
+    card.add_argument("run", help="a folder made by ipg train; the run in its folder erm is compared with it")
     card.add_argument("--name", help="of the model, a Hub id or a word; by default the folder's name")
     card.add_argument("--license", help="of the model, as the Hub spells it, e.g. apache-2.0")
     _add_bench(commands)
@@ -198,10 +197,10 @@ def card_of(run: str, name: str | None = None, license: str | None = None) -> st
     if not (folder / RECORD).is_file():
         raise RecipeError(f"{folder} holds no {RECORD}: give the folder of a run that ipg train has finished.")
     paths = (folder / RECORD, folder / "erm" / RECORD)
-    record, twin = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
-    known = ABOUT.get(record["config"].get("dataset"))
-    record.setdefault("about", asdict(known) if known else {})  # of a run by an earlier version
-    return str(model_card(record, name=name or folder.resolve().name, twin=twin, license=license))
+    record, erm = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
+    if "settings" not in record:
+        raise RecipeError(f"{paths[0]} is of an earlier version, without all settings: make the card with that version.")
+    return str(model_card(record, name=name or folder.resolve().name, erm=erm, license=license))
 
 
 def show_heads(models: Sequence[str]) -> None:

@@ -285,7 +285,7 @@ def test_the_command_pushes_the_finished_run_in_one_last_commit(hub, by_command)
     assert files.keys() >= PUSHED and files == local(by_command.folder / "good")
     assert json.loads(files["run.json"])["method"] == "ipg" and json.loads(files["erm/run.json"])["method"] == "erm"
     assert files["model.safetensors"] != files["erm/model.safetensors"]
-    assert "same training by ERM" in files["README.md"].decode()
+    assert "ERM: plain training without pairs, with the same seed and the same settings." in files["README.md"].decode()
 
 
 def test_measuring_makes_no_repository(hub, by_command):

@@ -107,7 +107,7 @@ def model_card(
     record: Mapping[str, Any],
     *,
     name: str,
-    twin: Mapping[str, Any] | None = None,
+    erm: Mapping[str, Any] | None = None,
     others: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
     **metadata: Any,
@@ -117,7 +117,8 @@ def model_card(
     Args:
         record: the contents of a `run.json`.
         name: Hub id of the model, or a word such as the name of a folder.
-        twin: record of the same training by ERM. Its results stand in a second column.
+        erm: record of a plain training with the same seed. Its results are in a second column, and the card names every
+            other setting in which it differs.
         others: records of the same training with other seeds, for mean and standard deviation.
         license: licence of the model, as the Hub spells it. Without it the card says that none was given.
         **metadata: entries of the card's metadata. `tags` are added to the card's own; every other entry replaces the
@@ -169,7 +170,8 @@ def model_card(
         "license": license,
         "split": split,
         "metrics": metrics,
-        "erm": twin["metrics"].get(split, {}) if twin else None,
+        "erm": erm["metrics"].get(split, {}) if erm else None,
+        "erm_differences": _differences(erm, record) if erm else None,
         "data_seed": record["seed"] if settings.get("data_seed") is None else settings["data_seed"],
         "scores": [[key, title] for key, title in map(_titled, metrics) if title],
         "groups": [key.split("/", 2)[1:] for key in metrics if key.startswith("group_n/")],
@@ -226,16 +228,23 @@ def _spread(records: Sequence[Mapping[str, Any]], split: str | None, metrics: Se
     return ", ".join(parts)
 
 
+def _differences(erm: Mapping[str, Any], record: Mapping[str, Any]) -> list[list[Any]]:
+    """Name and the two values of each common setting in which ERM's training differs."""
+    pairs = [
+        [name, *({**run["settings"], "seed": run["seed"]}.get(name) for run in (erm, record))] for name in SETTINGS
+    ]
+    return [[name, its, own] for name, its, own in pairs if its != own]
+
+
 def _pair_sets(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Name and number of pairs of each pair set that the training read; the name of a single set is empty."""
     sets = {name: entry["pairs"] for name, entry in ((record.get("data") or {}).get("pair_sets") or {}).items()}
-    settings = record["settings"]
-    if (
-        not sets and not settings.get("pairs") and not settings.get("mix_pairs")
-    ):  # of a record without facts of the data
-        sets = {"": settings.get("num_pairs")}
-    sets = {name: NOT_RECORDED if number is None else number for name, number in sets.items()} or {"": NOT_RECORDED}
-    return [("", *sets.values())] if len(sets) == 1 else [*sets.items()]
+    if len(sets) > 1:
+        return [(name, NOT_RECORDED if number is None else number) for name, number in sets.items()]
+    number, settings = next(iter(sets.values()), None), record["settings"]
+    if number in (None, NOT_RECORDED) and not settings.get("pairs") and not settings.get("mix_pairs"):
+        number = settings.get("num_pairs")
+    return [("", NOT_RECORDED if number is None else number)]
 
 
 def _pair_source(settings: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -250,7 +259,7 @@ def _pair_source(settings: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 def _findings(record: Mapping[str, Any]) -> list[list[str]] | None:
     """Set, severity, code and message of the errors and warnings of the pair check; None where it did not run."""
     sets = (record.get("data") or {}).get("pair_sets") or {}
-    checked = {name: entry["findings"] for name, entry in sets.items() if entry["findings"] is not None}
+    checked = {name: entry["findings"] for name, entry in sets.items() if isinstance(entry["findings"], list)}
     found = [[name if len(sets) > 1 else "", *finding] for name, findings in checked.items() for finding in findings]
     return [finding for finding in found if finding[1] != "info"] if checked else None
 

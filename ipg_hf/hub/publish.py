@@ -101,7 +101,7 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
-        readme, twin = folder / "README.md", folder / "erm" / "run.json"
+        readme, erm = folder / "README.md", folder / "erm" / "run.json"
         if readme.is_file() and MARKER not in readme.read_text(encoding="utf-8"):
             logger.warning(f"{readme} is not a card of ipg_hf, and is not changed. Remove it to get a card.")
             return
@@ -116,7 +116,7 @@ class PublishingTrainer(Trainer):
         card = model_card(
             record,
             name=getattr(self, "hub_model_id", None) or self.args.hub_model_id or model_name or folder.resolve().name,
-            twin=json.loads(twin.read_text(encoding="utf-8")) if self.run_record and twin.is_file() else None,
+            erm=json.loads(erm.read_text(encoding="utf-8")) if self.run_record and erm.is_file() else None,
             license=license,
             **metadata,
         )
