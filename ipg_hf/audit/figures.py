@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of an audit report, drawn from its numbers alone, on a light and on a dark ground."""
+"""Draws the figures of an audit report from the numbers of the report."""
 
 from __future__ import annotations
 
@@ -9,28 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-THEMES = {
-    "light": {
-        "ground": "#ffffff",
-        "ink": "#1b1f24",
-        "faint": "#57606a",
-        "models": ("#0b5cad", "#b35900"),
-        "values": "tab10",
-    },
-    "dark": {
-        "ground": "#161b22",
-        "ink": "#e6edf3",
-        "faint": "#9aa5b1",
-        "models": ("#79b8ff", "#f0a35e"),
-        "values": "Set3",
-    },
-}
+INK, FAINT = "#1b1f24", "#57606a"
+COLORS = ("#0b5cad", "#b35900")  # of the first and the second model, as on the page
+VALUES = "tab10"  # matplotlib's colours for labels, attributes and groups
 WIDTH = 4.4  # inches: legible on a phone, which shows a figure at about its width
-MARKS = ("o", "s")  # of the first and the second model, so that colour is not all
+MARKS = ("o", "s")  # of the first and the second model, so that they differ without colour too
 DRAWN_GROUPS = 24
 DRAWN_LINES = 8
-NAMED = 10  # values that colours can tell apart
-LETTERS = 24  # of a name in a figure
+NAMED = 10  # values that differ clearly by colour
+LETTERS = 24  # length of a name in a figure
 GUIDED = ("distance", "divergence", "violated", "loss_scale")
 COURSES = {
     "accuracy": "validation accuracy by group",
@@ -43,23 +30,24 @@ COURSES = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure: the stem of its file, its caption, what it shows for those who do not see it, and PNGs by theme."""
+    """A figure."""
 
-    name: str
+    name: str  # of its file, without suffix
     caption: str
-    alt: str
-    images: dict[str, bytes]
+    alt: str  # the text for readers who do not see it
+    image: bytes  # PNG
 
 
 def draw_figures(report: Mapping[str, Any]) -> dict[str, list[list[Drawn]]]:
-    """All figures of a report.
+    """Draws all figures of a report.
 
     Args:
-        report: as `audit.audit` gives it.
+        report: the report of `audit.measure.audit`.
 
     Returns:
-        Section (`groups`, `projection`, `rationales`, `training`, `guidance`) -> for each model its figures; of
-        `groups`, which shows both models, one list. Values of one kind have the same axes in both models' figures.
+        Section (`groups`, `projection`, `rationales`, `training`, `guidance`) -> a list of figures for each model.
+        `groups` has one list, since its figure shows both models. Figures of the same kind have the same axes for both
+        models.
     """
     models = report["models"]
     figures = {
@@ -72,28 +60,23 @@ def draw_figures(report: Mapping[str, Any]) -> dict[str, list[list[Drawn]]]:
     return {section: parts for section, parts in figures.items() if any(parts)}
 
 
-def _draw(plot: Callable[[Any, Mapping[str, Any]], None], height: float = 3.3) -> dict[str, bytes]:
+def _draw(plot: Callable[[Any], None], height: float = 3.3) -> bytes:
     # the object interface: the backend that the user has chosen stays as it is
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    images = {}
-    for name, theme in THEMES.items():
-        ink, faint, ground = theme["ink"], theme["faint"], theme["ground"]
-        colors = {"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": faint, "axes.facecolor": ground}
-        colors |= {"xtick.color": ink, "ytick.color": ink, "grid.color": faint, "legend.facecolor": ground}
-        # names of classes may hold a $
-        colors["axes.prop_cycle"] = matplotlib.cycler(color=matplotlib.colormaps[theme["values"]].colors)
-        settings = {"font.size": 9, "text.parse_math": False, "grid.alpha": 0.3, "axes.titlesize": 10}
-        with matplotlib.style.context(["default", colors | settings]):
-            figure = Figure(figsize=(WIDTH, height), dpi=160, facecolor=ground, layout="constrained")
-            canvas = FigureCanvasAgg(figure)
-            plot(figure.subplots(), theme)
-            buffer = io.BytesIO()
-            canvas.print_png(buffer)
-        images[name] = buffer.getvalue()
-    return images
+    colors = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "grid.color": FAINT}
+    colors |= {"xtick.color": INK, "ytick.color": INK}
+    # names of classes may hold a $
+    settings = {"font.size": 9, "text.parse_math": False, "grid.alpha": 0.3, "axes.titlesize": 10}
+    with matplotlib.style.context(["default", colors | settings]):
+        figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        plot(figure.subplots())
+        buffer = io.BytesIO()
+        canvas.print_png(buffer)
+    return buffer.getvalue()
 
 
 def _short(name: str) -> str:
@@ -125,7 +108,7 @@ def _groups(models: Sequence[Mapping[str, Any]]) -> Drawn:
         lowest = {row: min(entry["groups"][row]["accuracy"] for entry in models) for row in rows}
         rows = sorted(sorted(lowest, key=lowest.get)[:DRAWN_GROUPS])
 
-    def plot(axes: Any, theme: Mapping[str, Any]) -> None:
+    def plot(axes: Any) -> None:
         for number, entry in enumerate(models):
             groups = [entry["groups"][row] for row in rows]
             shift = (number - (len(models) - 1) / 2) * 0.26
@@ -134,7 +117,7 @@ def _groups(models: Sequence[Mapping[str, Any]]) -> Drawn:
             spread = [[max(0, value - group["low"]) for value, group in zip(values, groups, strict=True)]]
             spread += [[max(0, group["high"] - value) for value, group in zip(values, groups, strict=True)]]
             places = [place + shift for place in range(len(groups))]
-            style = {"fmt": MARKS[number], "color": theme["models"][number], "markersize": 5, "capsize": 2.5}
+            style = {"fmt": MARKS[number], "color": COLORS[number], "markersize": 5, "capsize": 2.5}
             axes.errorbar(values, places, xerr=spread, label=_short(entry["name"]), clip_on=False, zorder=3, **style)
         names = [" / ".join(_short(models[0]["groups"][row][key]) for key in ("label", "attribute")) for row in rows]
         axes.set_yticks(range(len(names)), names)
@@ -146,8 +129,8 @@ def _groups(models: Sequence[Mapping[str, Any]]) -> Drawn:
             axes.figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
     total = len(models[0]["groups"])
-    told = f"the {len(rows)} of {total} groups with the lowest accuracy" if len(rows) < total else "each group"
-    caption = f"Accuracy of {told} (label / attribute) with its 95 % interval"
+    which = f"the {len(rows)} of {total} groups with the lowest accuracy" if len(rows) < total else "each group"
+    caption = f"Accuracy of {which} (label / attribute) with its 95 % interval"
     alt = f"{caption}; the numbers are in the table."
     return Drawn("groups", caption, alt, _draw(plot, 1.1 + 0.3 * len(rows) + 0.25 * (len(models) > 1)))
 
@@ -164,13 +147,13 @@ def _projections(entry: Mapping[str, Any], number: int, report: Mapping[str, Any
     for column, key in ((2, "label"), (3, "attribute")):
         names = report[f"{key}s"]
 
-        def plot(axes: Any, theme: Mapping[str, Any], column: int = column, names: Sequence[str] = names) -> None:
+        def plot(axes: Any, column: int = column, names: Sequence[str] = names) -> None:
             x, y, values = ([point[place] for point in found["points"]] for place in (0, 1, column))
-            style = {"s": 12, "alpha": 0.7, "linewidths": 0.3, "edgecolors": theme["faint"]}
+            style = {"s": 12, "alpha": 0.7, "linewidths": 0.3, "edgecolors": FAINT}
             if len(names) > NAMED:
                 axes.figure.colorbar(axes.scatter(x, y, c=values, cmap="viridis", **style), ax=axes)
             else:
-                for value, (name, color) in enumerate(zip(names, _colors(names, theme), strict=True)):
+                for value, (name, color) in enumerate(zip(names, _colors(names), strict=True)):
                     rows = [row for row, other in enumerate(values) if other == value]
                     if rows:
                         axes.scatter(
@@ -187,44 +170,43 @@ def _projections(entry: Mapping[str, Any], number: int, report: Mapping[str, Any
     return drawn
 
 
-def _colors(names: Sequence[str], theme: Mapping[str, Any]) -> list[Any]:
-    """A colour for each of at most [`NAMED`] values; where all are names of colours, these."""
+def _colors(names: Sequence[str]) -> list[Any]:
+    """A colour for each of at most [`NAMED`] values. Values that are all names of colours get these colours."""
     import matplotlib
     from matplotlib.colors import CSS4_COLORS
 
     if all(name in CSS4_COLORS for name in names):
         return [*names]
-    return [*matplotlib.colormaps[theme["values"]].colors[: len(names)]]
+    return [*matplotlib.colormaps[VALUES].colors[: len(names)]]
 
 
 def _rationales(models: Sequence[Mapping[str, Any]], number: int) -> list[Drawn]:
     if not models[number]["rationales"]:
         return []
     every = [entry["rationales"] or {} for entry in models]
+    several = len(models[number]["rationales"]) > 1
     drawn = []
     for key, classes in models[number]["rationales"].items():
         parts = [part for found in every for other in found.get(key, []) for part in _bars(other)]
         limits = _limits([0.0, *(value for _, value in parts)], margin=0.18)  # room for the numbers
         for place, part in enumerate(classes):
 
-            def plot(
-                axes: Any, theme: Mapping[str, Any], part: Any = part, limits: tuple[float, float] = limits
-            ) -> None:
+            def plot(axes: Any, part: Any = part, limits: tuple[float, float] = limits) -> None:
                 bars = _bars(part)
-                colors = [*[theme["models"][number]] * (len(bars) - 2), theme["faint"], theme["ink"]]
+                colors = [*[COLORS[number]] * (len(bars) - 2), FAINT, INK]
                 drawn_bars = axes.barh(range(len(bars)), [value for _, value in bars], color=colors)
                 axes.bar_label(drawn_bars, [f"{value:.3g}" for _, value in bars], padding=3, fontsize=8)
                 axes.set_yticks(range(len(bars)), [name for name, _ in bars])
                 axes.invert_yaxis()
                 axes.set_xlim(*limits)
-                axes.axvline(0, color=theme["ink"], linewidth=0.8)
+                axes.axvline(0, color=INK, linewidth=0.8)
                 axes.set_xlabel("contribution to logit a − logit b")
                 axes.grid(axis="x")
 
             of = _of(models, number)
-            caption = f"{of}{f'pairs of {key}, ' if key else ''}class {part['label']}"
+            caption = f"{of}{f'pairs of {key}, ' if several else ''}class {part['label']}"
             alt = f"{caption}: contributions of the largest features to the logit difference of the two sides."
-            slug = f"rationales-{f'{_slug(key)}-' if key else ''}{place + 1}-{number + 1}"
+            slug = f"rationales-{f'{_slug(key)}-' if several else ''}{place + 1}-{number + 1}"
             drawn.append(Drawn(slug, caption, alt, _draw(plot)))
     return drawn
 
@@ -263,12 +245,10 @@ def _courses(models: Sequence[Mapping[str, Any]], number: int, panels: Sequence[
         if key in ("violated", "accuracy"):
             limits = (-0.03, 1.03)
 
-        def plot(
-            axes: Any, theme: Mapping[str, Any], key: str = key, limits: tuple[float, float] = limits, log: bool = log
-        ) -> None:
+        def plot(axes: Any, key: str = key, limits: tuple[float, float] = limits, log: bool = log) -> None:
             from matplotlib.ticker import LogLocator
 
-            _plot_course(axes, theme, course, key, number)
+            _plot_course(axes, course, key, number)
             axes.set_xlim(*steps)
             if log:
                 axes.set_yscale("log")
@@ -288,7 +268,7 @@ def _is_drawn(threshold: float | None) -> bool:
 
 
 def _lines(course: Mapping[str, Any], key: str) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (step, value) of the lines of a panel, without what is not known."""
+    """The lines of a panel: name -> (step, value). Values that are not known are left out."""
     if key != "accuracy":
         lines = {"": [(entry["step"], entry[key]) for entry in course["guided"]]}
     else:
@@ -302,14 +282,14 @@ def _lines(course: Mapping[str, Any], key: str) -> dict[str, list[tuple[int, flo
     }
 
 
-def _plot_course(axes: Any, theme: Mapping[str, Any], course: Mapping[str, Any], key: str, number: int) -> None:
+def _plot_course(axes: Any, course: Mapping[str, Any], key: str, number: int) -> None:
     for name, values in _lines(course, key).items():
-        style = {"color": theme["models"][number], "marker": "."} if not name else {"linewidth": 1.1}
+        style = {"color": COLORS[number], "marker": "."} if not name else {"linewidth": 1.1}
         if name == "worst group":
-            style = {"color": theme["ink"], "linewidth": 2.2}
+            style = {"color": INK, "linewidth": 2.2}
         axes.plot(*zip(*values, strict=True), label=_short(name), **style) if values else None
     if key == "divergence" and _is_drawn(course["threshold"]):
-        axes.axhline(course["threshold"], color=theme["faint"], linestyle="--", label=f"t = {course['threshold']:g}")
+        axes.axhline(course["threshold"], color=FAINT, linestyle="--", label=f"t = {course['threshold']:g}")
     if key in ("divergence", "accuracy") and axes.get_legend_handles_labels()[0]:
         axes.figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     axes.set_xlabel("optimizer step")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit of one model, or of two side by side, on a benchmark: what it gets wrong, on whom, and by what features."""
+"""Audits one model, or two side by side, on a benchmark: accuracy by group, flips of pairs, and features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from ..data import Benchmark
 from ..guidance import invariance_divergence
 from ..heads import ClassifierHead, find_head
 from ..inference import inference, logits_of
-from ..metrics import GroupMetrics, group_counts
+from ..metrics import METRICS, GroupMetrics, group_counts
 from ..models import forward_inputs
 from ..pairs import ImageRows
 from ..pairs.checks import named_sets
-from ..pairs.picture import ShownPair
-from ..pairs.preview import shown_pairs
+from ..pairs.preview import ShownPair, shown_pairs
 from ..record import commit, versions
 from ..seeding import seeded
 from .numbers import (
@@ -43,11 +42,11 @@ WORST_PAIRS = 6  # of each model and pair set
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of N images.
+    """The outputs of a model on N images.
 
     Args:
-        logits: float64 (N, C).
-        z: float32 (N, D), the input of the head; None where no head was found.
+        logits: logits, float64 (N, C).
+        z: inputs of the head, float32 (N, D); None if no head was found.
     """
 
     logits: np.ndarray
@@ -56,14 +55,14 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model makes of a benchmark.
+    """The outputs of a model on a benchmark.
 
     Args:
-        images: of the split that is audited.
-        fit: of the split that the probes are fitted on.
-        pairs: of side a and side b of each held-out pair set.
+        images: outputs on the split that is audited.
+        fit: outputs on the split that the probes are fitted on.
+        pairs: outputs on side a and on side b of each held-out pair set.
         weight: W of the head, float64 (C, D), or None.
-        facts: of the model, for the report; `no_head` is the reason where it has no head that can be used.
+        facts: facts about the model for the report. `no_head` is the reason if the model has no head that can be used.
     """
 
     images: Outputs
@@ -84,24 +83,25 @@ def audit(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> tuple[dict[str, Any], dict[str, list[ShownPair]]]:
-    """Measures one or two classifiers on a split of a benchmark; nothing is written.
+    """Measures one or two classifiers on a split of a benchmark. Nothing is written.
 
     Args:
-        models: name -> folder or Hub id, classifier, image processor; a second model stands beside the first.
-        data: the benchmark; its labels are classes. Probes are fitted on the other one of validation and test.
+        models: name -> (folder or Hub id, classifier, image processor). A second model is compared with the first.
+        data: the benchmark. Its labels are classes. Probes are fitted on validation if the split is test, and on test
+            if the split is validation.
         split: `"test"` or `"validation"`.
         dataset: name of the benchmark, for the report.
-        seed: non-negative; seed of the bootstrap and of the rows that are drawn.
-        device: where the models run.
-        batch_size: images a forward.
-        num_workers: processes that load images.
+        seed: seed of the bootstrap and of the rows that are drawn, not negative.
+        device: device on which the models run.
+        batch_size: number of images in a forward.
+        num_workers: number of processes that load images.
 
     Returns:
-        The report, plain values alone (see [`~audit_page.write_report`]), and for each of its cards of pairs, by pair
-        set, the pictures.
+        The report, which holds plain values only, and the pictures of its pairs: pair set -> pairs.
+        [`~page.write_report`] writes both.
 
     Raises:
-        ValueError: the labels are no classes; a model gives NaN, or has the same labels in another order.
+        ValueError: the labels are no classes; a model returns NaN, or has the same labels in another order.
     """
     kind = data.train.features["label"]
     if not isinstance(kind, datasets.ClassLabel):
@@ -152,7 +152,7 @@ def audit(
 
 
 def named_models(places: Sequence[str]) -> dict[str, str]:
-    """Folders or Hub ids by names that differ: their last parts, or else all of them, or else numbered."""
+    """Gives folders or Hub ids different names: their last parts, or else the whole, or else the whole and a number."""
     for names in ([Path(place).resolve().name for place in places], places):
         if len({*names}) == len(places):
             return dict(zip(names, places, strict=True))
@@ -266,9 +266,8 @@ def _accuracies(
         part = _share(int(right[label, attribute]), int(counts[label, attribute]), "accuracy")
         trained = int(metrics.settings["train_group_counts"][label, attribute])
         groups.append({"label": names[0][label], "attribute": names[1][attribute], **part, "n_train": trained})
-    plain = ("accuracy", "worst_group_accuracy", "adjusted_accuracy")
     return {
-        "metrics": {key: summary[key] for key in plain if key in summary},
+        "metrics": {name: summary[name] for name in METRICS if name in summary},
         "accuracy": _share(int(right.sum()), len(labels), "accuracy"),
         "adjusted": _adjusted(summary, groups),
         "worst_group": min(groups, key=lambda group: group["accuracy"]),
@@ -294,7 +293,7 @@ def _share(count: int, total: int, name: str) -> dict[str, Any]:
 
 
 def _scores(a: Outputs, b: Outputs) -> dict[str, np.ndarray]:
-    """Of each pair: `divergence`, `flipped`, and for both sides the `class_*` and its `probability_*`."""
+    """For each pair: `divergence`, `flipped`, and for both sides the predicted `class_*` with its `probability_*`."""
     by_row = torch.vmap(lambda a, b: invariance_divergence(a[None], b[None]))
     scores = {"divergence": by_row(*(torch.from_numpy(side.logits) for side in (a, b))).numpy()}
     for side, outputs in (("a", a), ("b", b)):
@@ -314,7 +313,7 @@ def _pair_figures(a: Outputs, b: Outputs) -> dict[str, Any]:
 def _features(
     measured: Measured, truth: Mapping[str, tuple[np.ndarray, np.ndarray]], seed: int, names: Sequence[str]
 ) -> dict[str, Any]:
-    """What the input of the head tells: probes, projection and rationale differences; None without a head."""
+    """Probes, projection and rationale differences of the input of the head; each is None without a head."""
     if measured.weight is None:
         return {"probes": None, "projection": None, "rationales": None}
     z, fit_z = measured.images.z, measured.fit.z
@@ -335,7 +334,7 @@ def _features(
 def _difference(
     measured: Mapping[str, Measured], truth: tuple[np.ndarray, np.ndarray], metrics: GroupMetrics, seed: int
 ) -> dict[str, dict[str, float]]:
-    """First model minus second, of the same images and the same pairs."""
+    """The differences of the metrics, first model minus second, on the same images and the same pairs."""
     first, second = measured.values()
     groups = truth[0] * len(_attribute_names(metrics)) + truth[1]
     right = [outputs.images.logits.argmax(1) == truth[0] for outputs in (first, second)]
@@ -343,12 +342,12 @@ def _difference(
     for key in first.pairs:
         flips = [_scores(*outputs.pairs[key])["flipped"] for outputs in (first, second)]
         alone = paired_difference(*flips, np.zeros(len(flips[0]), np.int64), seed=seed)["accuracy"]
-        found[f"flip_rate/{key}" if key else "flip_rate"] = alone
+        found[f"flip_rate/{key}" if len(first.pairs) > 1 else "flip_rate"] = alone
     return found
 
 
 def _sides(pairs: datasets.Dataset) -> list[str] | None:
-    """The attribute values of side a and side b, where each side has one alone."""
+    """The attribute values of side a and side b; None if a side has more than one value."""
     found = []
     for column in ("attribute_a", "attribute_b"):
         kind = pairs.features.get(column)
@@ -362,7 +361,7 @@ def _sides(pairs: datasets.Dataset) -> list[str] | None:
 def _worst_pairs(
     pairs: datasets.Dataset, scores: Mapping[str, Mapping[str, np.ndarray]], names: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[ShownPair]]:
-    """The pairs of largest divergence under each model, as cards of the report, and their pictures."""
+    """The pairs of largest divergence under each model: their entries in the report, and their pictures."""
     chosen: dict[int, str] = {}
     for name, values in scores.items():
         rest = [row for row in np.argsort(-values["divergence"], kind="stable").tolist() if row not in chosen]
@@ -376,14 +375,14 @@ def _worst_pairs(
                 sides[side]["probability"] = float(values[f"probability_{side}"][row])
             predictions[model] = {**sides, "divergence": float(values["divergence"][row])}
         flipped = bool(scores[name]["flipped"][row])
-        told = {model: _told(part) for model, part in predictions.items()}
-        pair = replace(pair, facts={**pair.facts, **told}, flipped=flipped)
+        answers = {model: _answer(part) for model, part in predictions.items()}
+        pair = replace(pair, facts={**pair.facts, **answers}, flipped=flipped)
         texts = {key: getattr(pair, key) for key in ("row", "label", "place", "captions", "notes", "facts", "flipped")}
         cards.append({"worst_of": name, **texts, "predictions": predictions})
         pictures.append(pair)
     return cards, pictures
 
 
-def _told(prediction: Mapping[str, Any]) -> str:
+def _answer(prediction: Mapping[str, Any]) -> str:
     sides = [f"{prediction[side]['class']} {prediction[side]['probability']:.3f}" for side in "ab"]
     return f"{' → '.join(sides)}, divergence {prediction['divergence']:.3g}"

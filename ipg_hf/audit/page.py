@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The audit report as a page, its figures and its numbers, in a folder."""
+"""Writes an audit report into a folder: a page, its figures and its numbers."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -14,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..pairs.picture import SMALL, ShownPair, draw_sheet, frame_ratio
-from ..pairs.preview import rendered, write_files
+from ..html import rendered, write_files
+from ..metrics import METRICS
+from ..pairs.preview import SMALL, ShownPair, frame_ratio
 from ..report import summary_table
 from .figures import Drawn, draw_figures
 
@@ -23,7 +23,7 @@ PAGE, NUMBERS = "report.html", "report.json"
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Raises FileExistsError where a folder holds a report."""
+    """Raises a FileExistsError if a folder holds a report."""
     for name in (PAGE, NUMBERS):
         if (Path(folder) / name).exists():
             raise FileExistsError(f"{folder} holds another report ({name}): remove it, or give another folder.")
@@ -32,17 +32,17 @@ def check_folder(folder: str | os.PathLike) -> None:
 def write_report(
     report: Mapping[str, Any], pictures: Mapping[str, Sequence[ShownPair]], folder: str | os.PathLike
 ) -> list[Path]:
-    """Writes a report: `report.html`, one page that needs no other file, `report.json` and the figures as PNG.
+    """Writes a report: `report.html`, a page that needs no other file, `report.json`, and the figures as PNG.
 
-    Everything that the page and the figures say is read from what `report.json` holds.
+    The page and the figures show only what `report.json` holds, and the pictures of pairs.
 
     Args:
-        report: as `audit.audit` gives it. Numbers that are not finite become null.
-        pictures: by pair set, those of the cards of pairs, in their order.
-        folder: made where it is missing.
+        report: the report of `measure.audit`. Numbers that are not finite become null.
+        pictures: pair set -> its pairs of largest divergence, as in the report.
+        folder: the folder. It is made if it does not exist.
 
     Returns:
-        The files; the page first.
+        The files, the page first.
 
     Raises:
         FileExistsError: the folder holds a report.
@@ -53,19 +53,14 @@ def write_report(
     figures = draw_figures(report)
     files = {PAGE: _page(report, pictures, figures).encode(), NUMBERS: numbers.encode()}
     for drawn in (figure for parts in figures.values() for part in parts for figure in part):
-        files[f"{drawn.name}.png"] = drawn.images["light"]
-    for number, (key, pairs) in enumerate(pictures.items()):
-        if pairs:
-            title = f"Pairs of largest divergence{f': {key}' if key else ''}"
-            name = f"pairs-{number + 1}.png" if len(pictures) > 1 else "pairs.png"
-            files[name] = draw_sheet(title, {"models": ", ".join(_names(report))}, [], pairs)
+        files[f"{drawn.name}.png"] = drawn.image
     written = {Path(folder) / name: content for name, content in files.items()}
     write_files(written)
     return [*written]
 
 
 def audit_table(result: Mapping[str, Any]) -> str:
-    """The numbers of a report for a terminal: summary, groups with intervals, flips, probes, differences."""
+    """Returns the numbers of a report as text: summary, groups with intervals, flips, probes and differences."""
     models = result["models"]
     columns = {entry["name"]: dict(entry["metrics"]) for entry in models}
     for entry in models:
@@ -81,7 +76,7 @@ def audit_table(result: Mapping[str, Any]) -> str:
         lines.append(f"{name:<{wide}}{groups[0]['n']:>7}{cells}")
     for key in models[0]["pairs"]:
         parts = [entry["pairs"][key] for entry in models]
-        title = f"flip rate {key}".strip()
+        title = f"flip rate {key}" if len(models[0]["pairs"]) > 1 else "flip rate"
         cells = "".join(f"{_spread(part['flip_rate'], part):>{cell}}" for part in parts)
         lines.append(f"{title:<{wide}}{parts[0]['n']:>7}{cells}")
     for target in ("label", "attribute"):
@@ -103,7 +98,7 @@ def _names(report: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: numpy's numbers as Python's, and None for a number that is not finite."""
+    """A value as JSON takes it: numpy's numbers become Python's, and a number that is not finite becomes None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -123,7 +118,6 @@ def _page(
     figures: Mapping[str, Sequence[Sequence[Drawn]]],
 ) -> str:
     filters = {
-        "png": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),
         "three": partial(_number, form=".3f"),
         "short": partial(_number, form=".3g"),
         "signed": partial(_number, form="+.3f"),
@@ -133,6 +127,7 @@ def _page(
         "audit/page.html",
         filters,
         report=report,
+        titles={name: metric.title for name, metric in METRICS.items()},
         models=report["models"],
         names=_names(report),
         pictures=pictures,

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contact sheet of a pair set: its pairs side by side with their difference, as a web page and as a picture."""
+"""Shows the pairs of a set side by side with their difference, on a web page."""
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from .picture import LISTED, SMALL, ShownPair, draw_sheet, frame_ratio
+from ..html import rendered, write_files
 from .transforms import ImageRows
 
 SIDES = ("image_a", "image_b")
 LABELS = ("label", "label_a", "label_b")
-COUNTED = {  # column -> what the head calls it
+COUNTED = {  # column -> its name in the head of the page
     "label": "labels",
     "label_a": "labels of a",
     "label_b": "labels of b",
@@ -29,8 +28,23 @@ COUNTED = {  # column -> what the head calls it
     "attribute_b": "attributes of b",
 }
 THUMBNAIL = 224  # pixels of the longer side
-CHANGED = 16  # as in the linter: a pixel has changed where a channel differs by more than this
-PICTURE_PAIRS = 24
+SMALL = 112  # about the size of an image on the page: smaller images are enlarged by whole pixels
+LISTED = 12  # values of a column, and rows of a finding, that are listed
+CHANGED = 16  # as in the linter: a pixel has changed if a channel differs by more than this
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """What a page shows of one pair."""
+
+    row: int
+    label: str  # "" if there is none
+    place: str  # row and source
+    captions: list[str]  # of side a, side b and the difference; `images` and `notes` have the same order
+    images: list[Image.Image | None]
+    notes: list[str]  # the text in place of an image that is missing
+    facts: dict[str, str]
+    flipped: bool
 
 
 def preview_pairs(
@@ -44,60 +58,74 @@ def preview_pairs(
     seed: int = 0,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Writes the contact sheet of a pair set: side a, side b and their absolute difference, amplified in each pair so
-    that its largest value is 255 (the factor is stated).
+    """Writes a page that shows pairs: side a, side b and their absolute difference.
 
-    Without scores the rows are a random draw, sorted, stratified by label: each label has as many as every other, as
-    far as its rows go. With scores, half of them (rounded up) are those of the largest divergence, the largest first,
-    and the others such a draw from the rest. With one seed, fewer random rows are a subset of more.
+    The difference is amplified in each pair so that its largest value is 255. The page states the factor.
+
+    Without scores the rows are drawn at random and sorted. The draw takes the same number of each label, as far as
+    there are rows. With scores, the first half of the rows (rounded up) are those of the largest divergence, the
+    largest first; the other half is drawn at random from the rest. For one seed, fewer random rows are a subset of
+    more.
 
     Args:
-        pairs: a pair set with raw images, or an [`ImageRows`], of which the raw images are shown. `label` (or
-            `label_a` and `label_b`), `attribute_a`, `attribute_b` and `source_id` are shown where there are any.
-        path: of the two files, without suffix; `.html` or `.png` at its end is dropped. Its folder is made.
-        num_pairs: number of pairs on the page, at least 1; all where the set has fewer. The picture shows at most 24.
+        pairs: a pair set with raw images, or an [`ImageRows`], of which the raw images are shown. The columns `label`
+            (or `label_a` and `label_b`), `attribute_a`, `attribute_b` and `source_id` are shown if they exist.
+        path: the page. The suffix `.html` is added if the path has not got it. The folder is made.
+        num_pairs: number of pairs on the page, at least 1. A smaller set is shown completely.
         scores: arrays over all P rows of the set: `divergence`, float, shape (P,), where NaN counts as the largest;
-            and optionally `prediction_a` and `prediction_b`, predicted classes, and `flipped`, bool, whether they
-            differ. Other keys are not looked at.
-        title: of the page.
-        findings: listed at the top: objects with `severity`, `code`, `message`, `rows` and `fix`.
-        seed: non-negative; seed of the draws.
-        overwrite: replaces the files where they exist.
+            optionally `prediction_a` and `prediction_b`, predicted classes; optionally `flipped`, bool, whether the
+            predictions differ. Other keys are ignored.
+        title: title of the page.
+        findings: findings of [`~linter.check_pairs`], listed at the top.
+        seed: seed of the draws, not negative.
+        overwrite: replace the page if it exists.
 
     Returns:
-        The picture, `<path>.png`, and the page, `<path>.html`: one file that needs no other and no script.
+        The files that were written: the page. It needs no other file and no script.
 
     Raises:
-        ValueError: the set is empty or has no columns of images; `num_pairs` is below 1; `scores` have no divergence,
-            or one of them is not of shape (P,).
-        FileExistsError: a file exists and `overwrite` is off.
+        ValueError: the set is empty or has no image columns; `num_pairs` is below 1; `scores` has no divergence, or one
+            of the scores is not of shape (P,).
+        FileExistsError: the page exists and `overwrite` is off.
     """
     raw = _raw(pairs)
     if num_pairs < 1:
         raise ValueError(f"num_pairs={num_pairs} is not valid: show at least 1 pair.")
     scores = _checked_scores(scores, len(raw))
-    files = _files(path, overwrite)
+    file = Path(path)
+    file = file if file.suffix.lower() == ".html" else file.with_name(f"{file.name}.html")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists: set overwrite=True to replace it, or give another path.")
     names = _names(raw)
     labels, divergence = names.get("label", names.get("label_a")), None if scores is None else scores["divergence"]
-    groups, few = (
-        choose_rows(len(raw), count, labels, divergence, seed) for count in (num_pairs, min(num_pairs, PICTURE_PAIRS))
-    )
-    shown = {row: _read_pair(raw, row, scores) for _, rows in groups for row in rows}
-    facts = _facts(len(raw), names, scores)
-    told = _told(groups, len(raw), seed, labels is not None)
-    page = _page(
-        title, facts | {"rows": told}, findings, [(name, [shown[row] for row in rows]) for name, rows in groups]
-    )
-    facts["rows"] = _told(few, len(raw), seed, labels is not None)
-    picture = draw_sheet(title, facts, [*map(_finding, findings)], [shown[row] for _, rows in few for row in rows])
-    write_files({files[0]: picture, files[1]: page.encode()})
-    return files
+    groups = choose_rows(len(raw), num_pairs, labels, divergence, seed)
+    facts = _facts(len(raw), names, scores) | {"rows": _choice(groups, len(raw), seed, labels is not None)}
+    shown = [(heading, [_read_pair(raw, row, scores) for row in rows]) for heading, rows in groups]
+    write_files({file: _page(title, facts, findings, shown).encode()})
+    return [file]
+
+
+def frame_ratio(pairs: Sequence[ShownPair]) -> float:
+    """Returns width over height of the frames of images: that of the median image, within 1/2 and 2."""
+    ratios = [image.width / image.height for pair in pairs for image in pair.images if image is not None]
+    return float(np.clip(np.median(ratios or [1.0]), 0.5, 2.0))
 
 
 def choose_rows(
     total: int, count: int, labels: Sequence[str] | None, divergence: np.ndarray | None, seed: int
 ) -> list[tuple[str, list[int]]]:
-    """The rows that [`preview_pairs`] shows of a set of `total`, under their headings ("" without a divergence)."""
+    """Chooses the rows that [`preview_pairs`] shows.
+
+    Args:
+        total: number of rows of the set.
+        count: number of rows to choose.
+        labels: label of each row.
+        divergence: divergence of each row.
+        seed: seed of the draw.
+
+    Returns:
+        Headings with their rows. Without a divergence there is one heading, "".
+    """
     drawn = np.random.default_rng((seed, 20)).permutation(total)
     if labels is not None:
         # the labels take turns, so that any beginning of the order has as many of each
@@ -116,7 +144,7 @@ def choose_rows(
 
 
 def shown_pairs(pairs: datasets.Dataset | ImageRows, rows: Sequence[int]) -> list[ShownPair]:
-    """What the sheet shows of some rows of a pair set, without scores; an image that cannot be read is noted."""
+    """Reads what a page shows of some rows of a pair set, without scores. An image that cannot be read is noted."""
     raw = _raw(pairs)
     return [_read_pair(raw, row, None) for row in rows]
 
@@ -163,32 +191,8 @@ def _checked_scores(scores: Mapping[str, Any] | None, count: int) -> dict[str, n
     return arrays
 
 
-def _files(path: str | os.PathLike, overwrite: bool) -> list[Path]:
-    path = Path(path)
-    path = path.with_suffix("") if path.suffix.lower() in (".html", ".png") else path
-    files = [path.with_name(path.name + suffix) for suffix in (".png", ".html")]
-    for file in files:
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"{file} exists: set overwrite=True to replace it, or give another path.")
-    return files
-
-
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Writes files whole or not at all."""
-    partial = {file.with_name(file.name + ".partial"): file for file in files}
-    try:
-        for part, file in partial.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(files[file])
-        for part, file in partial.items():
-            os.replace(part, file)
-    finally:
-        for part in partial:
-            part.unlink(missing_ok=True)
-
-
 def _names(pairs: datasets.Dataset) -> dict[str, list[str]]:
-    """The values of labels and attributes as names; without columns that have no classes (fractions, lists)."""
+    """The values of labels and attributes as names. Columns without classes (fractions, lists) are left out."""
 
     def has_classes(kind: Any) -> bool:
         stored = kind.pa_type if isinstance(kind, (datasets.ClassLabel, datasets.Value)) else pa.null()
@@ -218,7 +222,7 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _facts(total: int, names: Mapping[str, Sequence[str]], scores: Mapping[str, np.ndarray] | None) -> dict[str, str]:
-    """What the head of the sheet says of the whole set."""
+    """What the head of the page says of the whole set."""
     facts = {"pairs": str(total)} | {COUNTED[column]: _counted(values) for column, values in names.items()}
     if scores is not None:
         facts["mean divergence"] = f"{scores['divergence'].mean():.3g}"
@@ -228,7 +232,7 @@ def _facts(total: int, names: Mapping[str, Sequence[str]], scores: Mapping[str, 
     return facts
 
 
-def _told(groups: Sequence[tuple[str, list[int]]], total: int, seed: int, by_label: bool) -> str:
+def _choice(groups: Sequence[tuple[str, list[int]]], total: int, seed: int, by_label: bool) -> str:
     """Which rows are shown, in words."""
     sizes, drawn = [len(rows) for _, rows in groups], f"at random with seed {seed}"
     drawn += ", as evenly over the labels as possible" if by_label else ""
@@ -242,9 +246,9 @@ def _told(groups: Sequence[tuple[str, list[int]]], total: int, seed: int, by_lab
 
 def _read_pair(pairs: datasets.Dataset, row: int, scores: Mapping[str, np.ndarray] | None) -> ShownPair:
     kinds = pairs.features
-    told = [name for name in (*LABELS, "attribute_a", "attribute_b", "source_id") if name in kinds]
-    values = pairs.select_columns([*SIDES, *told])[row]
-    texts = {name: _name(kinds[name], values[name]) for name in told}
+    described = [name for name in (*LABELS, "attribute_a", "attribute_b", "source_id") if name in kinds]
+    values = pairs.select_columns([*SIDES, *described])[row]
+    texts = {name: _name(kinds[name], values[name]) for name in described}
     images, notes, changed, factor = _pictured([_decoded(values[name], kinds[name].mode) for name in SIDES])
     facts = {"pixels changed": changed} if changed else {}
     if scores is not None:
@@ -267,20 +271,20 @@ def _read_pair(pairs: datasets.Dataset, row: int, scores: Mapping[str, np.ndarra
 
 
 def _decoded(value: Mapping[str, Any] | None, mode: str | None) -> Image.Image | str:
-    """An image as the training reads it, or what is wrong with it."""
+    """The image as a training reads it, or what is wrong with it."""
     if value is None:
         return "there is no image"
     try:
         return datasets.Image(mode=mode).decode_example(value)
-    except UnidentifiedImageError:  # its message holds an address in memory, another one in each run
+    except UnidentifiedImageError:  # the message holds an address in memory, which differs between runs
         return f"not an image that PIL knows ({value['path'] or str(len(value['bytes'])) + ' bytes'})"
     except Exception as failure:
         return f"{type(failure).__name__}: {failure}"
 
 
 def _pictured(sides: Sequence[Image.Image | str]) -> tuple[list[Image.Image | None], list[str], str, float]:
-    """The thumbnails of both sides and of their difference, what prevents each, the share of pixels, the factor."""
-    plain = [None if isinstance(side, str) else side.convert("RGB") for side in sides]  # as the training does
+    """Thumbnails of both sides and of their difference, notes on missing ones, share of changed pixels, and factor."""
+    plain = [None if isinstance(side, str) else side.convert("RGB") for side in sides]  # as a training does
     images = [None if image is None else _thumbnail(image) for image in plain]
     notes = [side if isinstance(side, str) else "" for side in sides]
     if None in plain:
@@ -305,7 +309,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _shrunk(difference: np.ndarray) -> np.ndarray:
-    """A difference at the size it is looked at: the largest of each block, since a mean would hide a dot."""
+    """A difference at the size of the page: the largest value of each block, since a mean would hide a dot."""
     block = -(-max(difference.shape[:2]) // SMALL)
     for axis in (0, 1):
         starts = np.arange(0, difference.shape[axis], block)
@@ -314,7 +318,7 @@ def _shrunk(difference: np.ndarray) -> np.ndarray:
 
 
 def _percent(share: float) -> str:
-    """A share in per cent, of which only nothing is 0 and only everything 100."""
+    """A share in per cent. Only no pixel at all is 0 %, and only all pixels are 100 %."""
     if 0 < share < 0.001:
         return "<0.1 %"
     return ">99.9 %" if 0.999 < share < 1 else f"{100 * share:.3g} %"
@@ -338,29 +342,7 @@ def _page(
     )
 
 
-def rendered(template: str, filters: Mapping[str, Any] | None = None, **values: Any) -> str:
-    """A page made of a template of the package, whose values are escaped and whose every name must be given."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ipg_hf", ""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"uri": png_uri, **(filters or {})}
-    return environment.get_template(template).render(**values)
-
-
 def _finding(finding: Any) -> dict[str, Any]:
     rows = [] if finding.rows is None else [int(row) for row in finding.rows]
     severity = str(getattr(finding.severity, "value", finding.severity))
     return {"severity": severity, "rows": rows, **{key: getattr(finding, key) for key in ("code", "message", "fix")}}
-
-
-def png_uri(image: Image.Image) -> str:
-    """An image as a data URI."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
