@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Last layers fitted anew to balanced groups, or without the directions in which pairs differ."""
+"""Deep feature reweighting: last layers that are fitted again to groups of equal size."""
 
-import copy
+import json
 
 import numpy as np
 import pytest
@@ -10,13 +10,19 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import AutoModelForImageClassification
+from small_runs import train, write
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback
 
-from ipg_hf import find_head
+from ipg_hf import IPGTrainer, find_head
+from ipg_hf.baselines import DFRConfig, DFRTrainer
 from ipg_hf.baselines.dfr import fit_balanced, refit_last_layer, split_groups
-from ipg_hf.baselines.projection import project_last_layer, project_out
+from ipg_hf.cli import main
+from ipg_hf.data import load_digits
+from ipg_hf.pairs import ImageRows
+from ipg_hf.recipe import Recipe, RecipeError, parse_recipe
 
 MODELS = {"vit": small.vit, "resnet": small.resnet, "timm": small.timm_resnet, "1x1 convolution": small.conv_head}
+DFR = {"method": "dfr", "num_fits": 2, "strengths": [1.0, 0.3]}
 L1 = {"penalty": "l1"} if LogisticRegression().penalty == "l2" else {"l1_ratio": 1.0}
 
 
@@ -44,12 +50,6 @@ def batches_of(rows, size=7):
         yield {name: torch.stack([torch.as_tensor(row[name]) for row in part]) for name in part[0]}
 
 
-def pair_batches(pairs, size=3):
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        yield {"pixel_values": torch.stack([row[f"pixel_values_{side}"] for side in "ab" for row in part])}
-
-
 def logits_and_z(model, rows):
     model.eval()
     inputs = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
@@ -57,7 +57,7 @@ def logits_and_z(model, rows):
         return find_head(model, None, inputs).run(model, inputs)
 
 
-# ---- Fitted anew ----
+# ---- The fit ----
 
 
 def test_what_plain_training_gets_wrong_a_balanced_fit_repairs():
@@ -204,89 +204,138 @@ def test_what_cannot_be_refitted_is_named_and_left_alone(build, change, options,
     assert small.bit_equal(small.weights(model), before)
 
 
-# ---- Projected ----
+# ---- The trainer ----
 
 
-def test_a_projection_by_hand():
-    weight = np.array([[3.0, 4.0], [1.0, 0.0]])
-    # e1 holds 4 + 16 = 20 of 21 of the squares
-    differences = np.array([[2.0, 0.0], [-4.0, 0.0], [0.0, 1.0]])
-    for rank in (1, 0.9):
-        projected, facts = project_out(weight, differences, rank=rank)
-        assert np.abs(projected - [[0, 4], [0, 0]]).max() < 1e-15
-        assert facts["rank"] == 1 and facts["pairs"] == 3
-        assert facts["variance_removed"] == pytest.approx(20 / 21)
-        assert facts["weight_removed"] == pytest.approx(10 / 26)
-    # V = (1, 1)/√2: I - V Vᵀ = [[.5, -.5], [-.5, .5]]
-    projected, facts = project_out([[1.0, 0.0], [2.0, 2.0]], [[3.0, 3.0], [1.0, 1.0]], rank=1.0)
-    assert np.abs(projected - [[0.5, -0.5], [0, 0]]).max() < 1e-15 and facts["rank"] == 1
+class StopAt(TrainerCallback):
+    """Ends a training after one step, as a signal does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
 
 
-def test_a_share_is_the_fewest_directions_that_hold_it():
-    differences = np.diag([3.0, 2.0, 1.0, 0.0])  # squares 9, 4, 1 of 14
-    weight = np.ones((2, 4))
-    ranks = {share: project_out(weight, differences, rank=share)[1]["rank"] for share in (0.1, 9 / 14, 0.65, 0.99, 1.0)}
-    assert ranks == {0.1: 1, 9 / 14: 1, 0.65: 2, 0.99: 3, 1.0: 3}
+def build(folder, kind=DFRTrainer, *callbacks, **settings):
+    model = small.vit()
+    args = small.config(folder, kind.config_class, **settings)
+    held_out = small.grouped(48, seed=6)
+    return kind(model, args, train_dataset=small.grouped(24), eval_dataset=held_out, callbacks=list(callbacks))
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_pairs_are_answered_alike_once_all_they_differ_in_is_out(kind):
-    pairs = small.pairs(5, dtype=torch.float64)
-    sides = [[{"pixel_values": row[f"pixel_values_{side}"]} for row in pairs] for side in "ab"]
-
-    def difference(model):
-        logits = [logits_and_z(model, side)[0] for side in sides]
-        return (logits[0] - logits[1]).abs().max().item()
-
-    plain, some, none = (MODELS[kind]().double() for _ in range(3))
-    _, of_one = project_last_layer(some, pair_batches(pairs), rank=1)
-    head, of_all = project_last_layer(none, pair_batches(pairs), rank=1.0)
-    assert (of_one["rank"], of_all["rank"]) == (1, 5)
-    assert difference(none) < 1e-12 < 1e-6 < min(difference(some), difference(plain))
-    # the bias is what it was; the model answers as its new head does
-    assert torch.equal(head.bias, find_head(plain).bias)
-    unseen = small.rows(6, seed=8, dtype=torch.float64)
-    logits, z = logits_and_z(none, unseen)
-    assert (logits - (z @ head.weight.T + head.bias)).abs().max() < 1e-12
-    assert (logits - logits_and_z(plain, unseen)[0]).abs().max() > 1e-6
-
-
-def test_batches_of_pairs_are_one_set():
-    pairs, one, several = small.pairs(7), small.vit(), small.vit()
-    project_last_layer(one, pair_batches(pairs, 7), rank=2)
-    project_last_layer(several, pair_batches(pairs, 3), rank=2)
-    assert small.differences(small.weights(one), small.weights(several)) < 1e-6
-
-
-def test_a_regression_is_projected_too():
-    model = small.vit(1)
-    head, _ = project_last_layer(model, pair_batches(small.pairs(4)), rank=1)
-    assert head.weight.shape[0] == 1 and (head.weight - find_head(small.vit(1)).weight).abs().max() > 1e-4
+def test_the_trainer_fits_half_of_every_group_and_leaves_the_other_half_to_measure(tmp_path):
+    plain, run = build(tmp_path, IPGTrainer), build(tmp_path, num_fits=2, strengths=[3.0, 0.3], seed=5)
+    plain.args.seed = 5
+    held_out = run.eval_dataset
+    plain.train()
+    run.train()
+    labels, attributes = (np.asarray(held_out[:][name]) for name in ("label", "attribute"))
+    fitted, measured = split_groups(labels, attributes, seed=5)
+    expected, left = held_out.select(measured)[:], run.eval_dataset[:]
+    assert torch.equal(left["pixel_values"], expected["pixel_values"]) and len(left["label"]) == 24
+    rows = [{"pixel_values": held_out[int(row)]["pixel_values"].float()} for row in fitted]
+    weight, bias, facts = fit_balanced(
+        logits_and_z(plain.model, rows)[1].double().numpy(),
+        labels[fitted],
+        attributes[fitted],
+        num_labels=2,
+        seed=5,
+        num_fits=2,
+        strengths=[3.0, 0.3],
+    )
+    assert run.method_facts == {**facts, "rows_left_to_measure": 24} and run.method == "dfr"
+    classifier = run.model.classifier
+    assert np.abs(classifier.weight.detach().numpy() - weight).max() < 1e-5 * np.abs(weight).max()
+    assert np.abs(classifier.bias.detach().numpy() - bias).max() < 1e-4 * np.abs(weight).max()
+    before, after = small.weights(plain.model), small.weights(run.model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, 0.0, float("nan"), True, "1", None])
-def test_ranks_that_are_none(rank):
-    with pytest.raises(ValueError, match="rank="):
-        project_out(np.ones((2, 3)), np.eye(3), rank=rank)
+def test_a_training_that_is_stopped_is_not_fitted(tmp_path):
+    plain, run = build(tmp_path, IPGTrainer, StopAt()), build(tmp_path, DFRTrainer, StopAt())
+    plain.train()
+    run.train()
+    assert small.bit_equal(small.weights(run.model), small.weights(plain.model))
+    assert len(run.eval_dataset) == 48 and run.method_facts == {}
+
+
+# ---- Recipes ----
 
 
 @pytest.mark.parametrize(
-    ("differences", "rank", "expected"),
+    ("settings", "expected"),
     [
-        (np.zeros((4, 3)), 1, "same features"),
-        (np.array([[1.0, 2, 3], [2, 4, 6]]), 2, "1 directions alone"),
-        (np.eye(3), 3, "constant"),
-        (np.eye(3), 1.0, "constant"),
+        ({"num_fit": 3}, "'num_fits'"),
+        ({"rank": 3}, "'rank'.*belongs to method project"),
+        ({"num_fits": 0}, "num_fits=0"),
+        ({"strengths": [0.1, -1]}, "strengths"),
+        ({"strengths": "all"}, "strengths"),
+        ({"method": "dfrr"}, "'dfr'"),
     ],
 )
-def test_projections_that_leave_nothing_or_take_nothing(differences, rank, expected):
-    with pytest.raises(ValueError, match=expected):
-        project_out(np.ones((2, 3)), differences, rank=rank)
+def test_settings_that_are_none(tmp_path, settings, expected):
+    with pytest.raises(RecipeError, match=expected):
+        parse_recipe(write(tmp_path, **{**DFR, **settings}))
 
 
-def test_a_head_of_several_layers_is_not_projected():
-    model = small.deit_with_teacher()
-    before = copy.deepcopy(small.weights(model))
-    with pytest.raises(ValueError, match="mean of 2 layers"):
-        project_last_layer(model, pair_batches(small.pairs(3)), rank=1)
-    assert small.bit_equal(small.weights(model), before)
+def test_settings_as_flags(tmp_path):
+    recipe, args, given = parse_recipe(
+        write(tmp_path), ["--method", "dfr", "--num_fits", "3", "--strengths", "0.5", "2"]
+    )
+    assert (type(args), args.num_fits, args.strengths) == (DFRConfig, 3, [0.5, 2.0])
+    assert {"method", "num_fits", "strengths"} <= {*given} and not recipe.uses_pairs and Recipe().uses_pairs
+
+
+def test_a_regression_is_refused_before_its_training(tmp_path, capsys):
+    settings = {"dataset": "stroke_mass", "num_pairs": None, "metric_for_best_model": "loss"}
+    assert main(["train", "--config", write(tmp_path, **DFR, **settings)]) == 2
+    assert "1 outputs" in capsys.readouterr().err
+    assert not [*tmp_path.glob("out/checkpoint-*")] and not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fitted")
+    return folder, *train(folder, **DFR)
+
+
+def test_a_run_is_measured_by_the_rows_that_were_not_fitted(tmp_path, fitted):
+    folder, record, weights = fitted
+    plain, before = train(tmp_path / "plain", method="erm")
+    facts, validation = record["baseline"], record["metrics"]["validation"]
+    assert record["method"] == "dfr" and facts["strength"] in (1.0, 0.3) and facts["fits"] == 2
+    # 75 digits a group: 38 are fitted
+    assert (facts["rows"], facts["rows_a_fit"], facts["rows_left_to_measure"]) == (152, 152, 148)
+    assert {validation[key] for key in validation if key.startswith("group_n/")} == {37.0}
+    # its pairs hold images that were fitted
+    assert "flip_rate" not in validation and "flip_rate" in record["metrics"]["test"]
+    assert {name for name in weights if not torch.equal(weights[name], before[name])} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    # the colour alone leaves a group without a right answer
+    assert record["metrics"]["test"]["worst_group_accuracy"] > 0.2
+    assert plain["metrics"]["test"]["worst_group_accuracy"] == 0
+    card = (folder / "out" / "README.md").read_text()
+    assert " 152 validation images" in card and "Plain training" not in card
+    raw, same = train(tmp_path / "raw", **DFR, preload=False)
+    assert raw["metrics"]["test"] == pytest.approx(record["metrics"]["test"], abs=1e-6)
+    assert small.differences(weights, same) < 1e-5
+
+
+def test_the_saved_head_is_the_one_that_was_fitted(fitted):
+    folder, record, weights = fitted
+    model = AutoModelForImageClassification.from_pretrained(folder / "out")
+    head = find_head(model)
+    assert torch.equal(head.weight, weights["classifier.weight"])
+    assert torch.equal(head.weight[0], -head.weight[1]) and torch.equal(head.bias[0], -head.bias[1])
+    processor = AutoImageProcessor.from_pretrained(folder / "out")
+    rows = ImageRows(load_digits(num_pairs=1).test.select(range(8)), processor, {"image": "pixel_values"})
+    inputs = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+    logits, z = head.run(model.eval(), inputs)
+    assert (logits - (z @ head.weight.T + head.bias)).abs().max() < 1e-5
+    output = folder / "metrics.json"
+    config = str(folder / "recipe.yaml")
+    assert main(["evaluate", str(folder / "out"), "--config", config, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["metrics"] == pytest.approx(record["metrics"]["test"], abs=1e-6)
