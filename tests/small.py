@@ -277,6 +277,46 @@ class Around(TrainerCallback):
         self.after.append(self.look(model, optimizer))
 
 
+# ---- Plain gradient descent, which the tests of losses and of updates compute by hand ----
+
+RATE = 0.05
+
+
+def descending(folder, train=None, pair_dataset=None, build=vit, kind=IPGTrainer, **settings):
+    """A trainer of a float64 model by SGD at a constant rate without clipping, and what it looks like around steps."""
+    around = Around()
+    settings = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0} | settings
+    settings = {"train_sampling_strategy": "sequential", "callbacks": [around]} | settings
+    train = rows(64, dtype=torch.float64) if train is None else train
+    pair_dataset = pairs(8, dtype=torch.float64) if pair_dataset is None else pair_dataset
+    return trainer(folder, build().double(), train, pair_dataset, kind, **settings), around
+
+
+def descended(*args, **settings):
+    """The trainer of `descending` after its training; without pairs and of two steps where nothing else is said."""
+    settings = {"pair_dataset": {}, "max_steps": 2} | settings
+    run, _ = descending(*args, **settings)
+    run.train()
+    return run
+
+
+def descended_by_hand(model, train, loss_of, steps=2, batch=8, attribute="attribute"):
+    """The weights after descent on `loss_of(losses, logits, labels, attributes, step)` of the set from `grouped`."""
+    stored = train[:]
+    inputs, labels, attributes = stored["pixel_values"].double(), stored["label"], stored[attribute]
+    for step in range(steps):
+        part = slice(batch * step, batch * (step + 1))
+        logits = model(inputs[part]).logits
+        losses = nn.functional.cross_entropy(logits, labels[part], reduction="none")
+        model.zero_grad()
+        loss_of(losses, logits, labels[part], attributes[part], step).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= RATE * parameter.grad
+    return weights(model)
+
+
 # a small ViT on the digits, by the command line; what a test adds is how it is trained
 TINY_RECIPE = {
     "dataset": "digits",
