@@ -366,7 +366,10 @@ def main() -> None:
     digests = {}
     for collection, runs in sorted(collections.items()):
         names = sorted(runs, key=in_order)
-        digests[collection] = {"records": len(names), "sha256": digest([{**runs[name][0], "run": name} for name in names])}
+        digests[collection] = {
+            "records": len(names),
+            "sha256": digest([{**runs[name][0], "run": name} for name in names]),
+        }
         lines = [json.dumps(migrated(runs[name][0], name, runs[name][1]), separators=(",", ":")) for name in names]
         print(f"{collection}.jsonl: {len(lines)} records")
         if options.write:

@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How worst-group accuracy falls with the quality of the pairs: runs, table and figure.
+"""How worst-group accuracy falls with the quality of the pairs: makes the runs; `table.py` makes table and figure.
 
-    python recipes/pair_quality.py RECIPE ... [--seeds 0 1 2 3 4] [--kinds mislabelled unoriented residual]
-    python recipes/pair_quality.py --write   puts the tables into README.md and draws pair_quality.png
+Launch: python recipes/scripts/pair_quality.py RECIPE ... [--seeds 0 1 2 3 4] [--kinds mislabelled unoriented residual]
 
-A record is `recipes/<dataset>/results/pair_quality/<recipe>-<kind>-<level>-seed<n>.json`; what has one is not run
-again.
+A record is the run `<recipe>-<kind>-<level>-seed<n>` in `recipes/records/pair_quality_<dataset>.jsonl`. What has a
+record is not run again.
 """
 
 import argparse
-import json
+import re
 import shutil
 import statistics
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
+from ipg_hf.baselines import degrade_pairs
 from ipg_hf.bench.tables import spread
-from ipg_hf.report import fill_marked
+from ipg_hf.recipe import parse_recipe
+from ipg_hf.record import append_record, read_records
+from ipg_hf.run import train
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE, FIGURE = ROOT / "recipes/README.md", ROOT / "recipes/pair_quality.png"
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "recipes/records"
+DATASETS = ("digits", "colored_mnist")
 LEVELS = {
     "mislabelled": (0.1, 0.3, 0.6, 1.0),
     "unoriented": (0.1, 0.25, 0.5),
@@ -33,35 +35,35 @@ TITLES = {
 }
 
 
-def run(recipe: Path, seed: int, kinds: list[str]) -> None:
-    """One seed of a recipe: the pairs as they are, and each kind of fault at each level."""
-    recipe = recipe.resolve().relative_to(ROOT)
+def run(path: Path, seed: int, kinds: list[str]) -> None:
+    """Trains one seed of a recipe: on the pairs as they are, and on pairs with each kind of fault at each level."""
+    dataset = path.resolve().parent.name
+    records = RECORDS / f"pair_quality_{dataset}.jsonl"
     for kind, level in [("none", 0.0), *((fault, level) for fault in kinds for level in LEVELS[fault])]:
-        name = f"{recipe.stem}-{kind}-{level:g}-seed{seed}"
-        record = ROOT / recipe.parent / "results/pair_quality" / f"{name}.json"
-        if record.exists():
+        name = f"{path.stem}-{kind}-{level:g}-seed{seed}"
+        if any(record["run"] == name for record in read_records(records)):
             continue
-        output = Path("outputs") / f"{recipe.parent.name}-{name}"
-        command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", str(recipe), "--seed", str(seed)]
-        command += ["--output_dir", str(output), "--overwrite_output_dir", "true"]
-        if level:
-            command += ["--degrade_pairs", json.dumps({kind: level})]
-        print(" ".join(command), flush=True)
-        subprocess.run(command, cwd=ROOT, check=True)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / output / "run.json", record)
-        shutil.rmtree(ROOT / output)
+        print(name, flush=True)
+        output = ROOT / "outputs" / f"pair-quality-{dataset}-{name}"
+        flags = ["--seed", str(seed), "--output_dir", str(output), "--overwrite_output_dir", "true"]
+        recipe, args, given = parse_recipe(str(path), flags)
+        data = recipe.load_data(args.data_order_seed)
+        faults = {kind: level} if level else {}
+        data = replace(data, pairs=degrade_pairs(data.pairs, **faults, seed=args.data_order_seed)) if faults else data
+        record = train(recipe, args, given, data=data)
+        record["settings"]["degrade_pairs"] = faults
+        append_record(records, {"run": name, **record})
+        shutil.rmtree(output)
 
 
 def curves(dataset: str) -> dict[str, dict[str, dict[float, list[float]]]]:
     """Recipe -> kind -> level -> worst-group accuracies on the test set, one a seed; level 0 is the clean set."""
     found: dict = {}
-    for path in sorted((ROOT / "recipes" / dataset / "results/pair_quality").glob("*.json")):
-        metrics = json.loads(path.read_text())["metrics"]["test"]
-        recipe, kind, level, _ = path.stem.rsplit("-", 3)
+    for record in read_records(RECORDS / f"pair_quality_{dataset}.jsonl"):
+        recipe, kind, level = re.fullmatch(r"(\w+)-(\w+)-([\d.]+)-seed\d+", record["run"]).groups()
         for name in TITLES if kind == "none" else (kind,):
             levels = found.setdefault(recipe, {}).setdefault(name, {})
-            levels.setdefault(float(level), []).append(metrics["worst_group_accuracy"])
+            levels.setdefault(float(level), []).append(record["metrics"]["test"]["worst_group_accuracy"])
     return {
         recipe: {k: dict(sorted(v.items())) for k, v in kinds.items() if len(v) > 1} for recipe, kinds in found.items()
     }
@@ -70,7 +72,7 @@ def curves(dataset: str) -> dict[str, dict[str, dict[float, list[float]]]]:
 def table(dataset: str) -> str:
     """Worst-group accuracy, mean ± sample standard deviation over seeds, a row for each recipe, kind and level."""
     lines = [
-        "| recipe | fault of the pairs | level | seeds | worst group, mean ± sd | lowest |",
+        "| recipe | fault of the pairs | level | seeds | worst-group accuracy | lowest |",
         "|---|---|---|---|---|---|",
     ]
     for recipe, kinds in curves(dataset).items():
@@ -81,19 +83,22 @@ def table(dataset: str) -> str:
     return "\n".join(lines)
 
 
-def rendered(page: str) -> str:
-    """The page with each table put anew between `<!-- pair quality: DATASET -->` and `<!-- end -->`."""
-    return fill_marked(page, "pair quality", table)
+def page() -> str:
+    """The tables of all datasets, with what a level means."""
+    meaning = "; ".join(f"{kind}, {title}" for kind, title in TITLES.items())
+    note = f"Test set, mean ± sample standard deviation over seeds. The level is: {meaning}."
+    parts = ["# Pairs with faults", note, "![worst group by level](pair_quality.png)"]
+    return "\n\n".join([*parts, *(f"## {name}\n\n{table(name)}" for name in DATASETS)]) + "\n"
 
 
-def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:
-    """A panel for each kind of fault: mean and single seeds of every recipe."""
+def draw(path: Path) -> None:
+    """Draws a panel for each kind of fault: mean and single seeds of every recipe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.5, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
-    found = [(f"{name}: {recipe}", kinds) for name in datasets for recipe, kinds in curves(name).items()]
+    found = [(f"{name}: {recipe}", kinds) for name in DATASETS for recipe, kinds in curves(name).items()]
     for axes, kind in zip(figure.subplots(1, len(TITLES), sharey=True), TITLES, strict=True):
         for number, (label, kinds) in enumerate(found):
             levels = kinds.get(kind, {})
@@ -107,22 +112,18 @@ def draw(datasets: tuple[str, ...] = ("digits", "colored_mnist")) -> None:
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("worst-group accuracy (test)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
-    figure.savefig(FIGURE, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", type=Path)
+    parser.add_argument("recipes", nargs="+", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--kinds", nargs="+", choices=list(LEVELS), default=list(LEVELS))
-    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     for seed in options.seeds:
         for recipe in options.recipes:
             run(recipe, seed, options.kinds)
-    if options.write:
-        PAGE.write_text(rendered(PAGE.read_text()))
-        draw()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs recipes over seeds and keeps the record of each run; what has a record already is not run again.
+"""Runs recipes over seeds and appends the record of each run; what has a record is not run again.
 
-Launch: python recipes/run.py recipes/digits/ipg_vit_tiny.yaml --seeds 0 1 2 3 4
-A record is `recipes/<dataset>/results/<recipe>-seed<n>.json`; the models go to `outputs/`.
+Launch: python recipes/scripts/run.py recipes/digits/ipg_vit_tiny.yaml --seeds 0 1 2 3 4
+
+A record is the run `<recipe>-seed<n>` in `recipes/records/<dataset>.jsonl`; the models go to `outputs/`.
 """
 
 import argparse
-import shutil
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from ipg_hf.record import append_record, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "recipes/records"
 
 
 def main() -> int:
@@ -22,18 +26,17 @@ def main() -> int:
     for seed in options.seeds:
         for recipe in options.recipes:
             recipe = recipe.resolve().relative_to(ROOT)
-            record = ROOT / recipe.parent / "results" / f"{recipe.stem}-seed{seed}.json"
-            if record.exists():
+            name, records = f"{recipe.stem}-seed{seed}", RECORDS / f"{recipe.parent.name}.jsonl"
+            if any(record["run"] == name for record in read_records(records)):
                 continue
-            output = Path("outputs") / f"{recipe.parent.name}-{recipe.stem}-seed{seed}"
+            output = Path("outputs") / f"{recipe.parent.name}-{name}"
             command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", str(recipe), "--seed", str(seed)]
             # what an earlier attempt left unfinished
             command += ["--output_dir", str(output), "--overwrite_output_dir", "true"]
             print(" ".join(command), flush=True)
             if status := subprocess.run(command, cwd=ROOT).returncode:
                 return status
-            record.parent.mkdir(exist_ok=True)
-            shutil.copyfile(ROOT / output / "run.json", record)
+            append_record(records, {"run": name, **json.loads((ROOT / output / "run.json").read_text())})
     return 0
 
 

@@ -1,92 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the measured tables of `README.md` and `recipes/README.md` from the run records, those of suites too.
+"""Makes all tables and figures in `recipes/results` from the records in `recipes/records`.
 
-Launch: python recipes/table.py          prints them
-        python recipes/table.py --write  puts them between the markers of the two pages
+Launch: python recipes/scripts/table.py          names the tables that differ from the records
+        python recipes/scripts/table.py --write  writes all tables and figures
+
+- `<suite>/table.md`, `table.csv` and figures: each suite, as `ipg bench SUITE --only render` makes them.
+- `recipes.md`: the recipes, a table for each dataset.
+- `pair_quality.md` and `readability.md`, with a figure each: what `pair_quality.py` and `readability.py` measured.
+
+The pages (`README.md`, `recipes/findings.md`) take their numbers from `page_tables.py`.
 """
 
-import json
+import argparse
 import statistics
 import sys
 from pathlib import Path
 
-from ipg_hf.bench.figures import FIGURES
+import pair_quality
+import readability
+
+from ipg_hf.bench.figures import write_comparison
 from ipg_hf.bench.suite import load_suite
-from ipg_hf.bench.tables import markdown, spread, standings
-from ipg_hf.report import fill_marked
+from ipg_hf.bench.tables import comma_separated, markdown, spread, suite_rows
+from ipg_hf.metrics import METRICS, WORST_GROUP
+from ipg_hf.record import read_records
 
-FOLDER = Path(__file__).resolve().parent
-PAGES = (FOLDER / "README.md", FOLDER.parent / "README.md")
-# title -> metric; of the worst group also the worst of all seeds
-CLASSES = {"test accuracy": "accuracy", "worst group, mean ± sd": "worst_group_accuracy", "flip rate": "flip_rate"}
-NUMBERS = {"test error (MAE)": "mae", "worst group, mean ± sd": "worst_group_mae", "pairs' difference": "difference"}
+RECIPES = Path(__file__).resolve().parents[1]
+RESULTS = RECIPES / "results"
 
 
-def records(dataset: str) -> dict[str, list[dict]]:
-    """Recipe -> its run records, in the order of the names."""
-    found: dict[str, list[dict]] = {}
-    for path in sorted((FOLDER / dataset / "results").glob("*-seed*.json")):
-        found.setdefault(path.stem.rsplit("-seed", 1)[0], []).append(json.loads(path.read_text()))
+def recipe_row(name: str, runs: list[dict], metrics: list[str]) -> str:
+    """A line of the table of a dataset; the spread is the sample standard deviation over seeds."""
+    cells = [f"`{name}`", str(len(runs))]
+    for metric in metrics:
+        values = [run["metrics"]["test"][metric] for run in runs]
+        cells.append(spread(values))
+        if metric in WORST_GROUP:
+            cells.append(f"{(min if METRICS[metric].direction == 'higher' else max)(values):.3f}")
+    cells.append(f"{statistics.median(run['seconds'] for run in runs):.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def recipe_table(dataset: str) -> str:
+    """The table of a dataset: a row for each recipe that has records."""
+    runs: dict[str, list[dict]] = {}
+    for record in read_records(RECIPES / "records" / f"{dataset}.jsonl"):
+        runs.setdefault(record["run"].rsplit("-seed", 1)[0], []).append(record)
+    tests = [record["metrics"]["test"] for records in runs.values() for record in records]
+    metrics = [metric for metric in METRICS if all(metric in test for test in tests)]
+    titles = ["recipe", "seeds"]
+    for metric in metrics:
+        title, direction = METRICS[metric]
+        titles += [title, "lowest" if direction == "higher" else "highest"] if metric in WORST_GROUP else [title]
+    titles.append("seconds a run")
+    rows = [recipe_row(name, records, metrics) for name, records in runs.items()]
+    return "\n".join([f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *rows])
+
+
+def tables() -> dict[str, str]:
+    """Name of a file in `recipes/results` -> its text."""
+    found = {}
+    for path in sorted(RECIPES.glob("suites/*.yaml")):
+        suite = load_suite(path)
+        rows = suite_rows(suite)
+        found[f"{path.stem}/table.md"] = f"# {suite.title}\n\n{markdown(suite, rows)}\n"
+        found[f"{path.stem}/table.csv"] = comma_separated(suite, rows)
+    note = "Metrics on the test set, mean ± sample standard deviation over seeds."
+    datasets = [path.stem for path in sorted(RECIPES.glob("records/*.jsonl")) if (RECIPES / path.stem).is_dir()]
+    parts = ["# The recipes", note, *(f"## {name}\n\n{recipe_table(name)}" for name in datasets)]
+    found["recipes.md"] = "\n\n".join(parts) + "\n"
+    for script in (pair_quality, readability):
+        found[f"{script.__name__}.md"] = script.page()
     return found
 
 
-def row(name: str, runs: list[dict], columns: dict[str, str]) -> str:
-    """One line of the table; sd is the sample standard deviation over seeds."""
-
-    def column(key: str) -> str:
-        return spread([run["metrics"]["test"][key] for run in runs])
-
-    whole, group, pairs = columns.values()
-    worst = (min if columns is CLASSES else max)(run["metrics"]["test"][group] for run in runs)
-    seconds = statistics.median(run["seconds"] for run in runs)
-    cells = [f"`{name}`", str(len(runs)), column(whole), column(group), f"{worst:.3f}", column(pairs), f"{seconds:.0f}"]
-    return "| " + " | ".join(cells) + " |"
-
-
-def table(dataset: str, *names: str) -> str:
-    """The table of a dataset: a row for each recipe named, or for each that has records."""
-    found = records(dataset)
-    columns = NUMBERS if any("mae" in runs[0]["metrics"]["test"] for runs in found.values()) else CLASSES
-    whole, group, pairs = columns
-    worst = "lowest" if columns is CLASSES else "highest"
-    titles = ("recipe", "seeds", whole, group, worst, pairs, "seconds a run")
-    header = f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|"
-    return "\n".join([header, *(row(name, found[name], columns) for name in names or found)])
-
-
-def suite_table(name: str) -> str:
-    """The table of a suite, with the settings of its methods."""
-    suite = load_suite(FOLDER / "suites" / f"{name}.yaml")
-    found = standings(suite)
-    if not any(standing.records for standing in found):
-        return f"{suite.title}: not run yet."
-    return f"{suite.title}\n\n{markdown(suite, found)}"
-
-
-def suite_section(name: str) -> str:
-    """The table of a suite and below it the figures that there are, for the page in this folder."""
-    figures = [f"suites/results/{name}/{figure}.png" for figure in FIGURES]
-    links = [f"![{name}: {Path(path).stem}]({path})" for path in figures if (FOLDER / path).exists()]
-    return "\n\n".join([suite_table(name), *links])
-
-
-def rendered(page: str) -> str:
-    """The page with each table put anew between its marker and `<!-- end -->`.
-
-    A marker is `<!-- table: DATASET [RECIPE ...] -->` or, with figures, `<!-- suite: NAME -->`.
-    """
-    for marker, made in (("table", table), ("suite", suite_section)):
-        page = fill_marked(page, marker, made)
-    return page
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write them, and the figures")
+    options, made = parser.parse_args(), tables()
+    if not options.write:
+        differing = [
+            name
+            for name, text in made.items()
+            if not (RESULTS / name).is_file() or (RESULTS / name).read_text() != text
+        ]
+        print("\n".join(differing) or "every table is as the records say")
+        return int(bool(differing))
+    for path in sorted(RECIPES.glob("suites/*.yaml")):
+        write_comparison(load_suite(path))
+    for name, text in made.items():
+        (RESULTS / name).parent.mkdir(parents=True, exist_ok=True)
+        (RESULTS / name).write_text(text, encoding="utf-8")
+    pair_quality.draw(RESULTS / "pair_quality.png")
+    readability.draw(RESULTS / "readability.png")
+    return 0
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        for readme in PAGES:
-            readme.write_text(rendered(readme.read_text()))
-    else:
-        for folder in sorted(FOLDER.glob("*/results")):
-            if folder.parent.name != "suites":
-                print(f"## {folder.parent.name}\n\n{table(folder.parent.name)}\n")
-        for path in sorted(FOLDER.glob("suites/*.yaml")):
-            print(f"## suite {path.stem}\n\n{suite_table(path.stem)}\n")
+    sys.exit(main())
