@@ -199,7 +199,7 @@ def card_of(run: str, name: str | None = None, license: str | None = None) -> st
     paths = (folder / RECORD, folder / "erm" / RECORD)
     record, erm = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
     if "settings" not in record:
-        raise RecipeError(f"{paths[0]} is of an earlier version, without all settings: make the card with that version.")
+        raise RecipeError(f"{paths[0]} lacks the settings, as a record of an earlier version: train again.")
     return str(model_card(record, name=name or folder.resolve().name, erm=erm, license=license))
 
 

@@ -155,7 +155,9 @@ def model_card(
         "metrics": scored or None,
         "tags": [*dict.fromkeys(tags)] or None,
     }
-    data = ModelCardData(model_name=name.split("/")[-1], eval_results=results or None, **(known | metadata))
+    if results:
+        known |= {"model_name": name.split("/")[-1], "eval_results": results}
+    data = ModelCardData(**(known | metadata))
     shown = shown_settings(record)
     facts = {**settings, **record.get("baseline", {}), "attribute": about.get("attribute") or "a spurious attribute"}
     facts["agree"] = AGREE.get(settings.get("invariance_distance"), "the two images of each pair")
@@ -166,7 +168,7 @@ def model_card(
         "not_recorded": NOT_RECORDED,
         "title": name.split("/")[-1],
         "repo": name if "/" in name else f"<your-name>/{name}",
-        "repo_note": "" if "/" in name else "  # fill in your own name, or give the folder of the model",
+        "repo_note": "" if "/" in name else "  # your name on the Hub",
         "license": license,
         "split": split,
         "metrics": metrics,
@@ -269,10 +271,10 @@ def _recipe(record: Mapping[str, Any], shown: Mapping[str, Any]) -> str | None:
     settings = {**record["settings"], "seed": record["seed"]}
     if "dataset" not in settings:
         return None
-    names = dict.fromkeys(["dataset", "method", *(record.get("given") or settings), *shown])
+    names = dict.fromkeys(["dataset", "method", *(record.get("given") or settings), *shown, "warmup_steps"])
     recipe = {"method": record["method"]}
     for name in names:
         value = settings.get(name)
-        if value is not None and value != NOT_RECORDED and value != {} and not NO_SETTINGS.fullmatch(name):
+        if value not in (None, NOT_RECORDED, {}, []) and not NO_SETTINGS.fullmatch(name):
             recipe[name] = value
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip()

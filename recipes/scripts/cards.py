@@ -1,67 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the model card of every recipe that has run records, into `model_cards/`.
+"""Writes the model cards of `model_cards/` from the run records.
 
-    python recipes/cards.py          names the cards that differ from the records
-    python recipes/cards.py --write  writes them
+    python recipes/scripts/cards.py          names the cards that differ from the records
+    python recipes/scripts/cards.py --write  writes them
 
-A card is that of the first seed, with the mean and spread of all; beside it stands the same seed of the plain training
-(`erm_...`) of the same model, where there is one.
+A card is that of the run with the first seed, with mean and standard deviation over all seeds. The run of plain
+training (ERM) with the same seed is in its second column.
 """
 
 import argparse
 import sys
-from dataclasses import asdict
+from collections import defaultdict
+from pathlib import Path
 
-import yaml
-from table import FOLDER, records
-
-from ipg_hf.data import describe
 from ipg_hf.hub.card import model_card
-from ipg_hf.record import hub_id
+from ipg_hf.record import read_records
 
-CARDS = FOLDER.parent / "model_cards"
+RECIPES = Path(__file__).resolve().parent.parent
+CARDS = RECIPES.parent / "model_cards"
+# dataset -> recipe of a model that somebody would publish -> recipe of its plain training
+PUBLISHED = {
+    "digits": {"ipg_vit_tiny": "erm_vit_tiny", "ipg_resnet": "erm_resnet", "ipg_paper_resnet": "erm_resnet"},
+    "colored_mnist": {"ipg_mlp": "erm_mlp", "ipg_fashion_mlp": "erm_fashion_mlp"},
+    "scenes": {"ipg_lite0": "erm_lite0"},
+    "marked_digits": {"ipg_pair_makers_resnet": "erm_resnet"},
+    "stroke_mass": {"ipg_pair_resnet": "erm_resnet"},
+}
 
 
-def completed(record, recipe):
-    """A record with what the recipe says of the data and of the model it starts from."""
-    known = describe(record["config"]["dataset"], record["config"].get("dataset_options"))
-    about = {**asdict(known), **recipe.get("about", {})}
-    base = recipe.get("model_name_or_path")  # the record's may be a copy of it on the machine that ran it
-    config = {**record["config"], **({"model_name_or_path": base} if base else {})}
-    return {"about": about, "base_model": hub_id(base), **record, "config": config}
+def sources():
+    """File name of each card -> its records: the card's own, those of the other seeds, and that of ERM."""
+    found = {}
+    for dataset, recipes in PUBLISHED.items():
+        by_recipe = defaultdict(list)
+        for record in read_records(RECIPES / "records" / f"{dataset}.jsonl"):
+            by_recipe[record["run"].rsplit("-seed", 1)[0]].append(record)
+        for recipe, plain in recipes.items():
+            first, *others = sorted(by_recipe[recipe], key=lambda record: record["seed"])
+            erm = next(record for record in by_recipe[plain] if record["seed"] == first["seed"])
+            found[f"{dataset}-{recipe}".replace("_", "-") + ".md"] = (first, others, erm)
+    return found
 
 
 def cards():
-    """File name -> text of every card."""
-    made = {}
-    for folder in sorted(path.parent for path in FOLDER.glob("*/results")):
-        found = records(folder.name)
-        for name, runs in found.items():
-            recipe = yaml.safe_load((folder / f"{name}.yaml").read_text())
-            first, *others = (completed(run, recipe) for run in sorted(runs, key=lambda run: run["seed"]))
-            plain = next((n for n in found if n.startswith("erm_") and name.endswith(n.removeprefix("erm"))), None)
-            same = [run for run in found.get(plain, []) if run["seed"] == first["seed"]]
-            twin = same[0] if same and first["method"] == "ipg" else None
-            title = f"{folder.name}-{name}".replace("_", "-")
-            made[f"{title}.md"] = f"{model_card(first, name=title, twin=twin, others=others)}\n"
-    return made
+    """File name -> text of each card."""
+    return {
+        name: f"{model_card(record, name=Path(name).stem, others=others, erm=erm)}\n"
+        for name, (record, others, erm) in sources().items()
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write them")
+    parser.add_argument("--write", action="store_true", help="write the cards, and remove those of no record")
     made, options = cards(), parser.parse_args()
-    if options.write:
-        CARDS.mkdir(exist_ok=True)
-        for path in CARDS.glob("*.md"):
-            path.unlink()
-        for name, text in made.items():
-            (CARDS / name).write_text(text, encoding="utf-8")
-        return 0
     old = {path.name: path.read_text(encoding="utf-8") for path in CARDS.glob("*.md")}
-    differing = sorted(name for name in {*old, *made} if old.get(name) != made.get(name))
-    print("\n".join(differing) or "every card is as its records say")
-    return int(bool(differing))
+    if not options.write:
+        differing = sorted(name for name in {*old, *made} if old.get(name) != made.get(name))
+        print("\n".join(differing) or "every card is as its records say")
+        return int(bool(differing))
+    CARDS.mkdir(exist_ok=True)
+    for name in old.keys() - made.keys():
+        (CARDS / name).unlink()
+    for name, text in made.items():
+        (CARDS / name).write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
