@@ -239,6 +239,29 @@ def test_a_cell_has_an_arrow_where_the_interval_of_the_difference_excludes_zero(
     assert page_tables.cell("any", "missing", "ipg") == "-"
 
 
+def test_what_the_findings_say_of_the_methods_holds(page_tables):
+    def arrows(collections, row, reference=page_tables.DEFAULT):
+        return [page_tables.cell(name, row, reference)[-1] for name in collections]
+
+    def steady(marks):
+        return not {"↑", "↓"} & {*marks}
+
+    tuned = ["methods_digits", "methods_colored_mnist", "methods_scenes_100", "methods_scenes_95"]
+    speed = ["speed_digits", "speed_colored_mnist", "speed_scenes_100"]
+    assert steady(arrows(tuned, "kl"))
+    assert arrows(tuned, "group_dro") == ["↓"] * 4
+    assert "↑" not in [mark for row in ("ipg_paper", "ipg_pair") for mark in arrows(tuned, row)]
+    assert arrows(tuned[:2], "augmentation") == ["↓", "↓"]
+    assert arrows(tuned[3:], "augmentation") == ["↑"]
+    assert steady(arrows(speed, "ipg_violated_every_4th"))
+    assert arrows(speed[1:], "ipg_every_4th") == ["↓", "↓"]
+    assert arrows(["few_pairs_long"], "kl") == ["↓"]
+    lowest = {
+        row: float(page_tables.lowest("stability_scenes_100", row)) for row in ("ipg", "ipg_decay", "ipg_schedule")
+    }
+    assert lowest["ipg"] == lowest["ipg_decay"] == 0 < lowest["ipg_schedule"]
+
+
 def test_no_result_stands_in_the_prose_of_the_findings():
     text = re.sub(r"<!-- numbers: .*?<!-- end -->", "", (ROOT / "recipes" / "findings.md").read_text(), flags=re.S)
     assert not re.findall(r"(?<![\w.])0?\.\d{2,}", text)
