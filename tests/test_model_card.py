@@ -336,6 +336,27 @@ def test_every_number_in_a_card_is_compared(name):
     assert tried > 140 and missed == []
 
 
+@pytest.mark.parametrize(
+    ("said", "other"),
+    [
+        ("- ipg\n", ""),
+        ("Invariance pair-guided learning (IPG", "Just Train Twice (JTT"),
+        ("makes the rationales of", "makes the outputs on"),
+        ("(paper: mean)", "(paper: pair)"),
+        ("by `worst_group_accuracy` on", "by `accuracy` on"),
+        ("| small | green |", "| large | green |"),
+        ("| `optim` | adamw_torch_fused |", "| `optim` | sgd |"),
+        ("  type: digits\n", "  type: scenes\n"),
+        ("and the same settings", "and other settings: `max_steps` 500 (this model: 3000)"),
+        ("pairs check`: not recorded", "pairs check`: no faults"),
+    ],
+)
+def test_words_in_a_card_are_compared(said, other):
+    sources, made = published()
+    text, (record, others, erm) = made["digits-ipg-vit-tiny.md"], sources["digits-ipg-vit-tiny.md"]
+    assert text.count(said) == 1 and contradictions(text.replace(said, other), record, others, erm)
+
+
 def test_the_recipe_of_a_card_gives_the_settings_of_its_record():
     sources, made = published()
     for name, (record, _, _) in sources.items():
