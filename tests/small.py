@@ -292,10 +292,9 @@ def descending(folder, train=None, pair_dataset=None, build=vit, kind=IPGTrainer
     return trainer(folder, build().double(), train, pair_dataset, kind, **settings), around
 
 
-def descended(*args, **settings):
+def descended(folder, train=None, pair_dataset=None, **settings):
     """The trainer of `descending` after its training; without pairs and of two steps where nothing else is said."""
-    settings = {"pair_dataset": {}, "max_steps": 2} | settings
-    run, _ = descending(*args, **settings)
+    run, _ = descending(folder, train, {} if pair_dataset is None else pair_dataset, **{"max_steps": 2, **settings})
     run.train()
     return run
 
