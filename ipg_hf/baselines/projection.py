@@ -64,16 +64,16 @@ class ProjectionTrainer(IPGTrainer):
         super().__init__(*positional, **named)
         if pair_dataset is None:
             raise ValueError("pair_dataset is missing: the projection takes out what the sides of pairs differ in.")
-        self.projected_pairs = named_sets(pair_dataset)
+        self.pair_datasets = named_sets(pair_dataset)
         check_whole(self)
         head = find_head(self.model, self.head_path)
         check_head(head)
-        for name, pairs in self.projected_pairs.items():
+        for name, pairs in self.pair_datasets.items():
             if not isinstance(pairs, (datasets.Dataset, ImageRows)):
                 title = title_of("pair_dataset", name)
                 raise ValueError(f"the projection needs stored pairs, but {title} is a {type(pairs).__name__}.")
         rank, features = self.args.rank, head.weight.shape[1]
-        most = min(features - 1, sum(map(len, self.projected_pairs.values())))
+        most = min(features - 1, sum(map(len, self.pair_datasets.values())))
         if isinstance(rank, int) and rank > most:
             raise ValueError(
                 f"rank={rank} is more than the {most} directions that these pairs and {features} features can give: "
@@ -93,7 +93,7 @@ class ProjectionTrainer(IPGTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         names = forward_inputs(model)
         collate = PairCollator(names, names[0])
-        batches = (batch for pairs in self.projected_pairs.values() for batch in batches_of(self, pairs, collate))
+        batches = (batch for pairs in self.pair_datasets.values() for batch in batches_of(self, pairs, collate))
         head, self.method_facts = project_last_layer(model, batches, rank=self.args.rank, head=self.head_path)
         same_on_all_processes(head)
         return output
