@@ -117,6 +117,15 @@ def test_the_readme_has_the_two_commands_of_a_newcomer():
     assert 'pip install ".[test]" && python -m pytest -n 2 -q' in lines
 
 
+@pytest.mark.parametrize("page", [README, GUIDES / "method.md"], ids=name_of)
+def test_equations_have_nothing_that_markdown_takes_for_its_own(page):
+    equations = re.findall(r"\$\$(.+?)\$\$", page.read_text(), re.S)
+    assert equations
+    for equation in equations:
+        assert not re.search(r"\\[^a-zA-Z ]|\*", equation), equation
+        assert equation.count("{") == equation.count("}"), equation
+
+
 # ---- Code
 
 
