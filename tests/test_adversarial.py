@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adversarial pairs: the family, the ascent, and trainings whose partners are found step by step."""
+"""Adversarial pairs: the augmentations, the search, and trainings that search partners at each step."""
 
 import datasets
 import numpy as np
@@ -10,7 +10,6 @@ from PIL import Image
 from small import bit_equal, differences, logged, trainer, weights
 from transformers import ViTImageProcessor
 
-from ipg_hf import find_head
 from ipg_hf.guidance import invariance_divergence
 from ipg_hf.pairs import AdversarialPairs
 from ipg_hf.pairs.adversarial import STRENGTHS, augmented, search_partners
@@ -23,10 +22,8 @@ def pixels(n=4, dtype=torch.float64):
 
 
 def searched(model, images, keys=None, **settings):
-    head = find_head(model)
     keys = keys or [(0, number) for number in range(len(images))]
     return search_partners(
-        head.run,
         model,
         images,
         "pixel_values",
@@ -43,10 +40,10 @@ def divergence(model, a, b):
         return invariance_divergence(model(a).logits, model(b).logits).item()
 
 
-# ---- The family ----
+# ---- The augmentations ----
 
 
-def test_each_member_by_hand():
+def test_each_augmentation_by_hand():
     image = torch.tensor([0.2, 0.4, 0.6], dtype=torch.float64).view(1, 3, 1, 1).expand(1, 3, 8, 8)
 
     def changed(name, values):
@@ -54,15 +51,15 @@ def test_each_member_by_hand():
         return augmented(image, {name: torch.as_tensor(values, dtype=torch.float64)}, settings)[0, :, 3, 3].tolist()
 
     mix = torch.zeros(1, 3, 3)
-    mix[0, 0, 2] = 0.5  # a fifth of the blue goes to the red: .2 + .4 · .5 · .6
+    mix[0, 0, 2] = 0.5  # a fifth of the blue is added to the red: .2 + .4 · .5 · .6
     assert changed("color", mix) == pytest.approx([0.32, 0.4, 0.6])
     assert changed("contrast", [0.5]) == pytest.approx([0.16, 0.4, 0.64])  # around the mean, .4
-    assert changed("brightness", [-1.0]) == pytest.approx([0.0, 0.0, 0.2])  # cut off at black
-    assert changed("blur", [1.0]) == pytest.approx([0.2, 0.4, 0.6])  # an even image has nothing to blur
+    assert changed("brightness", [-1.0]) == pytest.approx([0.0, 0.0, 0.2])  # clipped at black
+    assert changed("blur", [1.0]) == pytest.approx([0.2, 0.4, 0.6])  # blur does not change a uniform image
     assert changed("noise", torch.full((1, 3, 8, 8), 0.25)) == pytest.approx([0.3, 0.5, 0.7])
 
 
-def test_blur_is_a_share_of_the_blurred_image():
+def test_blur_mixes_the_image_with_its_blurred_version():
     image = pixels(1)
     none, half, all_of_it = (
         augmented(
@@ -76,11 +73,11 @@ def test_blur_is_a_share_of_the_blurred_image():
     assert all_of_it.mean().item() == pytest.approx(image.mean().item(), abs=0.02)
 
 
-# ---- The ascent ----
+# ---- The search ----
 
 
 @pytest.mark.parametrize("name", [*STRENGTHS, "all"])
-def test_steps_raise_the_divergence_within_the_strengths(name):
+def test_the_search_raises_the_divergence_within_the_strengths(name):
     model, images = small.vit().double(), pixels()
     settings = ALONE[name] if name != "all" else {}
     found = [divergence(model, images, searched(model, images, steps=steps, **settings)) for steps in (1, 10)]
@@ -104,7 +101,7 @@ def test_a_partner_depends_on_its_own_image_and_key_alone():
     assert torch.equal(searched(model, images), together)
 
 
-def test_the_family_acts_on_pixels_whatever_the_normalisation():
+def test_the_augmentations_act_on_pixels_under_any_normalisation():
     model, images = small.vit().double(), pixels()
     mean, std = (
         torch.tensor([0.4, 0.5, 0.6]).double().view(3, 1, 1),
@@ -112,7 +109,7 @@ def test_the_family_acts_on_pixels_whatever_the_normalisation():
     )
 
     class Normalised(torch.nn.Module):
-        """The same function of the pixels, its inputs being normalised."""
+        """The same function of the pixels, for normalised inputs."""
 
         def __init__(self):
             super().__init__()
@@ -121,11 +118,8 @@ def test_the_family_acts_on_pixels_whatever_the_normalisation():
         def forward(self, pixel_values):
             return self.inner(pixel_values * std + mean)
 
-    wrapped = Normalised()
-    head = find_head(wrapped, inputs={"pixel_values": (images - mean) / std})
     found = search_partners(
-        head.run,
-        wrapped,
+        Normalised(),
         (images - mean) / std,
         "pixel_values",
         AdversarialPairs([]),
@@ -145,18 +139,18 @@ def test_the_family_acts_on_pixels_whatever_the_normalisation():
         (dict.fromkeys(STRENGTHS, 0), "nothing to search over"),
     ],
 )
-def test_settings_are_checked(settings, match):
+def test_adversarial_pairs_refuse_settings_out_of_range(settings, match):
     with pytest.raises(ValueError, match=match):
         AdversarialPairs([], **settings)
 
 
-def test_streams_and_inputs_out_of_range_are_refused(tmp_path):
+def test_adversarial_pairs_refuse_streams_and_inputs_that_are_no_images(tmp_path):
     stream = datasets.Dataset.from_dict({"x": [1]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="not a stream"):
         AdversarialPairs(stream)
     with pytest.raises(ValueError, match="not in \\[0, 1\\] before normalisation"):
         run(tmp_path, AdversarialPairs(small.rows(8)))
-    with pytest.raises(ValueError, match="must hold pixel_values"):
+    with pytest.raises(ValueError, match="must have pixel_values"):
         run(tmp_path, AdversarialPairs([{"labels": 1}] * 8))
 
 
@@ -179,7 +173,7 @@ def test_a_training_logs_what_the_search_costs(tmp_path):
         assert entry["ipg/divergence"] > 0
     kept = run(tmp_path, AdversarialPairs(small.images(16), steps=2, every=3), logging_steps=3)
     assert logged(kept)[0]["ipg/adversarial_images"] == pytest.approx(4)
-    assert kept.progress.positions == {"": 4}
+    assert kept.progress.positions == {"pairs": 4}
     settings = {"correction_interval": 2, "logging_steps": 2, "max_steps": 4}
     seldom = run(tmp_path, AdversarialPairs(small.images(16), steps=2), **settings)
     assert [entry["ipg/adversarial_images"] for entry in logged(seldom)] == [6, 6]
@@ -187,15 +181,15 @@ def test_a_training_logs_what_the_search_costs(tmp_path):
     assert {"ipg/any/adversarial_images", "ipg/any/divergence", "ipg/frame/distance"} <= logged(named)[0].keys()
 
 
-def test_the_partners_matter(tmp_path):
-    """Controls: fixed twins have no distance, and so no corrective gradient; another strength is another training."""
+def test_the_partners_change_the_training(tmp_path):
+    """Two runs are equal to the last bit. A run with another strength differs."""
     plain = weights(run(tmp_path).model)
     assert differences(plain, weights(run(tmp_path, AdversarialPairs(small.images(16), color=0.1)).model)) > 1e-6
     assert bit_equal(plain, weights(run(tmp_path).model))
 
 
 @pytest.mark.parametrize("build", [small.vit, small.timm_resnet, small.deit_with_teacher, small.levit_with_teacher])
-def test_chunks_give_the_same(tmp_path, build):
+def test_a_chunked_search_equals_the_whole_search(tmp_path, build):
     results = []
     for chunk in (None, 3):
         model = build().double()
@@ -215,7 +209,7 @@ def test_chunks_give_the_same(tmp_path, build):
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_resumed_in_the_middle(tmp_path, every):
+def test_a_resumed_run_uses_the_kept_partners_again(tmp_path, every):
     def settings():
         return {
             "pair_dataset": AdversarialPairs(small.images(16), every=every),
@@ -233,15 +227,15 @@ def test_resumed_in_the_middle(tmp_path, every):
         assert {k: v for k, v in ours.items() if k not in seconds} == {
             k: v for k, v in theirs.items() if k not in seconds
         }
-    if every == 3:  # the control: without the kept pairs it is another training
+    if every == 3:  # negative control: without the kept pairs the training differs
         (tmp_path / "whole/checkpoint-4/adversarial_pairs_0.safetensors").unlink()
         again = run(tmp_path / "again", **settings(), resume=str(tmp_path / "whole/checkpoint-4"))
         assert not bit_equal(weights(whole.model), weights(again.model))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "torch_compile"])
-def test_precision_and_compiler(tmp_path, precision):
-    # Adam and the sign of the noise's slope make whole steps of what is rounding alone
+def test_adversarial_pairs_train_in_bf16_and_compiled(tmp_path, precision):
+    # without noise and Adam: both use the sign of a gradient, which turns rounding errors into whole steps
     settings = {"pair_dataset": AdversarialPairs(small.images(16), noise=0), "optim": "sgd"}
     expected = run(tmp_path, **settings)
     ours = run(tmp_path, **settings, **{precision: True})
@@ -250,7 +244,7 @@ def test_precision_and_compiler(tmp_path, precision):
     assert logged(ours)[0]["ipg/divergence"] == pytest.approx(logged(expected)[0]["ipg/divergence"], rel=0.5)
 
 
-def test_raw_images_are_augmented_once_for_both_sides(tmp_path):
+def test_adversarial_pairs_take_raw_images_with_and_without_normalisation(tmp_path):
     rng = np.random.default_rng(0)
     raw = datasets.Dataset.from_dict(
         {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CelebA, on made images in the three forms in which it is given out, and of the Hub set."""
+"""CelebA, on synthetic images in the three layouts of its files, and as the Hub set."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def faces():
-    """Name, split and attributes -1 or 1 of each image; splits are mixed, so that order matters."""
+    """Name, split and attributes (-1 or 1) of each image. The splits are mixed, so the order matters."""
     rows = []
     for split, counts in enumerate(GROUPS.values()):
         for group, count in enumerate(counts):
@@ -36,12 +36,12 @@ def faces():
 
 
 def face(number):
-    """As PNG bytes under any name: the red is the number of the row."""
+    """An image whose red value is the number of the row."""
     return Image.new("RGB", SIZE, (number, 0, 0))
 
 
 def write_csv(folder, images="img_align_celeba"):
-    """As on Kaggle."""
+    """Writes the layout of Kaggle."""
     attributes = [",".join(["image_id", *ATTRIBUTES])]
     partition = ["image_id,partition"]
     (folder / images).mkdir(parents=True)
@@ -55,7 +55,7 @@ def write_csv(folder, images="img_align_celeba"):
 
 
 def write_txt(folder):
-    """As on its authors' page: blanks between the values, and the number of images before the names."""
+    """Writes the layout of the authors' page: blanks between the values, the number of images before the names."""
     rows = faces()
     attributes = [str(len(rows)), " ".join(ATTRIBUTES) + " "]
     (folder / "Img/img_align_celeba").mkdir(parents=True)
@@ -71,7 +71,7 @@ def write_txt(folder):
 
 
 def kaggle(folder):
-    """Unpacked as it comes, the images lie in a folder of the same name twice."""
+    """Writes the layout of Kaggle as it is unpacked: the images are in two nested folders of the same name."""
     return write_csv(folder, images="img_align_celeba/img_align_celeba")
 
 
@@ -98,18 +98,18 @@ def check(data):
 
 
 @pytest.mark.parametrize("write", [write_csv, write_txt, kaggle])
-def test_each_form_in_which_it_is_given_out(tmp_path, write):
+def test_celeba_reads_each_layout_of_its_files(tmp_path, write):
     check(load_celeba(data_dir=str(write(tmp_path / "here"))))
 
 
-def test_the_environment_variable(folder, monkeypatch):
+def test_celeba_reads_the_folder_of_the_environment_variable(folder, monkeypatch):
     monkeypatch.setenv("IPG_DATA", str(folder))
     check(load_celeba())
     check(load_celeba(data_dir=str(folder)))
 
 
 def hub_set(tmp_path, monkeypatch, names=("train", "valid", "test"), **changes):
-    """As Parquet files; only the call that would fetch them is replaced."""
+    """Writes the Hub set as Parquet files. Only the call that would download it is replaced."""
     features = {"image": datasets.Image(), "celeb_id": datasets.Value("int64")}
     features = datasets.Features({**features, **{name: datasets.Value("bool") for name in ATTRIBUTES}})
     files = {}
@@ -126,30 +126,30 @@ def hub_set(tmp_path, monkeypatch, names=("train", "valid", "test"), **changes):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: fetched[name]())
 
 
-def test_the_hub_set_is_the_same(tmp_path, monkeypatch):
+def test_the_hub_set_gives_the_same_celeba(tmp_path, monkeypatch):
     hub_set(tmp_path, monkeypatch)
     check(load_celeba())
 
 
-def test_a_hub_set_of_another_form(tmp_path, monkeypatch):
+def test_a_hub_set_without_a_column_is_refused(tmp_path, monkeypatch):
     hub_set(tmp_path, monkeypatch, Male="male")
     with pytest.raises(ValueError, match=r"train of flwrlabs/celeba has no columns \['Male'\]"):
         load_celeba()
 
 
-def test_a_hub_set_of_other_splits(tmp_path, monkeypatch):
+def test_a_hub_set_without_a_split_is_refused(tmp_path, monkeypatch):
     hub_set(tmp_path, monkeypatch, names=("train", "validation", "test"))
     with pytest.raises(ValueError, match=r"has no splits \['valid'\]"):
         load_celeba()
 
 
-def test_nothing_found(tmp_path, monkeypatch):
-    # conftest.py keeps the Hub out of reach
+def test_missing_files_give_an_error_that_says_how_to_get_them(tmp_path, monkeypatch):
+    # conftest.py sets HF_HUB_OFFLINE
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no list_attr_celeba\.csv or "):
         load_celeba(data_dir=str(tmp_path))
     monkeypatch.delenv("IPG_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"IPG_DATA is not set, and flwrlabs/celeba: .*img_align_celeba"):
+    with pytest.raises(FileNotFoundError, match=r"IPG_DATA is not set, and .* flwrlabs/celeba .*img_align_celeba"):
         load_celeba()
 
 
@@ -158,14 +158,14 @@ def test_nothing_found(tmp_path, monkeypatch):
     [
         ("list_attr_celeba.csv", ("Blond_Hair", "Fair_Hair"), ValueError, r"no columns \['Blond_Hair'\]"),
         ("list_attr_celeba.csv", (".jpg,1,1,", ".jpg,1,0,"), ValueError, r"Blond_Hair of .* has the values \[0\]"),
-        ("list_attr_celeba.csv", (".jpg,1,1,", ".jpg,1,yes,"), ValueError, "cut off or holds no number"),
+        ("list_attr_celeba.csv", (".jpg,1,1,", ".jpg,1,yes,"), ValueError, "cut off or has no number"),
         ("list_attr_celeba.csv", ("000003.jpg", "000099.jpg"), ValueError, "do not name the same images"),
         ("list_eval_partition.csv", (".jpg,2", ".jpg,3"), ValueError, r"partition\.csv has the values \[3\]"),
         ("list_eval_partition.csv", (".jpg,2", ".jpg,1"), ValueError, "test of .* has no rows"),
         ("list_eval_partition.csv", ("partition", "part"), ValueError, r"no columns \['partition'\]"),
     ],
 )
-def test_damaged_tables(tmp_path, file, change, error, message):
+def test_a_damaged_table_is_refused(tmp_path, file, change, error, message):
     path = write_csv(tmp_path / "here") / file
     text = path.read_text()
     assert change[0] in text
@@ -174,7 +174,7 @@ def test_damaged_tables(tmp_path, file, change, error, message):
         load_celeba(data_dir=str(tmp_path / "here"))
 
 
-def test_missing_files(tmp_path):
+def test_a_missing_image_or_table_is_named(tmp_path):
     here = write_csv(tmp_path / "here")
     (here / "img_align_celeba/000005.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of 29 images, the first 000005\.jpg"):
@@ -184,8 +184,8 @@ def test_missing_files(tmp_path):
         load_celeba(data_dir=str(here))
 
 
-def test_the_recipes_run(folder, tmp_path):
-    """For two steps, with a tiny network."""
+def test_the_recipes_of_celeba_run(folder, tmp_path):
+    """They run for two steps, with a tiny network."""
     torch.manual_seed(0)
     sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
     ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "tiny")
@@ -193,15 +193,16 @@ def test_the_recipes_run(folder, tmp_path):
     flags = ["--data_dir", str(folder), "--model_name_or_path", str(tmp_path / "tiny"), "--num_train_epochs", "2"]
     flags += ["--use_cpu", "true", "--dataloader_num_workers", "0", "--disable_tqdm", "true"]
     records = {}
-    for name in ("ipg_resnet50", "ipg_paper_resnet50", "erm_resnet50"):
+    for name in ("ipg_resnet50", "ipg_paper_group_dro_resnet50", "erm_resnet50"):
         own = ["--config", str(RECIPES / f"celeba/{name}.yaml"), "--output_dir", str(tmp_path / name)]
         assert main(["train", *own, *flags]) == 0
         records[name] = json.loads((tmp_path / name / "run.json").read_text())
         assert records[name]["data"]["train"] == 17
         assert "group_accuracy/blond/male" in records[name]["metrics"]["test"]
         assert "flip_rate" not in records[name]["metrics"]["test"]
-    # as many pairs as the smaller group has images, label by label: 5 and 2
-    assert records["ipg_resnet50"]["data"]["pair_sets"][""]["pairs"] == 7
-    assert records["ipg_paper_resnet50"]["data"] == records["ipg_resnet50"]["data"]
-    assert records["ipg_paper_resnet50"]["config"]["objective"] == "group_dro"
+    # each label gives as many pairs as its smaller group has images: 5 and 2
+    assert records["ipg_resnet50"]["data"]["pair_sets"]["pairs"]["pairs"] == 7
+    paper = records["ipg_paper_group_dro_resnet50"]
+    assert paper["data"] == records["ipg_resnet50"]["data"]
+    assert paper["settings"]["objective"] == "group_dro"
     assert records["erm_resnet50"]["data"]["pair_sets"] == {}

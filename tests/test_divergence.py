@@ -17,7 +17,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
-def test_nan_logits_propagate(problem_type):
+def test_nan_logits_give_a_nan_divergence(problem_type):
     logits = randn(3, 4)
     logits[1, 2] = math.nan
     assert invariance_divergence(logits, logits, problem_type=problem_type).isnan()
@@ -77,7 +77,7 @@ def test_divergence_is_symmetric_positive_and_zero_at_identity(problem_type):
     assert torch.equal(
         invariance_divergence(a, b, problem_type=problem_type), invariance_divergence(b, a, problem_type=problem_type)
     )
-    for step in (1e-7, 1e-5, 1.0):  # steps of a few float32 roundings must not turn it negative
+    for step in (1e-7, 1e-5, 1.0):  # differences of a few float32 roundings must not make it negative
         assert invariance_divergence(a, a + step * b, problem_type=problem_type) >= 0
     same = invariance_divergence(b, b.detach(), problem_type=problem_type)
     assert same == 0
@@ -95,12 +95,12 @@ def test_small_divergences_keep_float32_accuracy():
 def test_saturated_logits_stay_finite(problem_type):
     a = torch.tensor([[1e4, -1e4]], requires_grad=True)
     got = invariance_divergence(a, torch.tensor([[-1e4, 1e4]]), problem_type=problem_type)
-    # Single label: p = (1, 0), q = (0, 1), the log-probabilities differ by 2e4 each. Multi-label: the logits do.
+    # Single label: p = (1, 0), q = (0, 1), and both log-probabilities differ by 2e4. Multi-label: both logits do.
     assert got.item() == pytest.approx(2e4)
     assert torch.autograd.grad(got, a)[0].isfinite().all()
 
 
-def test_a_class_both_sides_rule_out_adds_nothing():
+def test_a_class_that_both_sides_rule_out_adds_nothing():
     a = torch.tensor([[0.0, 1.0, -math.inf]], requires_grad=True)
     b = torch.tensor([[1.0, 0.5, -math.inf]])
     got = invariance_divergence(a, b)
@@ -112,7 +112,7 @@ def test_a_class_both_sides_rule_out_adds_nothing():
     torch.testing.assert_close(*multi)
 
 
-def test_a_class_one_side_rules_out_is_infinite():
+def test_a_class_that_one_side_rules_out_gives_an_infinite_divergence():
     a, b = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.0, 0.0]])
     for problem_type in PROBLEM_TYPES:
         assert invariance_divergence(a, b, problem_type=problem_type) == math.inf
@@ -156,7 +156,7 @@ def test_loss_gradient_scale(distance_norm, loss_norm, divergence, expected):
         (0.0, 0.02, 1.0),
     ],
 )
-def test_a_fixed_loss_gradient_scale(loss_norm, divergence, expected):
+def test_a_fixed_scale_is_alpha(loss_norm, divergence, expected):
     for norm in (6.0, 0.0, math.inf):
         values = map(torch.tensor, (norm, loss_norm, divergence))
         scale = loss_gradient_scale(*values, alpha=0.5, threshold=float(torch.tensor(0.01)), scaling="fixed")
@@ -179,11 +179,11 @@ def test_loss_gradient_scale_has_a_maximum():
 
     assert scale(6.0) == 0.25
     assert scale(1e-3) == pytest.approx(0.8)  # 1,500 without it
-    assert scale(1e-3, divergence=0.0) == 1  # of what is scaled alone
+    assert scale(1e-3, divergence=0.0) == 1  # the maximum limits a scaled gradient only
 
 
-def test_loss_gradient_scale_reads_nothing_back():
-    # A meta tensor has no value: whatever asked for one would raise.
+def test_loss_gradient_scale_does_not_wait_for_the_device():
+    # A meta tensor has no value: reading one raises.
     norm = torch.ones((), device="meta")
     assert loss_gradient_scale(norm, norm, norm, alpha=0.5, threshold=0.01).device.type == "meta"
 
@@ -195,11 +195,11 @@ def test_divergence_names_shapes_that_do_not_fit(shapes):
     assert f"{shapes[0]} and {shapes[1]}" in str(error.value)
 
 
-# --- its root, as a distance
+# --- root of the divergence
 
 
 def test_root_by_hand():
-    """Outputs 3 and -4 apart: c = 25 / 2, √c = 5 / √2, and its gradient is the difference over 2·√c."""
+    """The outputs differ by 3 and -4: c = 25 / 2, √c = 5 / √2, and the gradient is the difference over 2·√c."""
     a, b = torch.tensor([[3.0], [0.0]], requires_grad=True), torch.tensor([[0.0], [4.0]])
     root = root_divergence(invariance_divergence(a, b, problem_type="regression"))
     assert root.item() == pytest.approx(5 / math.sqrt(2))
@@ -207,7 +207,7 @@ def test_root_by_hand():
     assert a.grad.flatten().tolist() == pytest.approx([3 / (5 * math.sqrt(2)), -4 / (5 * math.sqrt(2))])
 
 
-def test_the_roots_gradient_is_that_of_all_parts_together():
+def test_the_gradient_of_the_root_is_the_mean_over_its_parts():
     logits = [torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
     whole = [part.clone().requires_grad_() for part in logits]
     root_divergence(invariance_divergence(*whole)).backward()
@@ -219,20 +219,20 @@ def test_the_roots_gradient_is_that_of_all_parts_together():
         (root / 2).backward()
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    # the mean of the parts' own roots is another
+    # negative control: the mean of the roots of the parts differs
     own = [invariance_divergence(logits[0][rows], logits[1][rows]).sqrt() for rows in (slice(0, 3), slice(3, 6))]
     assert abs(sum(own) / 2 - of_all.sqrt()) > 1e-4
 
 
-def test_the_root_of_equal_outputs_has_no_gradient():
+def test_the_root_of_equal_outputs_has_a_zero_gradient():
     a = torch.tensor([[1.0, -2.0]], requires_grad=True)
     root = root_divergence(invariance_divergence(a, a.detach().clone()))
     root.backward()
     assert root.item() == 0 and a.grad.tolist() == [[0.0, 0.0]]
 
 
-def test_the_roots_gradient_keeps_its_length():
-    """Where that of the divergence falls with the difference."""
+def test_the_gradient_of_the_root_keeps_its_length():
+    """The gradient of the divergence falls with the difference, the gradient of its root does not."""
     lengths = {}
     for scale in (1.0, 1e-3):
         a = torch.tensor([[scale, -scale]], requires_grad=True)

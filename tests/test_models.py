@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load_image_classifier`: timm modules and saved models as ordinary transformers checkpoints."""
+"""`load_image_classifier`: timm modules and saved models become transformers checkpoints."""
 
 import copy
 
@@ -19,7 +19,7 @@ from ipg_hf import find_head, load_image_classifier
 def test_a_wrapped_timm_module_is_an_ordinary_checkpoint(name, kwargs, path, tmp_path):
     module = timm_module(name, **kwargs).eval()
     with torch.no_grad():
-        for values in module.buffers():  # running statistics of a trained network
+        for values in module.buffers():  # as the running statistics of a trained network
             values.add_(0.1 if values.is_floating_point() else 1)
     names = {0: "zero", 1: "one", **{i: f"n{i}" for i in range(2, LABELS)}}
     model = load_image_classifier(module, model_args=kwargs, id2label=names).eval()
@@ -30,12 +30,12 @@ def test_a_wrapped_timm_module_is_an_ordinary_checkpoint(name, kwargs, path, tmp
     with torch.no_grad():
         expected = module(inputs["pixel_values"])
         assert expected.std() > 0
-        # copied, since loaded weights lie in unaligned memory, for which kernels round in another order
+        # copied: loaded weights are in unaligned memory, for which kernels round in another order
         assert all(torch.equal(copy.deepcopy(m)(**inputs).logits, expected) for m in (model, again, ours))
     assert again.config.id2label[1] == "one" and again.config.num_labels == LABELS
 
 
-def test_pipeline_of_a_wrapped_timm_module(tmp_path):
+def test_a_wrapped_timm_module_works_in_a_pipeline(tmp_path):
     model = load_image_classifier(timm_module("test_resnet", num_classes=3)).eval()
     model.save_pretrained(tmp_path)
     classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
@@ -55,7 +55,7 @@ def test_num_labels_replaces_a_timm_head():
     assert torch.equal(model.timm_model.conv1[0].weight, kept)
     head = module.fc
     same = load_image_classifier(module, num_labels=3)
-    assert same.timm_model.fc is head  # the right width already: the trained head is kept
+    assert same.timm_model.fc is head  # the head has the right width already and is kept
 
 
 @pytest.mark.parametrize("build", ["vit", "resnet", "timm"])
@@ -66,9 +66,9 @@ def test_another_num_labels_gets_a_fresh_initialised_head(build, tmp_path):
     with torch.no_grad():
         find_head(saved).modules[0].weight.fill_(7.0)
     saved.save_pretrained(tmp_path)
-    # memory that holds rubbish, which an uninitialised head would show
-    rubbish = [torch.full((40, size), float("nan")) for size in (16, 32, 64, 256) for _ in range(50)]
-    del rubbish
+    # freed memory full of NaN, which an uninitialised head would contain
+    freed = [torch.full((40, size), float("nan")) for size in (16, 32, 64, 256) for _ in range(50)]
+    del freed
     stds = []
     for _ in range(3):
         model = load_image_classifier(tmp_path, num_labels=40)
@@ -84,7 +84,7 @@ def test_another_num_labels_gets_a_fresh_initialised_head(build, tmp_path):
     assert find_head(load_image_classifier(tmp_path)).weight.eq(7).all()
 
 
-def test_arguments_that_timm_does_not_remember():
+def test_a_timm_module_with_other_arguments_needs_them_as_model_args():
     module = timm_module("test_vit", img_size=32)
     with pytest.raises(ValueError, match=r"'test_vit'.*pos_embed.*model_args=\{'img_size': 32\}"):
         load_image_classifier(module)
@@ -92,7 +92,7 @@ def test_arguments_that_timm_does_not_remember():
     assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, LABELS)
 
 
-def test_what_is_no_classifier(tmp_path):
+def test_load_image_classifier_refuses_what_is_no_classifier(tmp_path):
     with pytest.raises(ValueError, match=r"Linear is not a timm image classifier: pass one made by timm\.create_model"):
         load_image_classifier(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="ViTForImageClassification is a transformers model already"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm that normalises by its running statistics in training and goes on to update them."""
+"""Batch norm that normalises with its running statistics in training and keeps updating them."""
 
 import copy
 
@@ -19,7 +19,7 @@ def statistics(model):
 
 
 def moved_by(layer, *micro_batches):
-    """The statistics after one optimizer step."""
+    """The layer after the update of its statistics at the end of one optimizer step."""
     running = RunningNorm()
     for values in micro_batches:
         with running.collecting(layer):
@@ -29,21 +29,21 @@ def moved_by(layer, *micro_batches):
 
 
 def test_statistics_by_hand():
-    """Values 1, 3 and 1, 7 of one channel: mean 3, squared deviations 4 + 0 + 4 + 16, unbiased variance 8."""
+    """One channel has the values 1, 3 and 1, 7: mean 3, squared deviations 4 + 0 + 4 + 16, unbiased variance 8."""
     layer = moved_by(nn.BatchNorm1d(1).eval(), torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [7.0]]))
     assert layer.running_mean.item() == pytest.approx(0.1 * 3)
     assert layer.running_var.item() == pytest.approx(0.9 * 1 + 0.1 * 8)
     assert layer.num_batches_tracked.item() == 1
 
 
-def test_one_value_has_no_variance():
+def test_a_single_value_moves_the_mean_only():
     layer = moved_by(nn.BatchNorm1d(1).eval(), torch.tensor([[5.0]]))
     assert (layer.running_mean.item(), layer.running_var.item()) == (pytest.approx(0.5), 1.0)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])
 @pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 4)), (nn.BatchNorm2d, (6, 4, 3, 5))])
-def test_statistics_are_those_that_torch_would_have(momentum, kind, shape):
+def test_the_statistics_are_those_of_torch(momentum, kind, shape):
     ours = kind(4, momentum=momentum).double().eval()
     theirs = copy.deepcopy(ours).train()
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +54,7 @@ def test_statistics_are_those_that_torch_would_have(momentum, kind, shape):
     assert small.differences(statistics(ours), statistics(theirs)) < 1e-9
 
 
-def test_a_large_mean_costs_no_digits():
+def test_the_variance_is_exact_for_a_large_mean():
     layer, exact = nn.BatchNorm1d(1).eval(), nn.BatchNorm1d(1).double().train()
     layer.running_mean.fill_(1e4)
     exact.running_mean.fill_(1e4)
@@ -72,8 +72,8 @@ def test_instance_norm_is_left_alone():
 
 
 @pytest.mark.parametrize("guided", [True, False])
-def test_the_task_forward_is_the_one_of_inference(tmp_path, guided):
-    """The loss of a step is that of the model in `eval()`, and afterwards the statistics have moved."""
+def test_the_task_forward_is_the_inference_forward(tmp_path, guided):
+    """The loss of a step is the loss of the model in `eval()`. After the step the statistics have moved."""
     for settings, agrees in (({"running_norm": True}, True), ({}, False)):
         around, train = Around(), small.rows(8, dtype=torch.float64)
         pair_dataset = small.pairs(6, dtype=torch.float64) if guided else None
@@ -82,7 +82,7 @@ def test_the_task_forward_is_the_one_of_inference(tmp_path, guided):
             small.resnet().double(), args, train_dataset=train, pair_dataset=pair_dataset, callbacks=[around]
         )
         run.train()
-        at_loss = around.middle[1][0]  # what follows is the second update
+        at_loss = around.middle[1][0]  # the parameters of the task forward, before the task update
         if guided:
             assert not bit_equal(at_loss, around.before[1][0])
         model = small.resnet().double()
@@ -96,7 +96,7 @@ def test_the_task_forward_is_the_one_of_inference(tmp_path, guided):
 
 
 def test_accumulation_equals_one_batch(tmp_path):
-    """The last step is short, and ends in an uneven micro-batch."""
+    """The last step of an epoch has fewer rows, in micro-batches of different sizes."""
 
     def run(batch, steps, **settings):
         model, train = small.resnet().double(), small.rows(22, dtype=torch.float64)
@@ -109,10 +109,10 @@ def test_accumulation_equals_one_batch(tmp_path):
 
     whole = run(6, 1, running_norm=True)
     assert small.differences(whole, run(2, 3, running_norm=True)) < 1e-9
-    assert small.differences(run(6, 1), run(2, 3)) > 1e-3  # each micro-batch by its own statistics
+    assert small.differences(run(6, 1), run(2, 3)) > 1e-3  # negative control: each micro-batch uses its own statistics
 
 
-def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_run_to_the_last_bit(tmp_path):
     settings = {"running_norm": True, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, small.resnet(), **settings)
     whole.train()
@@ -121,26 +121,31 @@ def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path):
     assert bit_equal(weights(resumed.model), weights(whole.model))
 
 
-def test_pairs_in_the_batch_leave_the_statistics_to_the_images(tmp_path):
-    ends = []
-    for strength in (1.0, 5.0):
-        rows = small.rows(8)
-        rows = [row | {"pixel_values_b": strength * row["pixel_values"]} for row in rows]
-        settings = {"running_norm": True, "pair_source": "batch", "rationale_reduction": "pair", "max_steps": 1}
-        run = IPGTrainer(small.resnet(), small.config(tmp_path, **settings), train_dataset=rows)
+@pytest.mark.parametrize("running_norm", [True, False])
+def test_the_pair_forward_does_not_change_the_statistics(tmp_path, running_norm):
+    """With a learning rate of 0 the weights stay, so only the inputs of the layers can change the statistics."""
+
+    def after_a_step(seed, pair_dataset):
+        settings = {"running_norm": running_norm, "max_steps": 1, "learning_rate": 0.0}
+        run = trainer(tmp_path, small.resnet(), small.rows(8, seed=seed), pair_dataset, **settings)
         run.train()
-        ends.append(run.model)
-    assert bit_equal(*map(statistics, ends)) and not bit_equal(*map(weights, ends))
+        assert logged(run, "ipg/distance")[0]["ipg/distance"] > 0
+        return statistics(run.model)
+
+    brighter = [{name: 5 * value for name, value in row.items()} for row in small.pairs(10)]
+    plain = after_a_step(0, small.pairs(10))
+    assert bit_equal(plain, after_a_step(0, brighter))
+    assert not bit_equal(plain, after_a_step(1, small.pairs(10)))  # negative control: other training images
 
 
 @pytest.mark.parametrize("other", ["freeze_norm", "torch_compile"])
-def test_what_it_does_not_go_with(tmp_path, other):
-    with pytest.raises(ValueError, match=f"running_norm=True does not go with {other}=True"):
+def test_running_norm_does_not_combine_with_freeze_norm_or_the_compiler(tmp_path, other):
+    with pytest.raises(ValueError, match=f"running_norm=True does not combine with {other}=True"):
         small.config(tmp_path, running_norm=True, **{other: True})
 
 
-def test_it_needs_no_warning_of_batch_statistics(tmp_path, caplog):
+def test_the_trainer_warns_of_batch_statistics_unless_running_norm_is_on(tmp_path, caplog):
     trainer(tmp_path, small.resnet(), running_norm=True)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     trainer(tmp_path, small.resnet())
-    assert "Set freeze_norm=True, or running_norm=True" in caplog.text
+    assert "Set freeze_norm=True for a pretrained model. Set running_norm=True" in caplog.text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every image classifier of transformers and timm: its head is found and proven, or it is refused with its reason."""
+"""Every image classifier of transformers and timm: its head is found and verified, or it is refused with a reason."""
 
 import fnmatch
 import re
@@ -15,7 +15,7 @@ from transformers.models.dinat import modeling_dinat
 from ipg_hf.cli import main
 from ipg_hf.survey import NUM_LABELS, Finding, build_shallow, examine, examine_timm, survey, transformers_classes
 
-# The whole list of models without a linear classifier: a name, the reason and the way out that the error gives.
+# All models without a linear classifier: name -> the reason and the way out that the error gives.
 REFUSED = {
     "timm/efficientvim_*": "the logits depend on other layers too .*'weights'.*choose another architecture",
     "timm/volo_*": "'aux_head': it is applied before pooling.*use_aux_head=False",
@@ -23,7 +23,7 @@ REFUSED = {
     "timm/*_enc": r"has no classifier \(num_classes is 0\): choose a model that has one",
     "ShieldGemma2ForImageClassification": "no linear layer with 7 outputs.*fine-tune its vision tower",
 }
-# Those that return the mean of several heads, and how many.
+# All models that return the mean of several heads: name -> number of heads.
 AVERAGED = {
     "DeiTForImageClassificationWithTeacher": 2,
     "LevitForImageClassificationWithTeacher": 2,
@@ -40,11 +40,11 @@ AVERAGED = {
     "timm/swiftformer_*": 2,
 }
 MODULES = sorted({timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in timm.list_models()})
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+GUIDE = (Path(__file__).resolve().parent.parent / "recipes/guides/models.md").read_text()
 
 
 def check(finding: Finding):
-    """A finding is the expected one: refused for the documented reason, else of the right number of heads."""
+    """Checks a finding: the model is refused for the documented reason, or has the right number of heads."""
     reasons = [reason for pattern, reason in REFUSED.items() if fnmatch.fnmatchcase(finding.model, pattern)]
     if reasons:
         assert re.search(reasons[0], finding.problem, re.S), finding
@@ -57,8 +57,8 @@ def check(finding: Finding):
 
 @pytest.fixture
 def natten(monkeypatch):
-    """DiNAT needs natten, without builds for most machines, and in transformers 5.23 hands it axes in another order
-    than it reads: attention of each pixel to itself stands in. The head comes after."""
+    """Replaces natten, which DiNAT needs: most machines have no build of it, and transformers 5.23 gives it the axes in
+    the wrong order. Here each pixel attends to itself. The head comes after that."""
     monkeypatch.setattr(modeling_dinat, "requires_backends", lambda *_: None)
     monkeypatch.setattr(modeling_dinat, "natten2dqkrpb", lambda query, key, *_: (query * key).sum(-1, keepdim=True))
     monkeypatch.setattr(
@@ -67,7 +67,7 @@ def natten(monkeypatch):
 
 
 @pytest.mark.parametrize(("config_class", "model_class"), transformers_classes(), ids=lambda kind: kind.__name__)
-def test_every_class_of_transformers(config_class, model_class, natten):
+def test_the_head_of_every_class_of_transformers_is_found(config_class, model_class, natten):
     torch.manual_seed(0)
     model = build_shallow(config_class, model_class)
     on_meta = next(model.parameters()).is_meta
@@ -92,12 +92,12 @@ def test_every_class_of_transformers(config_class, model_class, natten):
         "resnet50_clip",
     ],
 )
-def test_each_kind_of_timm(name):
+def test_the_head_of_each_kind_of_timm_model_is_found(name):
     torch.manual_seed(0)
     check(examine_timm(name))
 
 
-def test_the_ways_out_lead_out():
+def test_the_head_is_found_after_the_way_out_that_an_error_names():
     found = examine("volo", timm.create_model("volo_d1_224", num_classes=NUM_LABELS, use_aux_head=False))
     assert (found.problem, found.path, found.kind) == ("", "head", "linear")
     found = examine("clip", timm.create_model("resnet50_clip_gap", num_classes=NUM_LABELS))
@@ -106,8 +106,8 @@ def test_the_ways_out_lead_out():
 
 @pytest.mark.survey
 @pytest.mark.parametrize("module", MODULES)
-def test_every_model_of_timm(module):
-    """All on the meta device (which layers reach the logits, shapes), the smallest of each kind in numbers."""
+def test_the_head_of_every_model_of_timm_is_found(module):
+    """All models on the meta device (layers that reach the logits, shapes), the smallest of each kind with numbers."""
     smallest = {}
     for name in timm.list_models(module=module):
         found = examine_timm(name, "meta")
@@ -120,16 +120,16 @@ def test_every_model_of_timm(module):
         assert examine_timm(found.model.removeprefix("timm/")) == found
 
 
-def test_the_modules_hold_every_model():
+def test_the_modules_of_timm_contain_every_model():
     listed = Counter(name for module in MODULES for name in timm.list_models(module=module))
     assert listed == Counter(timm.list_models())
 
 
-def test_the_totals_of_the_readme():
+def test_the_guide_states_how_many_heads_are_found():
     stated = re.search(
-        r"(\d+) of (\d+) classes .*?transformers ([\d.]+).*?([\d,]+) of ([\d,]+) .*?timm ([\d.]+)", README
+        r"classes of transformers \(([\d.]+): found in (\d+) of (\d+)\).*timm \(([\d.]+): ([\d,]+) of ([\d,]+)\)", GUIDE
     )
-    accepted, classes, transformers_version, models, all_models, timm_version = stated.groups()
+    transformers_version, accepted, classes, timm_version, models, all_models = stated.groups()
     names = [f"timm/{name}" for name in timm.list_models()]
     refused = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in REFUSED)]
     if timm.__version__ == timm_version:
@@ -138,7 +138,7 @@ def test_the_totals_of_the_readme():
     if transformers.__version__ == transformers_version:
         assert (int(accepted), int(classes)) == (len(transformers_classes()) - 1, len(transformers_classes()))
     for pattern in REFUSED:
-        assert pattern.removeprefix("timm/") in README
+        assert pattern.removeprefix("timm/") in GUIDE
 
 
 def test_the_command_prints_a_row_for_each_model(capsys):
@@ -161,7 +161,7 @@ def test_the_command_prints_a_row_for_each_model(capsys):
     assert lines[-1] == "2 of 7 models accepted"
 
 
-def test_the_command_names_what_it_does_not_know(capsys, tmp_path):
+def test_the_command_names_an_unknown_model_or_flag(capsys, tmp_path):
     assert main(["heads", "timm/no_such_model"]) == 2
     assert "timm has no model 'no_such_model'" in capsys.readouterr().err
     assert main(["heads", str(tmp_path / "nothing")]) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two shortcuts at once, a regression, and data of one's own: what is in them, and trainings on them."""
+"""Digits with two shortcuts, a regression on digits, and a user's own files: their contents, and a training."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def mass():
 # ---- Two shortcuts ----
 
 
-def test_each_of_two_shortcuts_tells_the_training_label_alone(marked):
+def test_each_of_the_two_shortcuts_equals_the_training_label(marked):
     train = marked.train
     assert {(row["label"], row["attribute"]) for row in train.remove_columns("image")} == {(0, 0), (1, 3)}
     for row in train.select(range(20)):
@@ -81,14 +81,9 @@ def train_mlp(folder, data, names):
     config = ColoredMnistMLPConfig(image_size=16, subsample=1, hidden_size=64, num_labels=2)
     args = IPGConfig(
         str(folder),
-        max_steps=250,
+        max_steps=100,
         learning_rate=3e-3,
-        invariance_threshold=1e-3,
-        max_loss_scale=float("inf"),
-        invariance_distance="rationale",
-        rationale_reduction="pair",
         per_device_train_batch_size=64,
-        per_device_pair_batch_size=64,
         per_device_eval_batch_size=512,
         logging_steps=50,
         save_strategy="no",
@@ -112,19 +107,19 @@ def train_mlp(folder, data, names):
     return trainer.evaluate()["eval_worst_group_accuracy"], flips, trainer.state.log_history
 
 
-def test_guarding_one_shortcut_leaves_the_other(tmp_path):
+def test_the_pairs_of_one_shortcut_leave_the_other(tmp_path):
     data = load_marked_digits(num_pairs=997)
     none, flips, _ = train_mlp(tmp_path, data, [])
-    assert none < 0.2
-    assert max(flips.values()) > 0.4
+    assert none < 0.1
+    assert max(flips.values()) > 0.9
     for guarded, left in (("color", "mark"), ("mark", "color")):
         worst, flips, _ = train_mlp(tmp_path, data, [guarded])
-        assert worst < 0.3, guarded
-        assert flips[guarded] < 0.15
-        assert flips[left] > 0.5
+        assert worst < 0.1, guarded
+        assert flips[guarded] < 0.05
+        assert flips[left] > 0.9
     worst, flips, logs = train_mlp(tmp_path, data, ["color", "mark"])
-    assert worst > 0.6
-    assert max(flips.values()) < 0.25
+    assert worst > 0.85  # 0.93 when this was written
+    assert max(flips.values()) < 0.1
     entry = next(entry for entry in logs if "ipg/distance" in entry)
     assert {f"ipg/{name}/{key}" for name in ("color", "mark") for key in ("distance", "divergence")} <= set(entry)
     mean = (entry["ipg/color/distance"] + entry["ipg/mark/distance"]) / 2
@@ -134,7 +129,7 @@ def test_guarding_one_shortcut_leaves_the_other(tmp_path):
 # ---- A regression ----
 
 
-def test_the_stroke_mass_and_its_shortcut(mass):
+def test_the_stroke_mass_is_the_ink_and_its_color_misleads(mass):
     labels = np.array(mass.train["label"][:])
     assert labels.mean() == pytest.approx(0, abs=1e-5)
     assert labels.std() == pytest.approx(1, abs=1e-5)
@@ -149,7 +144,7 @@ def test_the_stroke_mass_and_its_shortcut(mass):
     assert (array(row["image_a"])[..., 0] == array(row["image_b"])[..., 1]).all()
 
 
-def test_errors_by_group_by_hand():
+def test_group_errors_by_hand():
     names = datasets.ClassLabel(names=["red", "green"])
     features = datasets.Features({"label": datasets.Value("float32"), "attribute": names})
     train = datasets.Dataset.from_dict({"label": [0.0, 1.0, 2.0], "attribute": [0, 1, 1]}, features=features)
@@ -167,7 +162,7 @@ def test_errors_by_group_by_hand():
         measure(SimpleNamespace(predictions=outputs * np.nan, label_ids=labels))
 
 
-# ---- One's own data ----
+# ---- A user's own files ----
 
 
 def picture(seed):
@@ -208,7 +203,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_parquet_files(folder):
+def test_load_files_reads_parquet_files(folder):
     data = load_files(data_dir=str(folder), label="kind", attribute="place", instance="object", keep={"aligned": True})
     assert data.train.features["label"].names == ["cat", "dog"]
     assert len(data.train) == 4
@@ -229,7 +224,7 @@ def test_parquet_files(folder):
         load_files()
 
 
-def test_image_folders(tmp_path):
+def test_load_files_reads_image_folders(tmp_path):
     for split in ("train", "validation", "test"):
         for number in range(4):
             path = tmp_path / split / ["cat", "dog"][number % 2] / ["in", "out"][number // 2] / f"{number}.png"

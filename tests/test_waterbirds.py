@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waterbirds, on made images in the form of WILDS' folder, of CUB's masks, of Places and of the Hub set."""
+"""Waterbirds, on synthetic images in the layout of WILDS' folder, CUB's masks, Places and the Hub set; and Scenes."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 def write(image, path):
-    """As PNG whatever the name, so that pixels stay what they are."""
+    """Writes a PNG under any name, so the pixels do not change."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG")
 
@@ -36,7 +36,7 @@ def scene_color(category, number):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Birds are rectangles whose green is the number of the row, in images of two sizes."""
+    """Writes images of two sizes. Birds are rectangles whose green value is the number of the row."""
     root = tmp_path_factory.mktemp("waterbirds")
     rows, used = [], [0] * 4
     for split, counts in enumerate(GROUPS.values()):
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
                 name = f"{number % 3:03}.Some_Bird/Some_Bird_{number:04}.jpg"
                 row = {"img_id": number + 1, "img_filename": name, "y": group // 2, "split": split, "place": place}
                 rows.append({**row, "place_filename": taken})
-    order = np.random.default_rng(0).permutation(len(rows))  # as in the real table, splits are mixed
+    order = np.random.default_rng(0).permutation(len(rows))  # splits are mixed, as in the real table
     for row in rows:
         number = row["img_id"] - 1
         image = Image.new("RGB", (40, 30) if number % 2 else (30, 40), (200, 10 * row["place"], 0))
@@ -81,7 +81,7 @@ def groups(rows):
     return np.bincount(2 * np.array(rows["label"][:]) + rows["attribute"][:], minlength=4).tolist()
 
 
-def test_the_folder_of_wilds(folder):
+def test_waterbirds_reads_the_folder_of_wilds(folder):
     data = load(folder)
     for split in SPLITS:
         rows = getattr(data, split)
@@ -89,20 +89,19 @@ def test_the_folder_of_wilds(folder):
         assert rows.features["label"].names == ["landbird", "waterbird"]
         assert rows.features["attribute"].names == ["land", "water"]
         assert groups(rows) == list(GROUPS[split])
-        for row in rows:  # the picture is that of the row: the colour around the bird tells its place
+        for row in rows:  # the image belongs to the row: the colour around the bird encodes its place
             assert np.asarray(row["image"])[0, 0].tolist() == [200, 10 * row["attribute"], 0]
     assert (data.pairs, data.validation_pairs, data.test_pairs) == (None, None, None)
-    # given itself, or by IPG_DATA
     assert groups(load(folder / "waterbirds_v1.0").train) == list(GROUPS["train"])
 
 
-def test_the_environment_variable(folder, monkeypatch):
+def test_waterbirds_reads_the_folder_of_the_environment_variable(folder, monkeypatch):
     monkeypatch.setenv("IPG_DATA", str(folder))
     assert groups(load_waterbirds().test) == list(GROUPS["test"])
 
 
 @pytest.mark.parametrize("correlation", ["100", 100])
-def test_without_minority_groups(folder, correlation):
+def test_correlation_100_leaves_out_the_minority_groups_of_training(folder, correlation):
     data = load(folder, correlation=correlation)
     assert groups(data.train) == [8, 0, 0, 6]
     assert groups(data.validation) == list(GROUPS["validation"])
@@ -110,7 +109,7 @@ def test_without_minority_groups(folder, correlation):
 
 
 def bird_and_scene(image):
-    """The number of the bird, and the category and number of the scene; nothing else may be in the image."""
+    """Returns the number of the bird, and the category and number of the scene. The image has nothing else."""
     pixels = np.asarray(image)
     inside = np.zeros(pixels.shape[:2], bool)
     inside[BOX[1] : BOX[3], BOX[0] : BOX[2]] = True
@@ -119,7 +118,7 @@ def bird_and_scene(image):
     return int(birds[0, 1]), (int(scenes[0, 0]) - 10, int(scenes[0, 1]) - 20)
 
 
-def test_the_same_bird_on_both_places(folder, composed):
+def test_a_pair_is_the_same_bird_on_both_places(folder, composed):
     seen = []
     for split, pairs in zip(SPLITS, (composed.pairs, composed.validation_pairs, composed.test_pairs), strict=True):
         rows = getattr(composed, split)
@@ -137,13 +136,13 @@ def test_the_same_bird_on_both_places(folder, composed):
             scenes |= {land, water}
         seen.append(scenes)
     assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
-    # the first two photographs of each category are those of validation and test images
+    # validation and test images use the first two photographs of each category
     assert min(number for scenes in seen for _, number in scenes) >= 2
     assert len(seen[0]) > 6
 
 
-def test_backgrounds_of_training_images_may_be_used(folder, tmp_path, composed):
-    """Negative control: without the names in the table all photographs are in the pool."""
+def test_photographs_that_the_table_does_not_name_may_be_backgrounds(folder, tmp_path, composed):
+    """Negative control of the test above: without their names in the table, all photographs are in the pool."""
     table = (folder / "waterbirds_v1.0/metadata.csv").read_text()
     for category in CATEGORIES:
         table = table.replace(f"/{category}/", "/none/")
@@ -159,7 +158,7 @@ def test_backgrounds_of_training_images_may_be_used(folder, tmp_path, composed):
     assert numbers & {0, 1}
 
 
-def test_draws_of_pairs(folder, composed):
+def test_the_pairs_of_waterbirds_are_a_function_of_the_seed(folder, composed):
     options = {"segmentations_dir": str(folder / "segmentations"), "places_dir": str(folder / "places")}
     fewer = load(folder, num_pairs=5, oriented_pairs=False, correlation="100", **options)
     assert len(fewer.pairs) == 5 and sum(fewer.pairs["attribute_a"]) == 2
@@ -178,14 +177,14 @@ def test_draws_of_pairs(folder, composed):
         load(folder, num_pairs=99, **options)
 
 
-def test_held_out_pairs_are_at_most_so_many(folder, monkeypatch):
+def test_the_number_of_evaluation_pairs_has_a_limit(folder, monkeypatch):
     monkeypatch.setattr(waterbirds, "NUM_HELD_OUT_PAIRS", 3)
     options = {"segmentations_dir": str(folder / "segmentations"), "places_dir": str(folder / "places")}
     data = load(folder, **options)
     assert (len(data.pairs), len(data.validation_pairs), len(data.test_pairs)) == (18, 3, 3)
 
 
-def test_photographs_of_ones_own(folder, tmp_path):
+def test_backgrounds_may_be_photographs_of_your_own(folder, tmp_path):
     for kind, category in (("land", 0), ("water", 2)):
         for number in range(5):
             write(Image.new("RGB", (25, 50), scene_color(category, number)), tmp_path / kind / f"{number}.png")
@@ -200,7 +199,7 @@ def test_photographs_of_ones_own(folder, tmp_path):
 
 @pytest.fixture
 def on_the_hub(folder, tmp_path, monkeypatch):
-    """The Hub set as Parquet files; only the call that would fetch it is replaced."""
+    """Writes the Hub set as Parquet files. Only the call that would download it is replaced."""
     plain = {"label": datasets.Value("int64"), "place": datasets.Value("int64"), "place_bird": datasets.Value("int64")}
     data, files = load(folder), {}
     for split in SPLITS:
@@ -221,7 +220,7 @@ def on_the_hub(folder, tmp_path, monkeypatch):
     return called, files
 
 
-def test_the_hub_set_is_the_same(folder, on_the_hub):
+def test_the_hub_set_gives_the_same_waterbirds(folder, on_the_hub):
     hub, own = load_waterbirds(correlation="100"), load(folder, correlation="100")
     assert on_the_hub[0] == ["grodino/waterbirds"]
     for split in SPLITS:
@@ -236,11 +235,10 @@ def test_the_hub_set_is_the_same(folder, on_the_hub):
         load_waterbirds(segmentations_dir="x", places_dir="y")
 
 
-def test_a_hub_set_of_another_form(on_the_hub):
+def test_a_hub_set_without_a_column_or_split_is_refused(on_the_hub):
     _, files = on_the_hub
-    datasets.Dataset.from_dict({"label": [0], "place": [1]}).to_parquet(files["test"])
-    datasets.Dataset.from_dict({"label": [0], "place": [1]}).to_parquet(files["train"])
-    datasets.Dataset.from_dict({"label": [0], "place": [1]}).to_parquet(files["validation"])
+    for file in files.values():
+        datasets.Dataset.from_dict({"label": [0], "place": [1]}).to_parquet(file)
     with pytest.raises(ValueError, match=r"train of grodino/waterbirds has no columns \['image'\]"):
         load_waterbirds()
     del files["validation"]
@@ -248,13 +246,13 @@ def test_a_hub_set_of_another_form(on_the_hub):
         load_waterbirds()
 
 
-def test_nothing_found(tmp_path, monkeypatch):
-    # conftest.py keeps the Hub out of reach
+def test_missing_files_give_an_error_that_says_how_to_get_them(tmp_path, monkeypatch):
+    # conftest.py sets HF_HUB_OFFLINE
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"has no metadata\.csv, nor"):
+    with pytest.raises(FileNotFoundError, match=r"has no metadata\.csv, and no folder waterbirds or "):
         load_waterbirds(data_dir=str(tmp_path))
     monkeypatch.delenv("IPG_DATA", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"IPG_DATA is not set, and grodino/waterbirds: .*metadata\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"IPG_DATA is not set, and .* grodino/waterbirds .*metadata\.csv"):
         load_waterbirds()
 
 
@@ -267,7 +265,7 @@ def test_nothing_found(tmp_path, monkeypatch):
         ((",1,0,/", ",5,0,/"), r"split of .* has the values \[5\]"),
     ],
 )
-def test_a_damaged_table(folder, tmp_path, change, message):
+def test_a_damaged_table_is_refused(folder, tmp_path, change, message):
     text = (folder / "waterbirds_v1.0/metadata.csv").read_text()
     assert change[0] in text
     (tmp_path / "metadata.csv").write_text(text.replace(*change))
@@ -278,7 +276,7 @@ def test_a_damaged_table(folder, tmp_path, change, message):
         load(tmp_path)
 
 
-def test_missing_files(folder, tmp_path):
+def test_missing_files_are_named(folder, tmp_path):
     (tmp_path / "metadata.csv").write_text((folder / "waterbirds_v1.0/metadata.csv").read_text())
     with pytest.raises(FileNotFoundError, match=r"Some_Bird_\d+\.jpg is missing"):
         load(tmp_path)
@@ -287,7 +285,7 @@ def test_missing_files(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder land nor Places365's b/bamboo_forest and f/forest"):
         load(folder, segmentations_dir=str(folder / "segmentations"), places_dir=str(tmp_path))
     for options in ({"segmentations_dir": "x"}, {"places_dir": "x"}):
-        with pytest.raises(ValueError, match="give both or none"):
+        with pytest.raises(ValueError, match="Give both or none"):
             load(folder, **options)
     with pytest.raises(ValueError, match="correlation='90' is unknown"):
         load(folder, correlation="90")
@@ -313,26 +311,26 @@ def run(recipe, out, data_dir, tiny, *more):
     return json.loads((out / "run.json").read_text())
 
 
-def test_the_recipes_run(folder, tmp_path, tiny):
+def test_the_recipes_of_waterbirds_run(folder, tmp_path, tiny):
     options = {"correlation": "100", "segmentations_dir": str(folder / "segmentations")}
     options = json.dumps({**options, "places_dir": str(folder / "places")})
     more = ["--dataset_options", options, "--num_pairs", "10"]
     exact = run("waterbirds/ipg_resnet50.yaml", tmp_path / "exact", folder, tiny, *more)
-    assert exact["data"]["pair_sets"][""]["pairs"] == 10 and exact["data"]["train"] == 14
+    assert exact["data"]["pair_sets"]["pairs"]["pairs"] == 10 and exact["data"]["train"] == 14
     assert "every training image" in exact["about"]["shortcut"]
     assert "flip_rate" in exact["metrics"]["test"]
     paper = run("waterbirds/ipg_paper_resnet50.yaml", tmp_path / "paper", folder, tiny, *more)
-    assert paper["data"] == exact["data"] and paper["config"]["invariance_distance"] == "rationale"
+    assert paper["data"] == exact["data"] and paper["settings"]["invariance_distance"] == "rationale"
     matched = run("waterbirds/ipg_match_resnet50.yaml", tmp_path / "match", folder, tiny)
-    assert matched["data"]["pair_sets"][""]["pairs"] == 4 and matched["data"]["train"] == 18
+    assert matched["data"]["pair_sets"]["pairs"]["pairs"] == 4 and matched["data"]["train"] == 18
     plain = run("waterbirds/erm_resnet50.yaml", tmp_path / "erm", folder, tiny)
     assert plain["data"]["pair_sets"] == {} and plain["about"]["title"] == "Waterbirds without minority groups"
 
 
-# ---- Scenes, the analogue ----
+# ---- Scenes ----
 
 
-def test_scenes(tmp_path, monkeypatch):
+def test_scenes_leave_out_the_minority_groups_of_training(tmp_path, monkeypatch):
     image, feature = (
         Image.new("RGB", (8, 8)),
         datasets.Features(
@@ -361,7 +359,7 @@ def test_scenes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_scenes_are_not_to_be_had(tmp_path, monkeypatch, given):
+def test_missing_scenes_give_an_error_that_names_waterbirds(tmp_path, monkeypatch, given):
     monkeypatch.delenv("IPG_DATA", raising=False)
     with pytest.raises(FileNotFoundError) as caught:
         load_scenes(data_dir=str(tmp_path) if given else None)

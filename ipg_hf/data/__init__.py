@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks: data with a spurious attribute, ready to train on and to measure with."""
+"""Benchmarks: data sets with a spurious attribute, for training and evaluation."""
 
 from collections.abc import Callable
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What model cards say of each benchmark."""
+"""Facts of each benchmark, for run records and model cards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class About:
     """Facts of a benchmark.
 
     Args:
-        title: its name, for people.
-        attribute: the spurious attribute, or several; `None` where it depends on the data.
-        shortcut: how the attribute goes with the label in training, and how in the test set.
-        pairs: what the two sides of a pair of the benchmark's own are; `None` where it has none.
-        num_pairs: their number by default; `None` where it depends on the data.
-        license: of the images; `None` where it depends on the data.
+        title: name of the benchmark.
+        attribute: the spurious attribute or attributes. `None` if it depends on the data.
+        shortcut: how the attribute and the label are related, in training and in the test set.
+        pairs: what the two sides of a pair are. `None` if the benchmark has no pairs of its own.
+        num_pairs: number of pairs by default. `None` if it depends on the data.
+        license: license of the images. `None` if it depends on the data.
         source: where the images come from.
-        hub_set: id of the images on the Hub, or `None`.
+        hub_set: id of the images on the Hub. `None` if they are not on the Hub.
     """
 
     title: str
@@ -119,7 +119,7 @@ ABOUT = {
 
 ALL_ALIGNED = "The place goes with the kind of bird in every training image; validation and test are balanced by place."
 FASHION = "Fashion-MNIST (Zalando Research)"
-# benchmark, options of its loader, what is different with them; all that apply, in this order
+# (benchmark, options of its loader, facts that change with these options). All entries that match apply, in this order.
 VARIANTS: tuple[tuple[str, dict[str, str], dict[str, Any]], ...] = (
     (
         "colored_mnist",
@@ -155,11 +155,11 @@ VARIANTS: tuple[tuple[str, dict[str, str], dict[str, Any]], ...] = (
 
 
 def describe(dataset: str, options: Mapping[str, Any] | None = None) -> About:
-    """What is known of a benchmark loaded with certain options.
+    """Returns the facts of a benchmark that is loaded with the given options.
 
     Args:
-        dataset: its name in `ABOUT`.
-        options: of its loader.
+        dataset: name of the benchmark in `ABOUT`.
+        options: options of its loader.
     """
     about = ABOUT[dataset]
     for name, given, changes in VARIANTS:

@@ -1,52 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two further settings of the coloured digits: two shortcuts at once, and a regression.
+"""Two variants of the coloured digits: two shortcuts at once, and a regression.
 
 Both use the images, the split and the colours of [`load_digits`].
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import datasets
 import numpy as np
-import pyarrow as pa
-import sklearn.datasets
 
-from ..pairs.makers import dataset_of, draw_rows, encode_png, image_column, pair_dataset
+from ..pairs.makers import draw_rows, encode_png, pair_dataset
 from .benchmark import Benchmark
-from .digits import COLOR, LABEL, NUM_PAIRS, UPSCALE, classification_set, encode_colored, split_digits
+from .digits import (
+    COLOR,
+    LABEL,
+    NUM_PAIRS,
+    classification_set,
+    colored_pairs,
+    draw_colors,
+    encode_colored,
+    read_digits,
+    split_digits,
+)
 
 MARK = datasets.ClassLabel(names=["plain", "marked"])
 BOTH = datasets.ClassLabel(names=["red-plain", "red-marked", "green-plain", "green-marked"])
+FLOAT = datasets.Value("float32")
 MARK_SIZE = 3  # pixels
 
 
 def load_marked_digits(
     *, data_dir: str | None = None, seed: int = 0, num_pairs: int | None = None, oriented_pairs: bool = True
 ) -> Benchmark:
-    """Digits with two independent shortcuts (ours): the colour, and a white mark of 3×3 pixels in a corner.
+    """Makes digits with two independent shortcuts (ours): the colour, and a white mark of 3×3 pixels in a corner.
 
-    - Label: 0 "small" (digit 0 to 4), 1 "large" (5 to 9). Attribute: 2 · colour + mark, four values.
-    - Training: each of the two tells the label in every image: red and plain, or green and marked.
-    - Validation and test: every image in all four combinations, so that the eight groups are of like size. A model that
-      uses one of the two is right in half of the images and in no image of its worst group.
-    - Pairs: a dict of two sets, `color` (red and green, the mark drawn for each pair and the same on both sides) and
-      `mark` (plain and marked, the colour drawn).
+    - Label: 0 "small" (digits 0 to 4), 1 "large" (5 to 9). Attribute: 2·colour + mark, four values.
+    - Training: colour and mark both agree with the label in every image. An image is red and plain, or green and
+      marked.
+    - Validation and test: every image in all four combinations. For each label, its four groups have the same size. A
+      model that uses one of the two shortcuts is right in half of the images and in none of its worst group.
+    - Pairs: a dict of two sets. `color` has the sides red and green; the mark is drawn for each pair and is the same on
+      both sides. `mark` has the sides plain and marked; the colour is drawn for each pair.
 
     Args:
-        data_dir: not used: the digits are a part of scikit-learn.
-        seed: non-negative; seed of the pairs that are drawn.
-        num_pairs: number of training pairs of each set, 1 to 997; `None` is 300.
-        oriented_pairs: must be True.
+        data_dir: not used, because the digits are a part of scikit-learn.
+        seed: non-negative seed of the draw of the pairs.
+        num_pairs: number of training pairs of each set, 1 to 997. `None` is 300.
+        oriented_pairs: must be `True`.
 
     Raises:
-        ValueError: more pairs than training digits, or fewer than 1; `oriented_pairs=False`.
+        ValueError: `num_pairs` is below 1 or above the number of training digits; `oriented_pairs` is `False`.
     """
-    if not oriented_pairs:
-        raise ValueError("oriented_pairs=False is not offered by marked_digits: use degrade_pairs.")
-    gray, targets, (train, validation, test) = _digits()
-    labels = (targets >= 5).astype(np.int64)
+    _check_oriented(oriented_pairs, "marked_digits")
+    gray, digits = read_digits()
+    train, validation, test = split_digits(digits)
+    labels = (digits >= 5).astype(np.int64)
     files = {}
     for color in range(2):
         plain = np.zeros((*gray.shape, 3), dtype=np.uint8)
@@ -57,8 +65,7 @@ def load_marked_digits(
 
     def rows(index: np.ndarray, colors: np.ndarray, marks: np.ndarray) -> datasets.Dataset:
         images = [files[c, m][i] for i, c, m in zip(index, colors, marks, strict=True)]
-        both = 2 * colors + marks
-        return classification_set(images, labels[index], both).cast_column("attribute", BOTH)
+        return classification_set(images, labels[index], 2 * colors + marks, attribute_feature=BOTH)
 
     def balanced(index: np.ndarray) -> datasets.Dataset:
         count = len(index)
@@ -97,27 +104,29 @@ def load_marked_digits(
 def load_stroke_mass(
     *, data_dir: str | None = None, seed: int = 0, num_pairs: int | None = None, oriented_pairs: bool = True
 ) -> Benchmark:
-    """A regression (ours): how much ink a digit has, in units of its standard deviation over the training digits.
+    """Makes a regression (ours): how much ink a digit has.
 
-    - Image: as [`load_digits`], but each digit's intensities are scaled so that its brightest pixel has a random value
-      between 100 and 255: the ink is a sum over strokes and not read off one pixel.
-    - Label: float, mean 0 and standard deviation 1 over the training digits. Attribute: the colour.
-    - Training: green where the label is above its median, else red: the colour tells half of the answer.
-    - Validation: colours balanced within each half; test: 90 % of each half in the colour of the other.
+    - Image: a coloured digit of 16×16 pixels. Its intensities are scaled so that the brightest pixel has a random value
+      between 100 and 255. The ink is therefore a sum over the strokes and cannot be read from one pixel.
+    - Label: float, the ink of the digit, scaled to mean 0 and standard deviation 1 over the training digits.
+      Attribute: 0 "red", 1 "green".
+    - Training: an image is green if its label is above the median, else red. The colour tells half of the answer.
+    - Validation: half of the images above the median are green, and half of those below. Test: 90 % of the images above
+      the median are red, 90 % of those below are green.
     - Pairs: training digits, side a red and side b green.
 
     Args:
-        data_dir: not used.
-        seed: non-negative; seed of the brightnesses, the colours and the pairs.
-        num_pairs: number of training pairs, 1 to 997; `None` is 300.
-        oriented_pairs: must be True.
+        data_dir: not used, because the digits are a part of scikit-learn.
+        seed: non-negative seed of the brightnesses, the colours and the draw of the pairs.
+        num_pairs: number of training pairs, 1 to 997. `None` is 300.
+        oriented_pairs: must be `True`.
 
     Raises:
-        ValueError: more pairs than training digits, or fewer than 1; `oriented_pairs=False`.
+        ValueError: `num_pairs` is below 1 or above the number of training digits; `oriented_pairs` is `False`.
     """
-    if not oriented_pairs:
-        raise ValueError("oriented_pairs=False is not offered by stroke_mass: use degrade_pairs.")
-    gray, _, (train, validation, test) = _digits()
+    _check_oriented(oriented_pairs, "stroke_mass")
+    gray, digits = read_digits()
+    train, validation, test = split_digits(digits)
     bright = np.random.default_rng((seed, 8)).uniform(100, 255, len(gray)) / np.maximum(1, gray.max((1, 2)))
     gray = np.rint(gray * bright[:, None, None]).astype(np.uint8)
     ink = gray.mean((1, 2))
@@ -126,28 +135,12 @@ def load_stroke_mass(
     sides = [encode_colored(gray, np.full(len(gray), color)) for color in range(2)]
 
     def rows(index: np.ndarray, share: float, stream: int) -> datasets.Dataset:
-        rng = np.random.default_rng((seed, stream))
-        colors = heavy[index].copy()
-        for half in range(2):
-            members = rng.permutation(np.flatnonzero(heavy[index] == half))
-            colors[members[: round(share * len(members))]] = 1 - half
-        return dataset_of(
-            {
-                "image": (image_column([sides[c][i] for i, c in zip(index, colors, strict=True)]), datasets.Image()),
-                "label": (pa.array(labels[index], pa.float32()), datasets.Value("float32")),
-                "attribute": (pa.array(colors, pa.int64()), COLOR),
-            }
-        )
+        colors = draw_colors(heavy[index], share, np.random.default_rng((seed, stream)))
+        images = [sides[c][i] for i, c in zip(index, colors, strict=True)]
+        return classification_set(images, labels[index], colors, FLOAT)
 
     def pairs(index: np.ndarray) -> datasets.Dataset:
-        return pair_dataset(
-            *([side[i] for i in index] for side in sides),
-            source_id=index,
-            attributes=(0, 1),
-            attribute_feature=COLOR,
-            label=labels[index],
-            label_feature=datasets.Value("float32"),
-        )
+        return colored_pairs(*([side[i] for i in index] for side in sides), labels[index], index, label_feature=FLOAT)
 
     count = NUM_PAIRS if num_pairs is None else num_pairs
     return Benchmark(
@@ -160,7 +153,9 @@ def load_stroke_mass(
     )
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray, Any]:
-    source = sklearn.datasets.load_digits()
-    gray = np.rint(source.images * (255 / 16)).astype(np.uint8).repeat(UPSCALE, 1).repeat(UPSCALE, 2)
-    return gray, source.target, split_digits(source.target)
+def _check_oriented(oriented_pairs: bool, name: str) -> None:
+    if not oriented_pairs:
+        raise ValueError(
+            f"oriented_pairs=False is not offered by {name}. Set oriented_pairs=True, or swap sides with "
+            "ipg_hf.baselines.degrade_pairs."
+        )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own data as a benchmark: image folders, Parquet files or a saved set, with a test for each group."""
+"""Loads a user's own data as a benchmark: image folders or Parquet files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..pairs.sources import pairs_from_columns
+from ..pairs.sources import pairs_from_columns, pairs_from_rows
 from .benchmark import Benchmark
 
 SPLITS = ("train", "validation", "test")
@@ -28,38 +28,43 @@ def load_files(
     instance: str | None = None,
     keep: Mapping[str, Any] | None = None,
 ) -> Benchmark:
-    """Reads a folder of one's own.
+    """Loads your own data from a folder.
 
-    The folder holds Parquet files named by split (`train-*.parquet`, also in a sub-folder `data`), as
-    `Dataset.push_to_hub` writes them, or one sub-folder for each split with images in `split/label/attribute/`, as
-    `imagefolder` reads them.
+    The folder has Parquet files for each split, named `train-*.parquet` and so on, also in a sub-folder `data`.
+    `Dataset.push_to_hub` writes them like this. Or it has a sub-folder for each split, with images in
+    `split/label/attribute/`. The splits are train, validation and test.
 
     Args:
         data_dir: the folder.
-        seed: non-negative; seed of the pairs that are drawn.
-        num_pairs: number of training pairs; `None`: all.
+        seed: non-negative seed of the draw of the pairs.
+        num_pairs: number of training pairs. `None` uses all.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs.
         label: column of the label.
         attribute: column of the spurious attribute.
-        pairs: sub-folder with Parquet files of training pairs, with columns `image_a` and `image_b`, or `None`. Where
-            it is missing the benchmark has no pairs of its own (a maker's are needed for training).
-        instance: column that is equal in images of one object under both values of the attribute: such images of
-            validation and test are the held-out pairs, for the flip rate. Without it there are none.
-        keep: column -> value; only training rows with these values are used (`{"aligned": True}` leaves the minority
-            groups out).
+        pairs: sub-folder with Parquet files of training pairs, with the columns `image_a` and `image_b`. If it is
+            `None` or the sub-folder is missing, the benchmark has no training pairs, and a maker must make them.
+        instance: column that names the object in an image. Images of validation and test that show the same object
+            with both values of the attribute are the pairs for the flip rate. `None`: there are no such pairs.
+        keep: column -> value. Only training rows with these values are used: `{"aligned": True}`, for example, leaves
+            out the minority groups.
 
     Raises:
-        FileNotFoundError: the folder, or a split, is missing.
-        ValueError: a column is missing or the label is no class; as in `pairs.pairs_from_columns`.
+        FileNotFoundError: the folder or a split is missing.
+        ValueError: a column is missing; `instance` gives no pairs; `pairs_from_columns` refuses the training pairs.
     """
     if data_dir is None or not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"data_dir={data_dir!r} is no folder: give the folder of the files, --data_dir FOLDER.")
+        raise FileNotFoundError(
+            f"data_dir={data_dir!r} is no folder: give the folder with the files, --data_dir FOLDER."
+        )
     folder = Path(data_dir)
     sets = {split: _read_split(folder, split) for split in SPLITS}
     for split, dataset in sets.items():
         for name, column in (("label", label), ("attribute", attribute)):
             if column not in dataset.column_names:
-                raise ValueError(f"{split} of {folder} has no column {column!r} for {name}: {dataset.column_names}.")
+                raise ValueError(
+                    f"{split} of {folder} has no column {column!r} for {name}, only {dataset.column_names}. Name one "
+                    f"of them with the option {name}."
+                )
             if column != name:
                 dataset = dataset.rename_column(column, name)
             if not isinstance(dataset.features[name], datasets.ClassLabel):
@@ -83,11 +88,12 @@ def load_files(
 
 
 def held_out_pairs(dataset: datasets.Dataset, instance: str) -> datasets.Dataset:
-    """Images of one object under the first two values of the attribute, as pairs.
+    """Pairs the images that show the same object with the first two values of the attribute.
 
     Args:
-        dataset: rows with `image`, `label`, `attribute` and the column `instance`.
-        instance: values that occur with each of the two attributes once make a pair.
+        dataset: rows `image`, `label`, `attribute` and the column `instance`.
+        instance: column that names the object in an image. An object that occurs with both values makes one pair, of
+            its first image with each.
 
     Raises:
         ValueError: there is no such pair.
@@ -99,13 +105,11 @@ def held_out_pairs(dataset: datasets.Dataset, instance: str) -> datasets.Dataset
             rows[value].setdefault(name, row)
     both = [name for name in rows[0] if name in rows[1]]
     if not both:
-        raise ValueError(f"no value of {instance!r} occurs with both values of the attribute: there are no pairs.")
-    sides = []
-    for value, side in enumerate("ab"):
-        columns = ["image", "attribute", *(["label"] if side == "a" else [])]
-        part = dataset.select_columns(columns).select([rows[value][name] for name in both])
-        sides.append(part.rename_columns({"image": f"image_{side}", "attribute": f"attribute_{side}"}))
-    pairs = datasets.concatenate_datasets(sides, axis=1)
+        raise ValueError(
+            f"no value of {instance!r} occurs with both values of the attribute: there are no pairs. Name another "
+            "column, or none."
+        )
+    pairs = pairs_from_rows(dataset, *([side[name] for name in both] for side in rows), attribute="attribute")
     return pairs.add_column("source_id", [str(name) for name in both])
 
 
@@ -114,14 +118,16 @@ def _read_split(folder: Path, split: str) -> datasets.Dataset:
     if files:
         return datasets.load_dataset("parquet", data_files=[*map(str, files)], split="train")
     if not (folder / split).is_dir():
-        raise FileNotFoundError(f"{folder} has neither {split}*.parquet (also in data/) nor a folder {split}.")
+        raise FileNotFoundError(
+            f"{folder} has neither {split}*.parquet (also in data/) nor a folder {split}: add one of them."
+        )
     rows = []
     for path in sorted((folder / split).rglob("*")):
         parts = path.relative_to(folder / split).parts
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp") and len(parts) == 3:
             rows.append({"image": str(path), "label": parts[0], "attribute": parts[1]})
     if not rows:
-        raise FileNotFoundError(f"{folder / split} has no images in folders label/attribute.")
+        raise FileNotFoundError(f"{folder / split} has no images in sub-folders LABEL/ATTRIBUTE: put them there.")
     names = {key: datasets.ClassLabel(names=sorted({row[key] for row in rows})) for key in ("label", "attribute")}
     return datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image(), **names}))
 
@@ -129,7 +135,7 @@ def _read_split(folder: Path, split: str) -> datasets.Dataset:
 def _read_pairs(folder: Path, attribute: str, num_pairs: int | None, seed: int, oriented: bool) -> datasets.Dataset:
     files = sorted(map(str, folder.rglob("*.parquet")))
     if not files:
-        raise FileNotFoundError(f"{folder} has no Parquet files.")
+        raise FileNotFoundError(f"{folder} has no Parquet files: add the training pairs, or set pairs=None.")
     source = datasets.load_dataset("parquet", data_files=files, split="train")
     sides = {
         f"attribute_{side}": f"{attribute}_{side}" for side in "ab" if f"{attribute}_{side}" in source.column_names
