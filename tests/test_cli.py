@@ -2,33 +2,20 @@
 """The commands as a user gives them, on the real digits with a tiny network."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from small import TINY_RECIPE
+from small_runs import TINY
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
+from ipg_hf.baselines import METHODS
 from ipg_hf.cli import main
-from ipg_hf.data import LOADERS
-from ipg_hf.recipe import RecipeError, parse_recipe
-
-TINY = {
-    **TINY_RECIPE,
-    "max_steps": 6,
-    "logging_steps": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 3,
-    "save_steps": 3,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "worst_group_accuracy",
-}
+from ipg_hf.data import LOADERS, load_digits
+from ipg_hf.recipe import RecipeError, parse_recipe, parse_settings
+from ipg_hf.run import train
 
 
 def write(path, **changes):
@@ -46,16 +33,19 @@ def trained(tmp_path_factory):
 
 def test_train_leaves_a_model_a_record_a_card_and_a_figure(trained, capsys):
     record = json.loads((trained / "out" / "run.json").read_text())
-    assert {"config", "seed", "metrics", "seconds", "versions", "commit", "hardware"} <= set(record)
+    assert {"settings", "given", "seed", "metrics", "seconds", "versions", "commit", "hardware"} <= set(record)
     assert set(record["metrics"]) == {"validation", "test"}
     test = record["metrics"]["test"]
     assert {"accuracy", "worst_group_accuracy", "flip_rate", "divergence", "distance"} <= set(test)
     assert sum(value for key, value in test.items() if key.startswith("group_n/")) == len(LOADERS["digits"]().test)
-    assert record["config"]["compare"] == "erm" and record["config"]["model_config"]["patch_size"] == 8
+    settings = record["settings"]
+    assert settings["compare"] == "erm" and settings["model_config"]["patch_size"] == 8
+    assert settings["invariance_distance"] == "divergence" and settings["optim"] == "adamw_torch_fused"  # not given
+    assert {*record["given"]} == {*TINY, "compare"}
     assert (trained / "out" / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     erm = json.loads((trained / "out" / "erm" / "run.json").read_text())
     assert erm["method"] == "erm" and record["method"] == "ipg"
-    pair_set = record["data"]["pair_sets"][""]
+    pair_set = record["data"]["pair_sets"]["pairs"]
     assert record["data"]["train"] == 997 and pair_set["pairs"] == 40 and erm["data"]["pair_sets"] == {}
     assert record["about"]["title"] == "Coloured digits" and record["base_model"] is None
     card = (trained / "out" / "README.md").read_text()
@@ -88,13 +78,14 @@ def test_evaluate_gives_the_test_metrics_of_the_record_again(trained, capsys):
     assert "worst group" in capsys.readouterr().out
 
 
-def test_the_twin_differs_by_the_pairs_alone(trained):
+def test_the_plain_training_beside_it_differs_by_the_pairs_alone(trained):
     weights = [
         AutoModelForImageClassification.from_pretrained(trained / name).state_dict() for name in ("out", "out/erm")
     ]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     records = [json.loads((trained / name / "run.json").read_text()) for name in ("out", "out/erm")]
-    assert records[0]["config"] | {"method": "erm"} == records[1]["config"]
+    differ = {name for name, value in records[0]["settings"].items() if records[1]["settings"][name] != value}
+    assert differ == {"method", "compare"} and records[0]["settings"].keys() == records[1]["settings"].keys()
 
 
 def test_another_run_is_not_overwritten(trained, capsys):
@@ -105,25 +96,23 @@ def test_another_run_is_not_overwritten(trained, capsys):
     assert (trained / "out" / "run.json").read_bytes() == before
 
 
-def test_overwriting_on_demand_and_resuming(tmp_path):
-    config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))
-    assert main(["train", "--config", config, "--seed", "1"]) == 0
-    first = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert main(["train", "--config", config, "--seed", "2", "--overwrite_output_dir", "true", "--max_steps", "3"]) == 0
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["seed"] == 2
-    assert not (tmp_path / "out" / "checkpoint-6").exists()
+def test_overwriting_on_demand_and_resuming(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained / "out", out)
     # a folder without the trainer's state is a checkpoint whose saving was cut off
-    (tmp_path / "out" / "checkpoint-9").mkdir()
-    arguments = ["--seed", "1", "--overwrite_output_dir", "true"]
-    assert main(["train", "--config", config, *arguments, "--max_steps", "3", "--lr_scheduler_type", "constant"]) == 0
-    (tmp_path / "out" / "checkpoint-9").mkdir()
-    last = ["--resume_from_checkpoint", "last", "--seed", "1", "--lr_scheduler_type", "constant"]
-    assert main(["train", "--config", config, *last]) == 0
-    resumed = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert resumed["steps"] == first["steps"] == 6
+    (out / "checkpoint-9").mkdir()
+    command = ["train", "--config", write(tmp_path / "recipe.yaml", output_dir=str(out), measure_test=False)]
+    command += ["--seed", "2", "--lr_scheduler_type", "constant"]
+    assert main([*command, "--overwrite_output_dir", "true", "--max_steps", "3"]) == 0
+    first = json.loads((out / "run.json").read_text())
+    assert first["seed"] == 2 and first["steps"] == 3
+    assert not any((out / name).exists() for name in ("checkpoint-6", "checkpoint-9", "erm"))
+    (out / "checkpoint-9").mkdir()
+    assert main([*command, "--resume_from_checkpoint", "last"]) == 0
+    assert json.loads((out / "run.json").read_text())["steps"] == 6
 
 
-def test_the_twin_is_resumed_too(trained, tmp_path):
+def test_the_plain_training_beside_it_is_resumed_too(trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
     before = json.loads((tmp_path / "out" / "erm" / "run.json").read_text())
     shutil.rmtree(tmp_path / "out" / "erm" / "checkpoint-6")
@@ -155,14 +144,27 @@ def test_resume_without_a_checkpoint(tmp_path, capsys):
     ("changes", "flags", "expected"),
     [
         ({"alhpa": 1}, [], ["alhpa", "'alpha'"]),
-        ({}, ["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
+        ({}, ["--learning_rat", "1"], ["--learning_rat", "'learning_rate'"]),
         ({"alpha": "big"}, [], ["alpha", "big"]),
         ({"max_steps": 1.5}, [], ["max_steps", "1.5"]),
         ({"max_steps": [1, 2]}, [], ["2"]),
         ({"alpha": float("nan")}, [], ["alpha", "nan"]),
         ({"alpha": -1}, [], ["alpha=-1.0"]),
         ({"invariance_threshold": -1}, [], ["invariance_threshold=-1.0"]),
-        ({"rationale_norm": "spektral"}, [], ["spektral", "spectral"]),
+        ({"rationale_reduction": "middle"}, [], ["middle", "'mean'"]),
+        ({"method": "klo"}, [], ["klo", "'kl'"]),
+        ({"method": "kl", "objective": "dro"}, [], ["dro", "group_dro"]),
+        # a setting of other methods
+        ({"rank": 3}, [], ["method='ipg' has no such setting", "method project"]),
+        ({"method": "kl", "upweight": 3}, [], ["upweight", "method='kl'", "method jtt"]),
+        (
+            {},
+            ["--method", "dfr", "--pair_penalty_weight", "3"],
+            ["pair_penalty_weight", "method='dfr'", "method kl or "],
+        ),
+        # a setting that the method's name fixes
+        ({"method": "kl", "pair_objective": "kl"}, [], ["method='kl' sets pair_objective='kl' itself"]),
+        ({"method": "irm", "objective": "irm"}, [], ["method='irm' sets objective='irm' itself"]),
         ({"dataset": "digit"}, [], ["digit", "'digits'"]),
         ({"model_type": "vitt"}, [], ["vitt", "'vit'"]),
         ({"model_config": {"hiden_size": 3}}, [], ["hiden_size", "hidden_size"]),
@@ -195,13 +197,54 @@ def test_flags_win_over_the_file_and_what_is_given_is_recorded(tmp_path):
     config = write(tmp_path / "recipe.yaml", alpha=3, output_dir="x")
     recipe, args, given = parse_recipe(config, ["--alpha", "0.25", "--oriented_pairs", "false"])
     assert args.alpha == 0.25 and recipe.oriented_pairs is False and args.learning_rate == 1e-3
-    assert given["alpha"] == 0.25 and given["oriented_pairs"] is False and given["max_steps"] == 6
-    assert "weight_decay" not in given
+    assert {*given} == {*TINY, "alpha", "oriented_pairs", "output_dir"}
+
+
+def test_a_method_names_its_trainer_and_its_fixed_settings():
+    for name, method in METHODS.items():
+        recipe, args, given = parse_settings({"method": name}, title="recipe.yaml")
+        assert type(args) is method.config and given == ["method"]
+        assert {key: getattr(args, key) for key in method.settings} == dict(method.settings)
+        assert recipe.uses_pairs == (name not in ("erm", "irm", "vrex", "dfr", "jtt"))
+    # a flag wins over the file, and brings its own settings
+    _, args, _ = parse_settings(
+        {"method": "ipg"}, ["--method", "kl", "--pair_penalty_weight", "3"], title="recipe.yaml"
+    )
+    assert (args.pair_objective, args.pair_penalty_weight) == ("kl", 3.0)
+
+
+def test_a_baseline_is_trained_beside_plain_training_and_evaluated_as_any_model(tmp_path):
+    """The plain training and the evaluation have nothing of V-REx: an evaluation has no environments."""
+    folder = tmp_path / "out"
+    recipe = {**TINY, "method": "vrex", "environment_penalty_weight": 100, "compare": "erm", "output_dir": str(folder)}
+    data = load_digits(seed=42)
+    data = replace(data, train=data.train.add_column("environment", [row % 2 for row in range(len(data.train))]))
+    train(*parse_settings(recipe, title="recipe.yaml"), data=data)
+    vrex, erm = (json.loads((path / "run.json").read_text()) for path in (folder, folder / "erm"))
+    assert (vrex["method"], erm["method"]) == ("vrex", "erm")
+    assert (vrex["settings"]["objective"], erm["settings"]["objective"]) == ("vrex", "erm")
+    assert "environment_penalty_weight" not in erm["settings"]
+    weights = [AutoModelForImageClassification.from_pretrained(path).state_dict() for path in (folder, folder / "erm")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    plain = {**TINY, "method": "erm", "output_dir": str(tmp_path / "erm")}
+    expected = train(*parse_settings(plain, title="recipe.yaml"), data=data)
+    assert erm["metrics"] == expected["metrics"]
+    config = write(tmp_path / "recipe.yaml", method="vrex", environment_penalty_weight=100)
+    assert main(["evaluate", str(folder), "--config", config, "--output", str(tmp_path / "metrics.json")]) == 0
+    again = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert again == pytest.approx(vrex["metrics"]["test"], abs=1e-6)
 
 
 def test_channels_last_is_another_layout_of_the_same_training(tmp_path):
     small = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-    resnet = {"model_type": "resnet", "model_config": small, "freeze_norm": True, "optim": "sgd", "max_steps": 3}
+    resnet = {
+        "model_type": "resnet",
+        "model_config": small,
+        "freeze_norm": True,
+        "optim": "sgd",
+        "max_steps": 3,
+        "measure_test": False,
+    }
     saved = {}
     for is_last in (True, False):
         folder = tmp_path / str(is_last)
@@ -229,20 +272,3 @@ def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
     model.save_pretrained(tmp_path / "three")
     assert main(["evaluate", str(tmp_path / "three"), "--config", str(trained / "recipe.yaml")]) == 2
     assert "3 labels" in capsys.readouterr().err
-
-
-def test_interrupt_leaves_checkpoints_to_go_on_from(tmp_path):
-    out = tmp_path / "out"
-    config = write(tmp_path / "recipe.yaml", output_dir=str(out), max_steps=100000)
-    command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", config]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint-3" / "trainer_state.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume_from_checkpoint last" in errors
-    assert list(out.glob("checkpoint-*/trainer_state.json"))
