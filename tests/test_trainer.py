@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of the guided step, each with a run that would break it."""
+"""`IPGTrainer` beside `Trainer`: what goes in and comes out, models without a linear head, and refusals."""
 
 import copy
-import math
 
+import datasets
+import numpy as np
 import pytest
 import small
+import timm
 import torch
-from small import Around, bit_equal, logged, trainer, weights
+from PIL import Image
+from small import bit_equal, descending, differences, logged, trainer, weights
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, ViTImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import IPGConfig, IPGTrainer, find_head
+from ipg_hf.baselines import PairPenaltyTrainer
 from ipg_hf.guidance import invariance_divergence, rationale_distance
-from ipg_hf.step import GuidedStep
 
-MODELS = {"vit": small.vit, "resnet": small.resnet, "timm": small.timm_resnet}
 RUNTIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 RUNTIME |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
@@ -26,182 +29,7 @@ def warnings_of(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.name.startswith("ipg_hf") and r.levelname == "WARNING"]
 
 
-# ---- R1, R2: numerics and the pair forward ----
-
-
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["bf16 model", "bf16 autocast"])
-def test_measures_are_float32_below_it(tmp_path, monkeypatch, settings):
-    seen = {}
-    run = trainer(tmp_path, small.vit() if settings else small.vit().bfloat16(), max_steps=2, **settings)
-    if not settings:
-        run.train_dataset = small.rows(24, dtype=torch.bfloat16)
-        run.pair_datasets[""] = small.pairs(10, dtype=torch.bfloat16)
-
-    from ipg_hf.callbacks import PairProgress
-
-    add = PairProgress.add
-    monkeypatch.setattr(PairProgress, "add", lambda self, values: (seen.update(values), add(self, values)))
-    run.train()
-    assert {"distance", "divergence", "corrective_grad_norm", "loss_grad_norm", "loss_scale"} <= seen.keys()
-    assert {name: value.dtype for name, value in seen.items()} == dict.fromkeys(seen, torch.float32)
-    assert all(math.isfinite(entry["ipg/distance"]) and entry["ipg/distance"] > 0 for entry in logged(run))
-
-
-@pytest.mark.parametrize("norm", ["spectral", "frobenius"])
-@pytest.mark.parametrize("dropout", [0.0, 0.9])
-def test_identical_members_give_zero_to_the_last_bit(tmp_path, norm, dropout):
-    around = Around()
-    run = trainer(
-        tmp_path,
-        small.vit(dropout=dropout),
-        pair_dataset=small.pairs(10, same=True),
-        invariance_threshold=0.0,
-        rationale_norm=norm,
-        rationale_reduction="pair",
-        optim="sgd",
-        callbacks=[around],
-    )
-    run.train()
-    for entry in logged(run):
-        assert entry["ipg/distance"] == entry["ipg/divergence"] == entry["ipg/corrective_grad_norm"] == 0.0
-        assert entry["ipg/violated"] == 0.0 and entry["ipg/skipped"] == 0.0
-    assert bit_equal(around.before[0][0], around.middle[0][0])  # a zero gradient moves nothing
-    assert not bit_equal(around.before[0][0], around.after[0][0])
-    assert all(torch.isfinite(value).all() for value in weights(run.model).values())
-    if dropout:  # the control: in training mode the members differ
-        run.model.train()
-        batch = torch.stack([small.pairs(1, same=True)[0]["pixel_values_a"]] * 2)
-        a, b = run.model(pixel_values=batch).logits
-        assert not torch.equal(a, b)
-
-
-# ---- R3: batch norm ----
-
-
-@pytest.mark.parametrize("name", ["resnet", "timm"])
-def test_the_pair_forward_leaves_running_statistics(tmp_path, name, monkeypatch):
-    run = trainer(tmp_path, MODELS[name](), max_steps=1)
-    before = weights(run.model)
-    monkeypatch.setattr(Trainer, "training_step", lambda self, *args: torch.zeros(()))
-    monkeypatch.setattr(GuidedStep, "end", lambda self, model: setattr(self, "_metrics", None))
-    run.train()
-    changed = {key for key, value in weights(run.model).items() if not torch.equal(value, before[key])}
-    assert changed
-    assert not {key for key in changed if "running" in key or "num_batches" in key}
-
-
-def test_freeze_norm_leaves_statistics_and_trains_the_affine_parameters(tmp_path, warnings_of):
-    changed = {}
-    for freeze in (True, False):
-        run = trainer(tmp_path, small.resnet(), freeze_norm=freeze, max_steps=2)
-        assert any("freeze_norm=True" in message for message in warnings_of()) is not freeze
-        before = weights(run.model)
-        run.train()
-        changed[freeze] = {key for key, value in weights(run.model).items() if not torch.equal(value, before[key])}
-    assert not any("running" in key or "num_batches" in key for key in changed[True])
-    assert any("running" in key for key in changed[False])
-    affine = {key for key in before if "normalization.weight" in key or "normalization.bias" in key}
-    assert affine and affine <= changed[True]
-
-
-def test_no_batch_norm_no_warning(tmp_path, warnings_of):
-    trainer(tmp_path)
-    assert warnings_of() == []
-
-
-# ---- R4, R5: what each update touches ----
-
-
-@pytest.mark.parametrize("optim", ["sgd", "adamw"])
-def test_the_first_update_leaves_the_bias(tmp_path, optim):
-    model, around = small.vit(), Around()
-    if optim == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.5)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.5)
-    run = trainer(tmp_path, model, optimizers=(optimizer, None), callbacks=[around], max_steps=2)
-    run.train()
-    (values, state), (middle, middle_state) = around.before[1], around.middle[1]
-    for key in ("classifier.bias",):
-        assert torch.equal(values[key], middle[key])
-        entries = {name for name in state if name.startswith(f"{key}/")}
-        assert entries and all(torch.equal(state[name], middle_state[name]) for name in entries)
-    changed = {name for name in values if not torch.equal(values[name], middle[name])}
-    assert changed == set(values) - {"classifier.bias"}
-    assert not torch.equal(middle["classifier.bias"], around.after[1][0]["classifier.bias"])
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
-
-
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_weight_decay_leaves_the_first_update(tmp_path, kind):
-    """Identical members have zero gradients, which show the decay alone."""
-    model, around = small.vit(), Around()
-    optimizer = kind(model.parameters(), 0.1, weight_decay=0.5)
-    same = small.pairs(10, same=True)
-    trainer(tmp_path, model, pair_dataset=same, optimizers=(optimizer, None), callbacks=[around], max_steps=1).train()
-    assert bit_equal(around.before[0][0], around.middle[0][0])
-
-
-def test_weight_decay_acts_in_the_second_update(tmp_path):
-    """A parameter with zero gradients shows the decay alone."""
-    model = small.vit()
-    model.extra = nn.Parameter(torch.ones(3))
-    forward = model.forward
-    model.forward = lambda pixel_values=None, labels=None, **kwargs: _touch(
-        forward(pixel_values, labels=labels, **kwargs), model.extra
-    )
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
-    run = trainer(
-        tmp_path, model, optimizers=(optimizer, None), max_steps=1, max_grad_norm=0.0, invariance_threshold=math.inf
-    )
-    run.train()
-    torch.testing.assert_close(model.extra.detach(), torch.full((3,), 1 - 0.1 * 0.5))
-
-
-def _touch(output, extra):
-    output.logits = output.logits + 0 * extra.sum()
-    if output.loss is not None:
-        output.loss = output.loss + 0 * extra.sum()
-    return output
-
-
-# ---- R6: accumulation ----
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_accumulation_equals_one_batch(tmp_path, name):
-    """24 rows in whole steps; 22 in steps of 6 or 9, the last of which is short and ends in an uneven micro-batch."""
-
-    def run(batch, steps, rows, kind=IPGTrainer):
-        model = MODELS[name]().double()
-        train, pair_dataset = small.rows(rows, dtype=torch.float64), small.pairs(6, dtype=torch.float64)
-        settings = {"num_train_epochs": 1, "max_steps": -1, "optim": "sgd", "learning_rate": 0.05}
-        settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "freeze_norm": True}
-        done = trainer(tmp_path, model, train, pair_dataset, kind, train_sampling_strategy="sequential", **settings)
-        done.train()
-        return weights(done.model), [entry["loss"] for entry in logged(done)]
-
-    for rows, ways in ((24, [(8, 1), (4, 2), (2, 4)]), (22, [(6, 1), (3, 2), (1, 6)]), (22, [(9, 1), (3, 3)])):
-        (whole, losses), *others = [run(*way, rows) for way in ways]
-        for other, other_losses in others:
-            assert small.differences(whole, other) < 1e-6
-            assert other_losses == pytest.approx(losses, abs=1e-5)
-
-
-def test_transformers_own_accumulation_differs_for_resnet(tmp_path):
-    """Transformers issue 47688. When this fails the workaround in `IPGTrainer` can go."""
-    ends = []
-    for batch, steps in ((8, 1), (2, 4)):
-        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
-        model = small.resnet().eval()
-        model.train = lambda mode=True, model=model: model  # batch statistics would differ too
-        run = trainer(tmp_path, model, kind=Trainer, train_sampling_strategy="sequential", max_steps=2, **settings)
-        run.train()
-        ends.append([entry["loss"] for entry in logged(run)])
-    assert ends[1][0] > 2 * ends[0][0]
-
-
-# ---- R10: no pairs ----
+# ---- R10: without pairs ----
 
 
 def test_without_pairs_it_is_trainer_bit_for_bit(tmp_path):
@@ -235,10 +63,10 @@ def test_without_pairs_it_is_trainer_bit_for_bit(tmp_path):
     assert any("checkpoint-6/optimizer.pt" in name for name in files)
 
 
-def test_one_default_is_another_than_transformers(tmp_path):
-    """What keeps a first few steps at a high rate from the constant output; told otherwise it is Trainer's."""
-    given = {"max_steps": 20, "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    given |= {"save_strategy": "no"}
+def test_the_default_warm_up_is_the_one_difference_to_trainer(tmp_path):
+    """It keeps the first few steps at a high rate from the constant output; with a value given it is Trainer's."""
+    given = {"max_steps": 11, "logging_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    given |= {"save_strategy": "no", "per_device_train_batch_size": 4}
     ends = []
     for args in (
         IPGConfig(str(tmp_path), **given),
@@ -250,142 +78,56 @@ def test_one_default_is_another_than_transformers(tmp_path):
         run = kind(small.vit(), args, train_dataset=small.rows(24))
         run.train()
         ends.append(([entry["learning_rate"] for entry in logged(run)], weights(run.model)))
-    (ours, our_model), (warm, warm_model), (told, told_model), (theirs, their_model) = ends
+    (ours, our_model), (warm, warm_model), (without, model_without), (theirs, their_model) = ends
     assert ours == warm and bit_equal(our_model, warm_model) and ours[:3] == pytest.approx([0, 2.5e-5, 5e-5])
-    assert told == theirs and bit_equal(told_model, their_model) and theirs[0] == 5e-5 == max(theirs)
+    assert without == theirs and bit_equal(model_without, their_model) and theirs[0] == 5e-5 == max(theirs)
     assert not bit_equal(our_model, their_model)
 
 
-# ---- R11, R12: several invariances, other problem types ----
+# ---- Batch norm in the task forward (R3) ----
 
 
-@pytest.mark.parametrize("combination", ["mean", "sum"])
-def test_several_pair_sets(tmp_path, combination):
-    """With plain SGD the corrective update is the combination of the two sets' own."""
-    sets = {"colour": small.pairs(4), "background, long-named": small.pairs(4, seed=7)}
-    moved, logs = {}, {}
-    for name, chosen in {"both": sets, **{name: {name: dataset} for name, dataset in sets.items()}}.items():
-        around = Around()
-        run = trainer(
-            tmp_path,
-            small.vit().double(),
-            small.rows(24, dtype=torch.float64),
-            {key: [{k: v.double() for k, v in row.items()} for row in dataset] for key, dataset in chosen.items()},
-            max_steps=1,
-            optim="sgd",
-            learning_rate=0.1,
-            max_grad_norm=0.0,
-            pair_combination=combination,
-            callbacks=[around],
-        )
+def test_freeze_norm_leaves_statistics_and_trains_the_affine_parameters(tmp_path, warnings_of):
+    changed = {}
+    for freeze in (True, False):
+        run = trainer(tmp_path, small.resnet(), freeze_norm=freeze, max_steps=2)
+        assert any("freeze_norm=True" in message for message in warnings_of()) is not freeze
+        before = weights(run.model)
         run.train()
-        moved[name] = {key: around.middle[0][0][key] - value for key, value in around.before[0][0].items()}
-        logs[name] = logged(run)[0]
-    weight = 0.5 if combination == "mean" else 1.0
-    wanted = {key: weight * sum(moved[name][key] for name in sets) for key in moved["both"]}
-    assert small.differences(moved["both"], wanted) < 1e-12
-    assert small.differences(moved["both"], {key: 0 * value for key, value in wanted.items()}) > 1e-4
-    distances = [logs["both"][f"ipg/{name}/distance"] for name in sets]
-    divergences = [logs["both"][f"ipg/{name}/divergence"] for name in sets]
-    assert distances == pytest.approx([logs[name]["ipg/distance"] for name in sets])
-    assert logs["both"]["ipg/distance"] == pytest.approx(weight * sum(distances))
-    assert logs["both"]["ipg/divergence"] == max(divergences)
+        changed[freeze] = {key for key, value in weights(run.model).items() if not torch.equal(value, before[key])}
+    assert not any("running" in key or "num_batches" in key for key in changed[True])
+    assert any("running" in key for key in changed[False])
+    affine = {key for key in before if "normalization.weight" in key or "normalization.bias" in key}
+    assert affine and affine <= changed[True]
 
 
-def test_violated_if_any_set_is(tmp_path):
-    sets = {"same": small.pairs(4, same=True), "other": small.pairs(4)}
-    run = trainer(tmp_path, pair_dataset=sets, max_steps=1, invariance_threshold=0.0)
+def test_a_network_without_batch_norm_is_not_warned_of(tmp_path, warnings_of):
+    trainer(tmp_path)
+    assert warnings_of() == []
+
+
+# ---- Runs ----
+
+
+def test_a_trainer_trains_again(tmp_path):
+    """A second run begins anew in the pairs, and one that resumes goes on."""
+    pair_set = small.Recorded(small.pairs(50))
+    run = trainer(tmp_path, pair_dataset=pair_set, save_strategy="steps", save_steps=2, max_steps=4, check_pairs=False)
+    pair_set.drawn.clear()
     run.train()
-    assert logged(run)[0]["ipg/same/divergence"] == 0.0
-    assert logged(run)[0]["ipg/violated"] == 1.0
-
-
-@pytest.mark.parametrize("kind", ["regression", "multi-label"])
-def test_other_problem_types(tmp_path, kind):
-    labels = 1 if kind == "regression" else 3
-    model, generator = small.vit(num_labels=labels), torch.Generator().manual_seed(0)
-    rows = small.rows(16)
-    for row in rows:
-        row["labels"] = torch.rand(labels, generator=generator).round() if labels > 1 else float(torch.rand(()))
-    pairs = small.pairs(4)
-    with torch.no_grad():
-        a, b = (model(torch.stack([row[f"pixel_values_{side}"] for row in pairs])).logits for side in "ab")
-    if kind == "regression":
-        wanted = ((a - b) ** 2).mean()
-    else:
-        p, q = a.sigmoid(), b.sigmoid()
-        one = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        other = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-        wanted = ((one + other) / 2).sum(-1).mean()
-    run = trainer(tmp_path, model, rows, pairs, max_steps=1, invariance_threshold=0.0)
-    before = weights(model)
+    first = list(pair_set.drawn)
+    pair_set.drawn.clear()
+    run.evaluate(small.rows(4))
     run.train()
-    assert logged(run)[0]["ipg/divergence"] == pytest.approx(wanted.item(), rel=1e-4)
-    assert "ipg/collapsed" not in logged(run)[0]  # a constant output is told from class probabilities
-    assert not bit_equal(before, weights(model))
+    assert pair_set.drawn == first and run.progress.positions == {"pairs": 16}
+    last = weights(run.model)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert bit_equal(weights(run.model), last)
+    assert pair_set.drawn[-8:] == first[-8:]
+    assert torch.isfinite(run.model.classifier.weight).all()
 
 
-# ---- Ablations ----
-
-
-@pytest.mark.parametrize("optim", ["sgd", "adamw"])
-def test_separate_states_are_an_ablation(tmp_path, optim):
-    """The second update's momentum knows nothing of the first update, and the other way round."""
-    ends = []
-    for shared in (True, False):
-        model, around = small.vit(), Around()
-        kinds = {"sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adamw": lambda p: torch.optim.AdamW(p, 0.01)}
-        run = trainer(
-            tmp_path,
-            model,
-            optimizers=(kinds[optim](model.parameters()), None),
-            shared_optimizer_state=shared,
-            callbacks=[around],
-            max_steps=2,
-        )
-        run.train()
-        ends.append(weights(model))
-        assert bit_equal(around.before[1][1], around.middle[1][1]) is not shared
-    assert small.differences(*ends) > 1e-5
-
-
-def test_evaluate_pairs(tmp_path):
-    pairs = small.pairs(11)
-    run = trainer(tmp_path, small.vit(dropout=0.5), per_device_eval_batch_size=4, rationale_reduction="pair")
-    run.model.train()
-    measured = run.evaluate_pairs(pairs, metric_key_prefix="test")
-    assert run.model.training
-    model = copy.deepcopy(run.model).eval()
-    head, features = find_head(model), []
-    head.modules[0].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-    with torch.no_grad():
-        a, b = (model(torch.stack([row[f"pixel_values_{side}"] for row in pairs])).logits for side in "ab")
-    distance = rationale_distance(head.weight, *features, reduction="pair")
-    assert measured == {
-        "test_flip_rate": pytest.approx((a.argmax(-1) != b.argmax(-1)).float().mean().item()),
-        "test_divergence": pytest.approx(invariance_divergence(a, b).item(), rel=1e-5),
-        "test_distance": pytest.approx(distance.item(), rel=1e-5),
-    }
-    assert run.evaluate_pairs(small.pairs(5, same=True)) == dict.fromkeys(
-        ["eval_flip_rate", "eval_divergence", "eval_distance"], 0.0
-    )
-    with pytest.raises(ValueError, match="empty"):
-        run.evaluate_pairs(small.Recorded([]))
-
-
-def test_a_second_run_starts_the_pairs_anew(tmp_path):
-    recorded = small.Recorded(small.pairs(10))
-    run = trainer(tmp_path, pair_dataset=recorded, check_pairs=False)
-    drawn = []
-    for _ in range(2):
-        recorded.drawn.clear()
-        run.train()
-        drawn.append(list(recorded.drawn))
-    assert drawn[0] == drawn[1]
-    assert run.progress.positions == {"": 12}
-
-
-def test_model_init(tmp_path):
+def test_model_init_trains_as_the_model_does(tmp_path):
     run = trainer(tmp_path, model=None)
     fresh = IPGTrainer(
         model_init=lambda: small.vit(),
@@ -398,32 +140,322 @@ def test_model_init(tmp_path):
     assert bit_equal(weights(run.model), weights(fresh.model))
 
 
+# ---- Evaluation of pairs ----
+
+
+@pytest.mark.parametrize("distance", [{}, small.PAPER | {"rationale_reduction": "pair"}], ids=["default", "pair"])
+def test_evaluate_pairs(tmp_path, distance):
+    pairs = small.pairs(11)
+    run = trainer(tmp_path, small.vit(dropout=0.5), per_device_eval_batch_size=4, **distance)
+    run.model.train()
+    measured = run.evaluate_pairs(pairs, metric_key_prefix="test")
+    assert run.model.training
+    model = copy.deepcopy(run.model).eval()
+    head, features = find_head(model), []
+    head.modules[0].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    with torch.no_grad():
+        a, b = (model(torch.stack([row[f"pixel_values_{side}"] for row in pairs])).logits for side in "ab")
+    divergence = invariance_divergence(a, b)
+    wanted = rationale_distance(head.weight, *features, reduction="pair") if distance else divergence.sqrt()
+    assert measured == {
+        "test_flip_rate": pytest.approx((a.argmax(-1) != b.argmax(-1)).float().mean().item()),
+        "test_divergence": pytest.approx(divergence.item(), rel=1e-5),
+        "test_distance": pytest.approx(wanted.item(), rel=1e-5),
+    }
+    assert run.evaluate_pairs(small.pairs(5, same=True)) == dict.fromkeys(
+        ["eval_flip_rate", "eval_divergence", "eval_distance"], 0.0
+    )
+    with pytest.raises(ValueError, match="empty"):
+        run.evaluate_pairs(small.Recorded([]))
+
+
+# ---- A head is needed only where it is used ----
+
+
+class Headless(nn.Module):
+    """A classifier whose logits are no linear function of a layer's input.
+
+    Args:
+        scale: "cosine" compares directions with a weight of no linear layer; "temperature" multiplies the output of
+            the last linear layer by a trained factor.
+    """
+
+    def __init__(self, scale):
+        super().__init__()
+        torch.manual_seed(0)
+        self.is_cosine = scale == "cosine"
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * small.SIZE**2, 16), nn.Tanh())
+        self.last = nn.ParameterList([torch.randn(2, 16)]) if self.is_cosine else nn.Linear(16, 2)
+        self.factor = nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, pixel_values):
+        z = self.body(pixel_values)
+        normalize = nn.functional.normalize
+        logits = normalize(z) @ normalize(self.last[0]).T if self.is_cosine else self.last(z)
+        return ImageClassifierOutput(logits=self.factor * logits)
+
+
+both_heads = pytest.mark.parametrize("scale", ["cosine", "temperature"])
+
+
+@both_heads
+def test_a_model_without_a_linear_head_trains_on_the_default_distance(tmp_path, scale):
+    """Each corrective update is one step along the gradient of √c, whole and in chunks; step 4 acts."""
+    pairs, ends = small.pairs(4, dtype=torch.float64), []
+    sides = torch.cat([torch.stack([row[f"pixel_values_{side}"] for row in pairs]) for side in "ab"])
+    for chunk in (None, 3):
+        run, around = descending(
+            tmp_path, pair_dataset=pairs, build=lambda: Headless(scale), pair_chunk_size=chunk, alpha=0.1, max_steps=2
+        )
+        run.train()
+        assert run.head is None
+        assert [entry["ipg/violated"] for entry in logged(run)] == [1, 1]  # above the default threshold
+        assert 0 < max(small.scales(run)) < 1
+        for before, middle in zip(around.before, around.middle, strict=True):
+            model = Headless(scale).double()
+            model.load_state_dict(before[0])
+            a, b = model(sides).logits.log_softmax(-1).chunk(2)
+            (((a.exp() - b.exp()) * (a - b)).sum(-1).mean() / 2).sqrt().backward()
+            wanted = {name: value.detach() - small.RATE * value.grad for name, value in model.named_parameters()}
+            assert differences(middle[0], wanted) < 1e-12
+            assert differences(before[0], wanted) > 1e-4
+        ends.append(weights(run.model))
+    assert differences(*ends) < 1e-12
+
+
+@both_heads
+def test_pairs_are_evaluated_on_a_model_without_a_linear_head(tmp_path, scale):
+    model, pairs = Headless(scale), small.pairs(7)
+    measured = trainer(tmp_path, model, pair_dataset=pairs).evaluate_pairs(pairs)
+    with torch.no_grad():
+        a, b = (model(torch.stack([row[f"pixel_values_{side}"] for row in pairs])).logits for side in "ab")
+    divergence = invariance_divergence(a, b).item()
+    flips = (a.argmax(-1) != b.argmax(-1)).float().mean().item()
+    assert flips > 0 and measured == {
+        "eval_flip_rate": pytest.approx(flips),
+        "eval_divergence": pytest.approx(divergence, rel=1e-5),
+        "eval_distance": pytest.approx(divergence**0.5, rel=1e-5),
+    }
+    assert trainer(tmp_path, model, pair_dataset={}).evaluate_pairs(pairs) == measured  # a trainer without pairs too
+
+
+@both_heads
+def test_the_kl_penalty_trains_a_model_without_a_linear_head(tmp_path, scale):
+    ends = []
+    for weight in (1.0, 5.0):
+        run = trainer(tmp_path, Headless(scale), kind=PairPenaltyTrainer, pair_penalty_weight=weight)
+        run.train()
+        assert run.head is None and all(entry["ipg/penalty"] > 0 for entry in logged(run))
+        ends.append(weights(run.model))
+    assert differences(*ends) > 1e-6
+
+
+@both_heads
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"invariance_distance": "rationale"},
+        {"kind": PairPenaltyTrainer, "pair_objective": "features"},
+        {"kind": PairPenaltyTrainer, "pair_objective": "rationales"},
+        {"head": "body.1"},  # a head that is given is proven in any case
+    ],
+    ids=["rationale", "features", "rationales", "head given"],
+)
+def test_what_needs_a_linear_head_refuses_a_model_without_one(tmp_path, scale, settings):
+    with pytest.raises(ValueError, match="head"):
+        trainer(tmp_path, Headless(scale), **settings)
+    trainer(tmp_path, small.no_bias(), **settings | ({"head": "inner.2"} if "head" in settings else {}))
+
+
+# ---- Data ----
+
+
+def hf_rows(n, seed=0, attribute=True):
+    rng = np.random.default_rng(seed)
+    images = [Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(n)]
+    columns = {"image": images, "label": [i % 2 for i in range(n)]}
+    columns |= {"attribute": [i // 2 % 2 for i in range(n)], "note": ["x"] * n} if attribute else {}
+    return datasets.Dataset.from_dict(columns)
+
+
+def hf_pairs(n, seed=1):
+    a, b = hf_rows(n, seed), hf_rows(n, seed + 100)
+    return datasets.Dataset.from_dict({"image_a": a["image"][:], "image_b": b["image"][:], "source_id": list(range(n))})
+
+
+PROCESSOR = {"size": {"height": small.SIZE, "width": small.SIZE}}
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_attributes_reach_metrics_and_never_the_model(tmp_path, remove):
+    given, forwards = [], []
+    model = small.vit()
+    model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(set(kwargs)), with_kwargs=True)
+
+    def metrics(prediction):
+        given.append(prediction.label_ids)
+        return {"seen": 1.0}
+
+    rows = small.rows(10, attribute=True) if not remove else None
+    settings = {"processing_class": ViTImageProcessor(**PROCESSOR)} if remove else {}
+    train = hf_rows(24) if remove else small.rows(24, attribute=True)
+    run = trainer(
+        tmp_path,
+        model,
+        train,
+        eval_dataset=hf_rows(10) if remove else rows,
+        compute_metrics=metrics,
+        remove_unused_columns=remove,
+        max_steps=1,
+        **settings,
+    )
+    run.train()
+    run.evaluate()
+    labels, attributes = given[0]
+    assert labels.tolist() == [i % 2 for i in range(10)]
+    assert attributes.tolist() == [i // 2 % 2 for i in range(10)]
+    assert forwards and not any("attribute" in names or "note" in names for names in forwards)
+    # a set without the column has plain labels
+    run.evaluate(hf_rows(6, attribute=False) if remove else small.rows(6))
+    assert given[1].tolist() == [i % 2 for i in range(6)]
+
+
+def test_raw_images_are_transformed(tmp_path):
+    """Train, evaluation and pair sets give what the processor gives."""
+    processor = ViTImageProcessor(**PROCESSOR)
+    seen = []
+    model = small.vit()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((module.training, kwargs["pixel_values"])), with_kwargs=True
+    )
+    train, pair_dataset = hf_rows(8), hf_pairs(4)
+    run = trainer(
+        tmp_path,
+        model,
+        train,
+        pair_dataset,
+        eval_dataset=hf_rows(6, seed=9),
+        processing_class=processor,
+        max_steps=1,
+        train_sampling_strategy="sequential",
+    )
+    run.train()
+    run.evaluate()
+
+    def processed(images):
+        return processor(list(images), return_tensors="pt")["pixel_values"]
+
+    batches = [values for training, values in seen if training]
+    assert torch.equal(batches[0], processed(train["image"]))
+    pair_batch = next(values for training, values in seen if not training and len(values) == 8)
+    wanted = processed([*pair_dataset["image_a"], *pair_dataset["image_b"]])
+    order = [next(i for i in range(4) if torch.equal(wanted[i], image)) for image in pair_batch[:4]]
+    assert sorted(order) == [0, 1, 2, 3]
+    assert torch.equal(pair_batch[4:], wanted[[4 + i for i in order]])
+    assert torch.equal(seen[-1][1], processed(hf_rows(6, seed=9)["image"]))
+    measured = run.evaluate_pairs(pair_dataset)
+    assert measured == pytest.approx(run.evaluate_pairs([
+        {"pixel_values_a": a, "pixel_values_b": b} for a, b in zip(*wanted.chunk(2), strict=True)
+    ]))  # fmt: skip
+
+
+def test_a_pair_batch_larger_than_the_set_uses_all(tmp_path, warnings_of):
+    recorded = small.Recorded(small.pairs(3))
+    run = trainer(tmp_path, pair_dataset=recorded, per_device_pair_batch_size=8, max_steps=2, check_pairs=False)
+    (message,) = warnings_of()
+    assert "3 pairs" in message and "8" in message
+    recorded.drawn.clear()
+    run.train()
+    steps = recorded.drawn[-6:]
+    assert sorted(steps[:3]) == sorted(steps[3:]) == [0, 1, 2]
+    assert run.progress.positions == {"pairs": 6}
+
+
 def test_each_named_set_has_an_order_of_its_own(tmp_path):
     sets = {name: small.Recorded(small.pairs(10)) for name in ("one", "other")}
     trainer(tmp_path, pair_dataset=sets, check_pairs=False).train()
     assert sets["one"].drawn[-12:] != sets["other"].drawn[-12:]
 
 
-def test_what_a_network_keeps_at_inference_does_not_reach_the_next_correction(tmp_path):
-    """LeViT keeps its attention biases from one inference forward to the next: of an evaluation, without a graph."""
-    results = []
-    for every in (1, 100):
-        # of 4 × 4 tokens, so that attention has something to do
-        levit = nn.Sequential(nn.Upsample(scale_factor=4), small.levit_with_teacher(image_size=64))
-        model = small.Wrapped(levit).double()
-        run = trainer(
-            tmp_path,
-            model,
-            train=small.rows(40, dtype=torch.float64),
-            eval_dataset=small.rows(8, dtype=torch.float64),
-            eval_strategy="steps",
-            eval_steps=every,
-            pair_dataset=small.pairs(10, dtype=torch.float64),
-            freeze_norm=True,
-            optim="sgd",
-            learning_rate=0.1,
-            max_steps=5,
-        )
+def test_pairs_do_not_disturb_the_global_generators(tmp_path):
+    """Random transforms of the user's own: what the run draws besides is the same with any pair set."""
+
+    class Noisy(small.Recorded):
+        def __getitem__(self, row):
+            noise = torch.rand(()).item() + np.random.rand()
+            return {name: value + noise for name, value in super().__getitem__(row).items()}
+
+    states = []
+    for pair_dataset in (small.pairs(10), Noisy(small.pairs(10))):
+        run = trainer(tmp_path, small.vit(dropout=0.5), pair_dataset=pair_dataset, check_pairs=False, max_steps=2)
+        torch.manual_seed(0)
+        np.random.seed(0)
         run.train()
-        results.append(weights(model))
-    assert bit_equal(*results)
+        run.evaluate_pairs(small.pairs(4))
+        states.append((torch.get_rng_state(), np.random.get_state()[1]))
+    assert torch.equal(states[0][0], states[1][0])
+    assert np.array_equal(states[0][1], states[1][1])
+
+
+def test_augmentation_changes_with_the_epoch(tmp_path):
+    seen = []
+    model = small.vit()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pixel_values"]) if module.training else None, with_kwargs=True
+    )
+    run = trainer(
+        tmp_path,
+        model,
+        hf_rows(8),
+        hf_pairs(4),
+        processing_class=ViTImageProcessor(**PROCESSOR),
+        random_crop_scale=0.3,
+        random_flip=True,
+        max_steps=2,
+        train_sampling_strategy="sequential",
+    )
+    run.train()
+    assert all(not torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+# ---- Errors of the constructor ----
+
+
+def without_linear_head():
+    model = small.vit()
+    model.classifier = nn.Sequential(nn.Flatten(), nn.LayerNorm(32), nn.Bilinear(32, 32, 2))
+    return model
+
+
+def with_labels(labels):
+    return datasets.Dataset.from_dict({"pixel_values": [[0.0]] * len(labels), "label": labels})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"args": "plain"}, ["TrainingArguments", "IPGConfig"]),
+        ({"model": "timm"}, ["timm module", "load_image_classifier(model)"]),
+        ({"train": with_labels([0, 1, 2])}, ["train_dataset", "label 2", "row 2", "num_labels"]),
+        ({"eval_dataset": {"far": with_labels([0, -1])}}, ["eval_dataset['far']", "label -1", "row 1"]),
+        ({"model": "no head", **small.PAPER}, ["ViTForImageClassification", "no linear layer", "head="]),
+        ({"head": "vit.layers"}, ["head='vit.layers'"]),
+        ({"pair_dataset": {"empty": small.Recorded([])}}, ["pair_dataset['empty']", "empty"]),
+    ],
+    ids=["args", "timm", "train labels", "eval labels", "no head", "wrong head", "empty pairs"],
+)
+def test_constructors_that_cannot_work(tmp_path, arguments, words):
+    if arguments.get("model") == "timm":
+        arguments = arguments | {"model": timm.create_model("test_vit", num_classes=2)}
+    if arguments.get("model") == "no head":
+        arguments = arguments | {"model": without_linear_head()}
+    with pytest.raises(ValueError) as error:
+        if arguments.get("args") == "plain":
+            IPGTrainer(small.vit(), TrainingArguments(str(tmp_path), use_cpu=True), pair_dataset=small.pairs(4))
+        else:
+            trainer(tmp_path, **arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_ignored_labels_are_in_range(tmp_path):
+    trainer(tmp_path, train=with_labels([0, 1, -100]))
