@@ -2,11 +2,13 @@
 """A small suite, and records of runs that were not made."""
 
 import json
+from functools import cache
 
 import yaml
 from small import TINY_RECIPE
 
 from ipg_hf.recipe import parse_settings
+from ipg_hf.record import append_record, read_records, resolved_settings
 
 TINY = {
     **TINY_RECIPE,
@@ -37,15 +39,43 @@ def write(folder, recipe=TINY, changes=None, **more):
     return path
 
 
-def fake(run, worst, split="test", seconds=10.0, cpu=None, **metrics):
-    """The record of a run that was not made."""
-    values = {"accuracy": 0.5, "worst_group_accuracy": worst, "flip_rate": 0.25, **metrics}
+def fake(run, worst, split="test", seconds=10.0, cpu=None, metrics=None, guidance=None, **more):
+    """Appends the record of a run that was not made.
+
+    Args:
+        run: the run.
+        worst: worst-group accuracy on both splits.
+        split: "test", or "validation" for a run that does not read the test set.
+        seconds: duration of the training.
+        cpu: name of the processor.
+        metrics: all metrics of both splits, instead of those of a classifier.
+        guidance: columns of what was logged of the pairs.
+        more: further metrics.
+    """
+    values = metrics or {"accuracy": 0.5, "worst_group_accuracy": worst, "flip_rate": 0.25, **more}
+    own = {key: run.settings[key] for key in ("seed", "measure_test") if key in run.settings}
+    shared = {key: value for key, value in run.settings.items() if key not in own}
+    settings = resolved(json.dumps(shared)) | own
     record = {
-        "config": json.loads(json.dumps(parse_settings(run.settings, title="")[2])),
+        "run": run.name,
+        "method": settings["method"],
+        "settings": settings,
+        "seed": settings["seed"],
         "metrics": {"validation": values, **({"test": values} if split == "test" else {})},
+        "course": {"guidance": guidance} if guidance else {},
         "seconds": seconds,
         "commit": "0123456789abcdef",
         "hardware": {"machine": "x86_64", "cpus": 2, "torch_threads": 1, "gpus": []} | ({"cpu": cpu} if cpu else {}),
     }
-    run.record.parent.mkdir(parents=True, exist_ok=True)
-    run.record.write_text(json.dumps(record))
+    append_record(run.records, record)
+
+
+@cache
+def resolved(settings):
+    """The settings of a record, for what is given as JSON."""
+    return resolved_settings(*parse_settings(json.loads(settings), title="")[:2])
+
+
+def records_of(folder):
+    """Name of a run -> its record, of the small suite in a folder."""
+    return {record["run"]: record for record in read_records(folder / "records/tiny_suite.jsonl")}

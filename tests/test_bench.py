@@ -12,17 +12,17 @@ import time
 from dataclasses import replace
 
 import pytest
-from small_suite import SUITE, TINY, TUNING, fake, write
+from small_suite import SUITE, TINY, TUNING, fake, records_of, write
 
 from ipg_hf import run as runs
 from ipg_hf.bench import figures as comparison_figures
 from ipg_hf.bench import suite
 from ipg_hf.bench.run import KEEP_MEMORY, _start, execute
-from ipg_hf.bench.suite import Tuning, draw_runs, draws, load_suite, seed_runs
-from ipg_hf.bench.tables import best_other, markdown, paired_difference, standings, t_interval
+from ipg_hf.bench.suite import Tuning, draw_runs, draws, load_suite, seed_runs, suite_records
+from ipg_hf.bench.tables import best_other, markdown, paired_difference, suite_rows, t_interval
 from ipg_hf.cli import main
 from ipg_hf.recipe import RecipeError, parse_settings
-from ipg_hf.record import commit, course, hardware, processor_name
+from ipg_hf.record import NOT_RECORDED, append_record, commit, course, hardware, processor_name, read_records
 
 # ---- What a suite may say
 
@@ -94,7 +94,7 @@ def test_settings_go_from_the_recipe_over_the_suite_to_the_method(tmp_path):
     run = seed_runs(read, "a", {"alpha": 0.25})[2]
     assert (run.name, run.settings["seed"], run.settings["alpha"]) == ("a-seed2", 2, 0.25)
     assert run.settings["max_steps"] == 5 and run.settings["model_type"] == "vit"
-    assert run.record == tmp_path / "results/tiny_suite/a-seed2.json"
+    assert run.records == tmp_path / "records/tiny_suite.jsonl"
     assert "output_dir" not in run.settings and read.base.get("seed") is None
     plain = load_suite(write(tmp_path, settings={"model_config": None, "max_steps": 5}))
     assert plain.base == {key: value for key, value in read.base.items() if key not in ("model_config", "alpha")}
@@ -143,15 +143,12 @@ def test_the_choice_is_the_best_worst_group_on_validation_and_of_equals_the_earl
     assert [(run.settings["seed"], run.settings["measure_test"]) for run in tried] == [(3, False)] * 4
     for run, worst in zip(tried[:3], (0.5, 0.7, float("nan")), strict=True):
         fake(run, worst, split="validation", accuracy=1 - worst)
-    assert suite.chosen(read, "a") is None
+    assert suite.chosen(read, "a", suite_records(read)) is None
     fake(tried[3], 0.7, split="validation")
-    assert suite.chosen(read, "a") == (1, draws(read, "a")[1])
+    assert suite.chosen(read, "a", suite_records(read)) == (1, draws(read, "a")[1])
     for run, error in zip(draw_runs(read, "b"), (0.5, 0.3, 0.4, 0.6), strict=True):
-        fake(run, 0.0, split="validation")
-        record = json.loads(run.record.read_text())
-        record["metrics"]["validation"] = {"mae": 0.1, "worst_group_mae": error}
-        run.record.write_text(json.dumps(record))
-    assert suite.chosen(read, "b")[0] == 1
+        fake(run, 0.0, split="validation", metrics={"mae": 0.1, "worst_group_mae": error})
+    assert suite.chosen(read, "b", suite_records(read))[0] == 1
 
 
 # ---- Records of other settings
@@ -161,14 +158,14 @@ def test_a_record_of_other_settings_is_neither_used_nor_overwritten(tmp_path, ca
     for run in seed_runs(load_suite(write(tmp_path)), "a", {}):
         fake(run, 0.5)
     assert main(["bench", str(write(tmp_path)), "--only", "render"]) == 0
-    kept = run.record.read_bytes()
+    kept = run.records.read_bytes()
     changed = write(tmp_path, methods={**SUITE["methods"], "a": {"alpha": 0.75}})
     for stage in ([], ["--only", "render"], ["--only", "run", "--methods", "b"]):
         capsys.readouterr()
         assert main(["bench", str(changed), "--output_dir", str(tmp_path / "out"), *stage]) == 2
         message = capsys.readouterr().err
-        assert "a-seed0.json" in message and "alpha=0.5 (now 0.75)" in message and "remove the file" in message
-    assert run.record.read_bytes() == kept and not (tmp_path / "out").exists()
+        assert "has a-seed0," in message and "alpha=0.5 (now 0.75)" in message and "remove its line" in message
+    assert run.records.read_bytes() == kept and not (tmp_path / "out").exists()
     # the recipe counts too; the title does not
     changed = write(tmp_path, recipe={**TINY, "num_pairs": 20})
     assert main(["bench", str(changed), "--only", "render"]) == 2
@@ -180,11 +177,48 @@ def test_a_record_that_the_suite_does_not_know(tmp_path, capsys):
     for name in ("a", "erm"):
         fake(seed_runs(read, name, {})[2], 0.5)
     for changes in ({"seeds": [0, 1]}, {"methods": {"erm": {"method": "erm"}, "b": {}}}):
-        with pytest.raises(RecipeError, match=r"a-seed2\.json belongs to no"):
-            standings(load_suite(write(tmp_path, **changes)))
+        with pytest.raises(RecipeError, match="has a-seed2, which is no run of"):
+            suite_rows(load_suite(write(tmp_path, **changes)))
     # settings that are not chosen yet
-    with pytest.raises(RecipeError, match=r"a-seed2\.json .* of the 4 draws"):
-        standings(load_suite(write(tmp_path, tuning=TUNING)))
+    with pytest.raises(RecipeError, match="has a-seed2, but of the 4 draws"):
+        suite_rows(load_suite(write(tmp_path, tuning=TUNING)))
+    # the method of the row is retired: its records stay, and are shown last
+    retired = load_suite(write(tmp_path, methods={"erm": {"method": "erm"}, "b": {}}, retired={"a": "it was slow"}))
+    *_, last = suite_rows(retired)
+    assert (last.name, list(last.records), last.values("worst_group_accuracy")) == ("a", [2], {2: 0.5})
+    assert "- `a` can no longer be run: it was slow." in markdown(retired, suite_rows(retired))
+
+
+def test_a_run_has_one_record(tmp_path):
+    (first, *_) = seed_runs(load_suite(write(tmp_path)), "a", {})
+    fake(first, 0.5)
+    fake(first, 0.6)
+    with pytest.raises(RecipeError, match="two records of a-seed0"):
+        suite_rows(load_suite(write(tmp_path)))
+
+
+def test_what_is_not_recorded_is_no_other_setting(tmp_path):
+    (first, *_) = seed_runs(load_suite(write(tmp_path)), "a", {})
+    fake(first, 0.5)
+    (record,) = read_records(first.records)
+    unknown = {"alpha": NOT_RECORDED, "max_steps": NOT_RECORDED}
+    for changes, accepted in ((unknown, True), ({"alpha": 0.6}, False), ({"max_steps": 5}, False)):
+        first.records.unlink()
+        append_record(first.records, {**record, "settings": record["settings"] | changes})
+        if accepted:
+            assert suite_rows(load_suite(write(tmp_path)))[1].records[0]["settings"]["alpha"] == NOT_RECORDED
+        else:
+            with pytest.raises(RecipeError, match=next(iter(changes))):
+                suite_rows(load_suite(write(tmp_path)))
+    # a default of TrainingArguments that the suite does not give is not compared; one of the method is
+    for changes, accepted in (({"adam_beta2": 0.5}, True), ({"correction_interval": 2}, False)):
+        first.records.unlink()
+        append_record(first.records, {**record, "settings": record["settings"] | changes})
+        if accepted:
+            suite_rows(load_suite(write(tmp_path)))
+        else:
+            with pytest.raises(RecipeError, match="correction_interval=2"):
+                suite_rows(load_suite(write(tmp_path)))
 
 
 # ---- Statistics, by hand
@@ -237,19 +271,20 @@ def compared(tmp_path):
 
 def test_the_table_by_hand(compared):
     read = load_suite(compared)
-    lines = markdown(read, standings(read)).splitlines()
-    assert lines[0].startswith("| method | seeds | test accuracy | adjusted | worst group, mean ± sd | median | lowest")
+    lines = markdown(read, suite_rows(read)).splitlines()
+    titles = ["method", "seeds", "accuracy", "worst-group accuracy, mean ± sd", "median", "lowest", "adjusted accuracy"]
+    assert lines[0].startswith(f"| {' | '.join(titles)} | flip rate |")
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:6]}
-    common = ["0.500 ± 0.000", "0.750 ± 0.000"]
+    common = ["0.750 ± 0.000", "0.250 ± 0.000", "11"]
     assert rows["`erm`"] == [
-        "3", *common, "0.200 ± 0.100", "0.200", "0.100", "0.250 ± 0.000", "11", "-", "`a`: -0.400 [-0.648, -0.152]"
+        "3", "0.500 ± 0.000", "0.200 ± 0.100", "0.200", "0.100", *common, "-", "`a`: -0.400 [-0.648, -0.152]"
     ]  # fmt: skip
     assert rows["`a`"] == [
-        "3", *common, "0.600 ± 0.100", "0.600", "0.500", "0.250 ± 0.000", "11",
+        "3", "0.500 ± 0.000", "0.600 ± 0.100", "0.600", "0.500", *common,
         "+0.400 [+0.152, +0.648]", "`erm`: +0.400 [+0.152, +0.648]",
     ]  # fmt: skip
     assert rows["`b`"] == [
-        "1 of 3", "0.500", "0.750", "0.900", "0.900", "0.900", "0.250", "10",
+        "1 of 3", "0.500", "0.900", "0.900", "0.900", "0.750", "0.250", "10",
         "+0.800 (1 seed)", "`a`: +0.400 (1 seed)",
     ]  # fmt: skip
     assert rows["`c`"] == ["not run", *["-"] * 9]
@@ -263,7 +298,7 @@ def test_the_machine_is_its_processor_where_a_record_names_it(tmp_path):
     for run, cpu in zip(seed_runs(suite, "erm", {}), ("Zen, AVX2", "Xeon, AVX512", None), strict=True):
         fake(run, 0.5, cpu=cpu)
     expected = "Machine: Xeon, AVX512, 1 of 2 processors; Zen, AVX2, 1 of 2 processors; x86_64, 1 of 2 processors."
-    assert expected in markdown(suite, standings(suite))
+    assert expected in markdown(suite, suite_rows(suite))
 
 
 def test_a_processor_as_linux_gives_it():
@@ -280,11 +315,8 @@ def test_errors_are_better_when_low(tmp_path):
     read = load_suite(write(tmp_path))
     for name, errors in {"erm": (0.5, 0.6, 0.7), "a": (0.2, 0.3, 0.1), "b": (0.25, 0.25, 0.25)}.items():
         for run, error in zip(seed_runs(read, name, {}), errors, strict=True):
-            fake(run, 0.0)
-            record = json.loads(run.record.read_text())
-            record["metrics"] = {split: {"mae": 0.1, "worst_group_mae": error} for split in ("validation", "test")}
-            run.record.write_text(json.dumps(record))
-    lines = markdown(read, standings(read)).splitlines()
+            fake(run, 0.0, metrics={"mae": 0.1, "worst_group_mae": error})
+    lines = markdown(read, suite_rows(read)).splitlines()
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:5]}
     assert "highest" in lines[0] and "flip rate" not in lines[0] and "pairs' difference" not in lines[0]
     assert rows["`a`"][1:5] == ["0.100 ± 0.000", "0.200 ± 0.100", "0.200", "0.300"]
@@ -328,7 +360,7 @@ def test_two_suites_of_one_folder_do_not_mix(compared):
     other = compared.with_name("other.yaml")
     other.write_text(compared.read_text())
     read = load_suite(other)
-    assert all(not standing.records for standing in standings(read))
+    assert all(not row.records for row in suite_rows(read))
     assert comparison_figures.write_comparison(read)[0].parent == compared.parent / "results/other"
 
 
@@ -355,7 +387,7 @@ def test_a_run_without_the_test_set_has_none(tmp_path):
     for measured in (True, False):
         recipe, args, _ = parse_settings({**TINY, "measure_test": measured}, title="")
         data = recipe.load_data(args.data_order_seed)
-        read[measured] = set(runs._inputs(data, recipe, recipe.build_processor(), ("label", "attribute"), True))
+        read[measured] = set(runs._inputs(data, recipe, recipe.build_processor(), ("label", "attribute")))
     assert read[True] - read[False] == {"test", "test_pairs"}
 
 
@@ -375,21 +407,20 @@ def interrupted(tmp_path_factory):
     command = [sys.executable, "-m", "ipg_hf.cli", "bench", str(path), "--output_dir", str(folder / "out")]
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    records, deadline = folder / "results/tiny_suite", time.monotonic() + 120
+    records, deadline = folder / "records/tiny_suite.jsonl", time.monotonic() + 120
     # the first run has left its record, the second is under way
-    while not (records / "ipg-draw0.json").exists() or not (folder / "out/ipg-draw1/log.txt").exists():
+    while not records.exists() or not (folder / "out/ipg-draw1/log.txt").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    kept = {record.name: record.read_bytes() for record in records.glob("*.json")}
-    return path, process.returncode, errors, kept, [*(folder / "out").iterdir()]
+    return path, process.returncode, errors, records.read_bytes(), [*(folder / "out").iterdir()]
 
 
 def test_an_interrupt_keeps_what_has_finished(interrupted):
     _, status, errors, kept, left = interrupted
     assert status == 130 and "the same command goes on" in errors
-    assert [*kept] == ["ipg-draw0.json"]
+    assert [json.loads(line)["run"] for line in kept.splitlines()] == ["ipg-draw0"]
     assert sorted(folder.name for folder in left) == ["images-seed0", "ipg-draw1"]  # of the runs that go on
 
 
@@ -397,13 +428,12 @@ def test_an_interrupt_keeps_what_has_finished(interrupted):
 def finished(interrupted):
     path, *_ = interrupted
     assert bench(path) == 0
-    return path, {record.stem: json.loads(record.read_text()) for record in path.parent.glob("results/*/*.json")}
+    return path, records_of(path.parent)
 
 
 def test_the_same_command_goes_on(interrupted, finished):
     path, records = finished
-    kept = interrupted[3]
-    assert (path.parent / "results/tiny_suite/ipg-draw0.json").read_bytes() == kept["ipg-draw0.json"]
+    assert (path.parent / "records/tiny_suite.jsonl").read_bytes().startswith(interrupted[3])
     assert sorted(records) == ["ipg-draw0", "ipg-draw1", "ipg-seed0"]
     assert not [*(path.parent / "out").iterdir()]
 
@@ -411,9 +441,9 @@ def test_the_same_command_goes_on(interrupted, finished):
 def test_tuning_does_not_read_the_test_set_and_the_compared_runs_do(finished):
     for name, record in finished[1].items():
         assert set(record["metrics"]) == ({"validation"} if "draw" in name else {"validation", "test"}), name
-        assert record["method"] == "ipg" and record["steps"] == 4 and record["config"]["alpha"] == 0.5
+        assert record["method"] == "ipg" and record["steps"] == 4 and record["settings"]["alpha"] == 0.5
         assert {"versions", "commit", "hardware", "data"} <= set(record)
-        assert record["commit"] == commit() and "output_dir" not in record["config"]
+        assert record["commit"] == commit() and "output_dir" not in record["settings"]
         assert record["course"]["guidance"]["step"] == [2, 4]
 
 
@@ -422,8 +452,8 @@ def test_the_compared_runs_have_the_settings_of_the_best_draw(finished):
     tried = [records[f"ipg-draw{number}"] for number in (0, 1)]
     worst = [record["metrics"]["validation"]["worst_group_accuracy"] for record in tried]
     best = worst.index(max(worst))
-    rates = [record["config"]["learning_rate"] for record in tried]
-    assert rates[0] != rates[1] and records["ipg-seed0"]["config"]["learning_rate"] == rates[best]
+    rates = [record["settings"]["learning_rate"] for record in tried]
+    assert rates[0] != rates[1] and records["ipg-seed0"]["settings"]["learning_rate"] == rates[best]
     # the seed of the tuning is the run's seed here: the same training again
     again = records["ipg-seed0"]["metrics"]["validation"]
     assert tried[best]["metrics"]["validation"] == pytest.approx(again, rel=1e-3)  # by another number of threads
@@ -476,22 +506,19 @@ def test_a_draw_that_diverges_is_the_worst_and_the_suite_goes_on(tmp_path, capsy
     tuning = {"draws": 3, "ranges": {"all": {"learning_rate": [1e-3, 1e38]}}}
     path = write(tmp_path, methods={"ipg": None}, reference="ipg", seeds=[0], tuning=tuning)
     assert bench(path) == 0
-    records = {
-        name: json.loads((tmp_path / f"results/tiny_suite/{name}.json").read_text())
-        for name in ("ipg-draw0", "ipg-draw1", "ipg-draw2", "ipg-seed0")
-    }
-    rates = {name: record["config"]["learning_rate"] for name, record in records.items()}
+    records = records_of(tmp_path)
+    assert sorted(records) == ["ipg-draw0", "ipg-draw1", "ipg-draw2", "ipg-seed0"]
+    rates = {name: record["settings"]["learning_rate"] for name, record in records.items()}
     lost = [name for name, record in records.items() if "diverged" in record]
     assert 0 < len(lost) < 3 and lost == [name for name, rate in rates.items() if rate > 1], rates
     assert "NaN" in records[lost[0]]["diverged"] and records[lost[0]]["metrics"] == {}
-    assert {"config", "seed", "method", "seconds", "versions", "commit", "hardware"} <= set(records[lost[0]])
+    assert {"settings", "given", "seed", "method", "seconds", "versions", "commit", "hardware"} <= set(records[lost[0]])
     assert f"{lost[0]}: diverged" in capsys.readouterr().out
     table = (tmp_path / "results/tiny_suite/table.md").read_text()
     assert f"of 3 draws, of which {len(lost)} diverged, number" in table and rates["ipg-seed0"] == 1e-3
     # of a compared run there is no result
     path = write(tmp_path, methods={"ipg": {"learning_rate": 1e38}}, reference="ipg", seeds=[1], tuning=None)
-    for record in (tmp_path / "results/tiny_suite").glob("*.json"):
-        record.unlink()
+    (tmp_path / "records/tiny_suite.jsonl").unlink()
     assert bench(path) == 2
     assert "the model has diverged" in capsys.readouterr().err
 
@@ -502,7 +529,7 @@ def test_a_run_that_fails_stops_the_suite_after_the_one_beside_it(tmp_path, caps
     assert bench(path, "--keep_models") == 2
     message = capsys.readouterr().err
     assert "bad-seed0 failed" in message and "1000000" in message and "Traceback" not in message
-    assert [record.name for record in (tmp_path / "results/tiny_suite").iterdir()] == ["erm-seed0.json"]
+    assert [*records_of(tmp_path)] == ["erm-seed0"]
     assert (tmp_path / "out/erm-seed0/model.safetensors").exists() and not (tmp_path / "out/later-seed0").exists()
     # the images of a seed are transformed once for its runs, and wait for those that are still to come
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/images-seed0").iterdir()}
@@ -510,7 +537,5 @@ def test_a_run_that_fails_stops_the_suite_after_the_one_beside_it(tmp_path, caps
     assert kept and bench(path, "--methods", "later") == 0
     assert not (tmp_path / "out/images-seed0").exists()
     assert bench(path, "--methods", "last") == 0
-    records = [
-        json.loads((tmp_path / f"results/tiny_suite/{name}-seed0.json").read_text()) for name in ("later", "last")
-    ]
-    assert records[0]["metrics"] == records[1]["metrics"] and "preload_dir" not in records[0]["config"]
+    records = [records_of(tmp_path)[f"{name}-seed0"] for name in ("later", "last")]
+    assert records[0]["metrics"] == records[1]["metrics"] and "preload_dir" not in records[0]["settings"]

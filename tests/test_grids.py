@@ -9,16 +9,16 @@ import pytest
 import yaml
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from small_suite import TUNING, fake, write
+from small_suite import TUNING, fake, records_of, write
 
 from ipg_hf.bench import run as bench
-from ipg_hf.bench.figures import guided_courses, write_comparison
+from ipg_hf.bench.figures import guided_records, write_comparison
 from ipg_hf.bench.suite import chosen, draw_runs, draws, load_suite, points, seed_runs
-from ipg_hf.bench.tables import markdown, standings
+from ipg_hf.bench.tables import markdown, suite_rows
 from ipg_hf.cli import main
 from ipg_hf.recipe import RecipeError
 
-METHODS = {"erm": {"method": "erm"}, "ipg": {}, "kl": {"pair_objective": "kl"}}
+METHODS = {"erm": {"method": "erm"}, "ipg": {}, "kl": {"method": "kl"}}
 PAIRS = {"methods": METHODS, "grid": {"num_pairs": [8, 40, 300]}, "ungridded": ["erm"]}
 BOTH = {"methods": {"ipg": {}}, "reference": "ipg", "grid": {"alpha": [0.1, 1], "invariance_threshold": [1e-5, 1e-2]}}
 
@@ -64,7 +64,7 @@ def drawn(monkeypatch):
         ({"grid": {"seed": [0, 1]}}, ["grid", "'seed'", "leave it out"]),
         ({"grid": {"num_pair": [8]}}, ["grid: ipg at", "'num_pair'", "'num_pairs'"]),
         ({"grid": {"alpha": [1, -1]}}, ["grid: ipg at {'alpha': -1}", "alpha=-1.0"]),
-        ({"grid": {"pair_objective": ["kl", "ipg"]}}, ["methods: kl", "'pair_objective'", "grid too"]),
+        ({"grid": {"method": ["kl", "ipg"]}}, ["methods: kl", "'method'", "grid too"]),
         (
             {"tuning": {"draws": 1, "ranges": {"all": {"num_pairs": [8, 40]}}}},
             ["methods: ipg", "'num_pairs'", "grid too"],
@@ -103,8 +103,8 @@ def test_the_runs_of_a_grid(tmp_path):
         "kl-num_pairs-300-seed0", "kl-num_pairs-300-seed4",
     ]  # fmt: skip
     run = runs["kl-num_pairs-300-seed4"]
-    assert (run.settings["num_pairs"], run.settings["pair_objective"], run.settings["seed"]) == (300, "kl", 4)
-    assert run.record == tmp_path / "results/tiny_suite/kl-num_pairs-300-seed4.json"
+    assert (run.settings["num_pairs"], run.settings["method"], run.settings["seed"]) == (300, "kl", 4)
+    assert run.records == tmp_path / "records/tiny_suite.jsonl"
     assert runs["erm-seed0"].settings["num_pairs"] == 40  # the recipe's
 
 
@@ -139,16 +139,16 @@ def test_tuning_is_done_once_and_holds_over_the_grid(tmp_path):
     assert rates == {draws(suite, "ipg")[2]["learning_rate"]}
     # a record at a point of a method that is not tuned yet
     fake(seed_runs(suite, "kl", {}, {"num_pairs": 8})[0], 0.5)
-    with pytest.raises(RecipeError, match=r"kl-num_pairs-8-seed0\.json .* of the 4 draws"):
-        standings(suite)
+    with pytest.raises(RecipeError, match="has kl-num_pairs-8-seed0, but of the 4 draws"):
+        suite_rows(suite)
 
 
 def test_a_record_of_another_grid_or_of_other_settings_is_refused(tmp_path, capsys):
     fill(load_suite(write(tmp_path, changes=PAIRS)), lambda *_: 0.5)
     refused = {
-        "ipg-num_pairs-8-seed0.json belongs to no": {"grid": {"num_pairs": [40, 300]}},
-        "erm-seed0.json belongs to no": {"ungridded": []},
-        "ipg-num_pairs-300-seed0.json was made with other settings": {"methods": METHODS | {"ipg": {"alpha": 0.25}}},
+        "has ipg-num_pairs-8-seed0, which is no run of": {"grid": {"num_pairs": [40, 300]}},
+        "has erm-seed0, which is no run of": {"ungridded": []},
+        "has ipg-num_pairs-8-seed0, made with other settings": {"methods": METHODS | {"ipg": {"alpha": 0.25}}},
     }
     for message, changes in refused.items():
         path = write(tmp_path, changes=PAIRS | changes)
@@ -163,16 +163,15 @@ def test_a_record_of_another_grid_or_of_other_settings_is_refused(tmp_path, caps
 def test_a_point_is_really_run(tmp_path):
     path = write(tmp_path, changes=PAIRS, grid={"num_pairs": [8, 40]}, seeds=[0])
     fill(load_suite(path), lambda name, point, _: None if (name, point) == ("ipg", {"num_pairs": 8}) else 0.5)
-    folder = tmp_path / "results/tiny_suite"
-    before = {record.name: record.read_bytes() for record in folder.glob("*.json")}
-    assert len(before) == 4
+    before = (tmp_path / "records/tiny_suite.jsonl").read_bytes()
+    assert len(records_of(tmp_path)) == 4
     assert main(["bench", str(path), "--output_dir", str(tmp_path / "out")]) == 0
-    after = {record.name: record.read_bytes() for record in folder.glob("*.json")}
-    assert after.keys() - before.keys() == {"ipg-num_pairs-8-seed0.json"}
-    assert before == {name: after[name] for name in before}
-    record = json.loads(after["ipg-num_pairs-8-seed0.json"])
-    assert record["config"]["num_pairs"] == 8 and record["data"]["pair_sets"][""]["pairs"] == 8
-    assert (folder / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    after = (tmp_path / "records/tiny_suite.jsonl").read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 5
+    record = json.loads(after.removeprefix(before))
+    assert record["run"] == "ipg-num_pairs-8-seed0" and record["settings"]["num_pairs"] == 8
+    assert record["data"]["pair_sets"]["pairs"]["pairs"] == 8
+    assert (tmp_path / "results/tiny_suite/figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ---- Tables
@@ -189,8 +188,8 @@ def numbers(name, point, seed):
 def test_the_table_by_hand(tmp_path):
     suite = load_suite(write(tmp_path, changes=PAIRS))
     fill(suite, numbers)
-    lines = markdown(suite, standings(suite)).splitlines()
-    assert lines[0].startswith("| method | `num_pairs` | seeds | test accuracy | worst group, mean ± sd |")
+    lines = markdown(suite, suite_rows(suite)).splitlines()
+    assert lines[0].startswith("| method | `num_pairs` | seeds | accuracy | worst-group accuracy, mean ± sd |")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:9]]
     assert [row[:3] for row in rows] == [
         ["`erm`", "-", "3"],
@@ -207,7 +206,7 @@ def test_the_table_by_hand(tmp_path):
     assert rows[5][-2:] == ["+0.800 (1 seed)", "`ipg`: +0.400 (1 seed)"]
     assert rows[0][-2:] == rows[6][-2:] == ["-", "-"]
     text = "\n".join(lines)
-    assert text.count("- `kl`: `pair_objective=kl`.") == 1
+    assert text.count("- `kl`: `method=kl`.") == 1
     assert "no setting is chosen by it" in text and "run once and compared at every point" in text
 
 
@@ -227,7 +226,7 @@ def test_the_rows_of_the_csv(tmp_path):
 def test_one_method_alone_is_compared_with_nothing(tmp_path):
     suite = load_suite(write(tmp_path, changes=BOTH))
     fill(suite, lambda *_: 0.5)
-    lines = markdown(suite, standings(suite)).splitlines()
+    lines = markdown(suite, suite_rows(suite)).splitlines()
     assert lines[0].startswith("| method | `alpha` | `invariance_threshold` | seeds |") and "against" not in lines[0]
     assert [line.split("|")[2:4] for line in lines[2:6]] == [
         [" 0.1 ", " 1e-05 "], [" 0.1 ", " 0.01 "], [" 1 ", " 1e-05 "], [" 1 ", " 0.01 "]
@@ -283,7 +282,7 @@ def test_words_stand_side_by_side(tmp_path, drawn):
 
 
 def test_a_dozen_lines_all_look_different(tmp_path, drawn):
-    methods = {"erm": {"method": "erm"}} | {f"kl{n}": {"pair_objective": "kl", "alpha": float(n)} for n in range(1, 12)}
+    methods = {"erm": {"method": "erm"}} | {f"kl{n}": {"method": "kl", "alpha": float(n)} for n in range(1, 12)}
     suite = load_suite(write(tmp_path, changes=PAIRS | {"methods": methods}))
     fill(suite, lambda *_: 0.5)
     write_comparison(suite)
@@ -321,14 +320,7 @@ def test_a_map_over_two_keys(tmp_path, drawn):
     assert "Test set" in caption and "No setting is chosen by it." in caption and "erm: 0.100 ± 0.000" in caption
 
 
-def with_course(run, **guidance):
-    fake(run, 0.5)
-    record = json.loads(run.record.read_text())
-    record["course"] = {"guidance": guidance} if guidance else {}
-    run.record.write_text(json.dumps(record))
-
-
-def test_the_course_of_the_methods_that_guide(tmp_path, drawn):
+def test_the_divergence_over_the_training_of_the_methods_that_correct(tmp_path, drawn):
     suite = load_suite(
         write(tmp_path, methods=METHODS | {"late": {"alpha": 2.0}}, settings={"invariance_threshold": 0.01})
     )
@@ -337,12 +329,12 @@ def test_the_course_of_the_methods_that_guide(tmp_path, drawn):
     for name in METHODS:
         for run in seed_runs(suite, name, {})[:2]:
             seed = run.settings["seed"]
-            with_course(run, step=[2, 4], divergence=[0.5, 0.1 + seed], violated=[1.0, 0.5])
-    with_course(seed_runs(suite, "ipg", {})[2])  # made before records had a course
-    assert [(name, len(records)) for name, records in guided_courses(suite, standings(suite))] == [("ipg", 2)]
+            fake(run, 0.5, guidance={"step": [2, 4], "divergence": [0.5, 0.1 + seed], "violated": [1.0, 0.5]})
+    fake(seed_runs(suite, "ipg", {})[2], 0.5)  # made before records had it
+    assert [(name, len(records)) for name, records in guided_records(suite_rows(suite))] == [("ipg", 2)]
     paths = write_comparison(suite)
-    assert [path.name for path in paths] == ["table.md", "table.csv", "figure.png", "cost.png", "course.png"]
-    above, below = drawn["course.png"].axes
+    assert [path.name for path in paths] == ["table.md", "table.csv", "figure.png", "cost.png", "guidance.png"]
+    above, below = drawn["guidance.png"].axes
     assert above.get_title() == "ipg (2 seeds)" and above.get_yscale() == "log"
     assert [[*line.get_ydata()] for line in above.lines] == [[0.5, 0.1], [0.5, 1.1], [0.01, 0.01]]
     assert [[*map(list, line.get_data())] for line in below.lines] == [[[2, 4], [1.0, 0.5]]] * 2
@@ -377,12 +369,12 @@ def test_seconds_of_different_machines_are_marked(tmp_path, drawn):
 def test_a_figure_that_has_no_records_left_is_removed(tmp_path):
     suite = load_suite(write(tmp_path, methods=METHODS))
     run = seed_runs(suite, "ipg", {})[0]
-    with_course(run, step=[2, 4], divergence=[0.0, 0.0], violated=[0.0, 0.0])
+    fake(run, 0.5, guidance={"step": [2, 4], "divergence": [0.0, 0.0], "violated": [0.0, 0.0]})
     write_comparison(suite)
     assert all(
-        (suite.results / name).read_bytes()[:4] == b"\x89PNG" for name in ("figure.png", "cost.png", "course.png")
+        (suite.results / name).read_bytes()[:4] == b"\x89PNG" for name in ("figure.png", "cost.png", "guidance.png")
     )
-    run.record.unlink()
+    run.records.unlink()
     assert [path.name for path in write_comparison(suite)] == ["table.md", "table.csv"]
     assert not [*suite.results.glob("*.png")]
 
@@ -390,10 +382,7 @@ def test_a_figure_that_has_no_records_left_is_removed(tmp_path):
 def test_the_map_of_errors(tmp_path, drawn):
     suite = load_suite(write(tmp_path, changes=BOTH))
     for run in all_runs(suite):
-        fake(run, 0.0)
-        record = json.loads(run.record.read_text())
-        record["metrics"]["test"] = {"mae": 0.5, "worst_group_mae": 2 * run.settings["alpha"]}
-        run.record.write_text(json.dumps(record))
+        fake(run, 0.0, metrics={"mae": 0.5, "worst_group_mae": 2 * run.settings["alpha"]})
     write_comparison(suite)
     image = drawn["figure.png"].axes[0].images[0]
     assert image.get_clim() == (0, 2) and image.get_cmap().name == "viridis_r"

@@ -152,7 +152,7 @@ def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
     threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
     process = _processes().Process(target=_train, args=(str(config), str(folder / LOG), bool(threads), commit()))
     # the package that this one is, wherever it was found
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # read by the server, which is started with the first process
     with _environment({**KEEP_MEMORY, **os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}):
         process.start()
