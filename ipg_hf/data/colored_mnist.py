@@ -129,8 +129,8 @@ def load_colored_mnist(
     - Validation: the other 20 % of these environments, 9,332 images, coloured as in training. It is DomainBed's
       training-domain validation set. DomainBed chooses by the mean accuracy, we choose by the worst group (ours). This
       is possible because colour follows the noisy label: the expected accuracy of a group does not depend on the flip,
-      and the smallest of the four groups has about 700 images. No row of the test environment chooses; in DomainBed's
-      oracle selection such rows do.
+      and the smallest of the four groups has about 700 images. No row of the test environment chooses, unlike in
+      DomainBed's oracle selection.
     - Test: the whole third environment, 23,333 images (DomainBed reports on 80 % of it).
     - Further differences from DomainBed: its label is 1 for digits below 5 (a difference in names only), its images
       have two channels, and its random numbers are others.
@@ -272,7 +272,7 @@ def _check_arrays(arrays: dict[str, np.ndarray], where: str, images: Images) -> 
         if name[0] == "y" and array.max(initial=0) > 9:
             raise ValueError(f"{name} of {where} has the label {array.max()}, but classes are 0 to 9.")
         if rows < 12:
-            raise ValueError(f"{name} of {where} has {rows} rows, too few to split.")
+            raise ValueError(f"{name} of {where} has {rows} rows, too few to split: it needs 12 or more.")
     sizes = {name: len(arrays[name]) for name in FULL}
     if sizes != FULL:
         logger.warning(

@@ -310,7 +310,7 @@ def _render_pair(row: Mapping[str, Any], number: int, render: Callable, attribut
         files = [encode_image(image) for image in sides]
     except (OSError, SystemError) as failure:
         raise ValueError(
-            f"row {number} was rendered in mode {kinds[0][0]}, {kinds[0][1]} pixels, which PNG cannot hold "
+            f"row {number} was rendered in mode {kinds[0][0]}, {kinds[0][1]} pixels, which PNG cannot store "
             f'({failure}). Return image.convert("RGB").'
         ) from failure
     if files[0] == files[1]:

@@ -25,7 +25,7 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
     Args:
         pairs: a pair set with images of one size.
         num_pairs: number of pairs in the result, at least the number in `pairs`. The first pairs of the result are
-            those of `pairs`, unchanged. After them, each pair in turn is mixed with a partner that is drawn anew. With
+            those of `pairs`, unchanged. After them, each pair in turn is mixed with a newly drawn partner. With
             the same seed, a smaller result is the beginning of a larger one.
         grid: number of cells along each axis, at least 2 and at most the pixels of the shorter side.
         seed: non-negative seed of all draws.
