@@ -134,7 +134,7 @@ def test_tuning_is_done_once_and_holds_over_the_grid(tmp_path):
     assert {run.settings["num_pairs"] for run in tried} == {40}
     for number, run in enumerate(tried):
         fake(run, [0.1, 0.2, 0.9, 0.3][number], split="validation")
-    _, best = chosen(suite, "ipg")
+    _, best = chosen(suite, "ipg", records_of(tmp_path))
     rates = {run.settings["learning_rate"] for at in points(suite, "ipg") for run in seed_runs(suite, "ipg", best, at)}
     assert rates == {draws(suite, "ipg")[2]["learning_rate"]}
     # a record at a point of a method that is not tuned yet
