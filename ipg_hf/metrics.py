@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy by group, worst group, adjusted average and flip rate.
+"""Metrics: accuracy, worst group, adjusted accuracy and flip rate; for a regression the mean absolute error.
 
-A group is a label together with a value of the spurious attribute: group = label · n_attributes + attribute. Nothing is
-looked up on a hub: the classes are `evaluate.Metric`s that are built directly.
+A group is a label together with a value of the spurious attribute: group = label · n_attributes + attribute. The
+metrics are `evaluate.Metric`s that are built directly: nothing is loaded from the Hub.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 IGNORED = -100
 
 
-class MetricInfo(NamedTuple):
+class MetricDisplay(NamedTuple):
     """How a metric is shown.
 
     Args:
@@ -31,35 +31,33 @@ class MetricInfo(NamedTuple):
 
 # name -> title and direction, in the order in which tables show them; no other list of metrics exists
 METRICS = {
-    "accuracy": MetricInfo("accuracy", "higher"),
-    "worst_group_accuracy": MetricInfo("worst-group accuracy", "higher"),
-    "adjusted_accuracy": MetricInfo("adjusted accuracy", "higher"),
-    "flip_rate": MetricInfo("flip rate", "lower"),
-    "mae": MetricInfo("mean absolute error", "lower"),
-    "worst_group_mae": MetricInfo("worst-group mean absolute error", "lower"),
-    "difference": MetricInfo("mean absolute difference within pairs", "lower"),
+    "accuracy": MetricDisplay("accuracy", "higher"),
+    "worst_group_accuracy": MetricDisplay("worst-group accuracy", "higher"),
+    "adjusted_accuracy": MetricDisplay("adjusted accuracy", "higher"),
+    "flip_rate": MetricDisplay("flip rate", "lower"),
+    "mae": MetricDisplay("mean absolute error", "lower"),
+    "worst_group_mae": MetricDisplay("worst-group mean absolute error", "lower"),
+    "difference": MetricDisplay("mean absolute difference within pairs", "lower"),
 }
 # what a model is chosen by: the first for classes, the second for a regression
 WORST_GROUP = ("worst_group_accuracy", "worst_group_mae")
 
-_INTEGERS = datasets.Value("int64")
-
 
 class DivergedError(ValueError):
-    """A model gives NaN or infinity: its training has diverged, or its inputs are NaN."""
+    """A model returns NaN or infinity: its training has diverged, or its inputs are NaN."""
 
 
 def group_counts(
     labels: np.ndarray, attributes: np.ndarray, num_labels: int, num_attributes: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Rows per group.
+    """Counts the rows of each group.
 
     Args:
         labels: ints in 0..num_labels-1, shape (N,).
         attributes: ints in 0..num_attributes-1, shape (N,).
         num_labels: number of labels.
         num_attributes: number of values of the attribute.
-        weights: what each row counts, shape (N,); 1 by default.
+        weights: weight of each row in its count, shape (N,); 1 by default.
 
     Returns:
         float64, shape (num_labels, num_attributes).
@@ -70,71 +68,39 @@ def group_counts(
 
 
 def group_accuracy(correct: np.ndarray, counts: np.ndarray, train_counts: np.ndarray | None = None) -> dict[str, float]:
-    """The summaries of a table of groups.
+    """Computes the accuracy of the worst group and the adjusted accuracy from a table of groups.
 
     Args:
-        correct: number of right predictions per group, shape (num_labels, num_attributes).
-        counts: number of rows per group, same shape, at least one of them positive.
-        train_counts: number of training rows per group, same shape.
+        correct: number of right predictions in each group, shape (num_labels, num_attributes).
+        counts: number of rows in each group, same shape, at least one of them positive.
+        train_counts: number of training rows in each group, same shape.
 
     Returns:
-        `accuracy` over all rows; `worst_group_accuracy`, the smallest over groups that have rows; with `train_counts`
-        also `adjusted_accuracy`, the mean of the groups' accuracies weighted by their training sizes (Sagawa et al.,
-        arXiv 1911.08731, and wilds). Groups without rows take no part in it (our reading); where only groups that the
-        training set lacks have rows, it is left out.
+        `worst_group_accuracy`, the smallest accuracy of a group that has rows. With `train_counts` also
+        `adjusted_accuracy`, the mean of the accuracies of the groups, weighted by the sizes of the groups in training
+        (Sagawa et al., arXiv 1911.08731, and wilds). Groups without rows are left out of the mean (our reading). The
+        adjusted accuracy is left out if no group with rows has training rows.
     """
     filled = counts > 0
     accuracy = correct[filled] / counts[filled]
-    summary = {"accuracy": correct.sum() / counts.sum(), "worst_group_accuracy": accuracy.min()}
+    summary = {"worst_group_accuracy": accuracy.min()}
     if train_counts is not None and train_counts[filled].sum() > 0:
         summary["adjusted_accuracy"] = (accuracy * train_counts[filled]).sum() / train_counts[filled].sum()
     return {name: float(value) for name, value in summary.items()}
 
 
-def group_metrics(
-    predictions: np.ndarray,
-    references: np.ndarray,
-    attributes: np.ndarray,
-    *,
-    num_attributes: int | None = None,
-    train_group_counts: np.ndarray | None = None,
-    label_names: Sequence[str] | None = None,
-    attribute_names: Sequence[str] | None = None,
-) -> dict[str, float]:
-    """All metrics of [`GroupAccuracy`], which describes the settings.
+class _IntegerColumns(datasets.Features):
+    """Columns of int64, whose values are stored as they are. (`Features` encodes value by value: 1 µs each.)"""
 
-    Args:
-        predictions: predicted classes, int, shape (N,).
-        references: labels, int, shape (N,).
-        attributes: values of the attribute, int, shape (N,).
-        num_attributes: number of values of the attribute.
-        train_group_counts: training rows per group, shape (n_labels, num_attributes).
-        label_names: names of the labels.
-        attribute_names: names of the attribute's values.
+    def __init__(self, *names: str):
+        super().__init__(dict.fromkeys(names, datasets.Value("int64")))
 
-    Raises:
-        ValueError: no rows; a label or attribute out of range.
-    """
-    if len(references) == 0:
-        raise ValueError("there are no rows to measure: predictions, references and attributes are empty.")
-    _check_range("label", references, None if label_names is None else len(label_names))
-    _check_range("attribute", attributes, num_attributes)
-    shape = [int(references.max()) + 1, num_attributes or int(attributes.max()) + 1]
-    if train_group_counts is not None:
-        shape[0] = max(shape[0], len(train_group_counts))
-        train_group_counts = np.pad(train_group_counts, ((0, shape[0] - len(train_group_counts)), (0, 0)))
-    counts = group_counts(references, attributes, *shape)
-    correct = group_counts(references, attributes, *shape, weights=predictions == references)
-    result = group_accuracy(correct, counts, train_group_counts)
-    for label, attribute in np.argwhere(counts > 0):
-        name = f"{_name(label_names, label)}/{_name(attribute_names, attribute)}"
-        result[f"group_accuracy/{name}"] = float(correct[label, attribute] / counts[label, attribute])
-        result[f"group_n/{name}"] = float(counts[label, attribute])
-    return result
+    def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
 
 
 class _IntegerMetric(evaluate.Metric):
-    """A metric over columns of integers, kept in memory, whose inputs are checked before they are stored."""
+    """A metric of columns of integers. The columns stay in memory and are checked when they are added."""
 
     def __init__(self, **kwargs: Any):
         kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
@@ -146,10 +112,10 @@ class _IntegerMetric(evaluate.Metric):
         Args:
             predictions: ints, shape (N,).
             references: ints, shape (N,).
-            **kwargs: further columns of the metric, likewise.
+            **kwargs: further columns of the metric, ints, shape (N,).
 
         Raises:
-            ValueError: a column is not one integer a row, or the lengths differ; nothing is added then.
+            ValueError: a column is not one integer a row, or the columns have different lengths. Nothing is added then.
         """
         columns = {"predictions": predictions, "references": references, **kwargs}
         columns = {name: _integers(name, values) for name, values in columns.items()}
@@ -157,8 +123,33 @@ class _IntegerMetric(evaluate.Metric):
         super().add_batch(**columns)
 
 
+class Accuracy(_IntegerMetric):
+    """Share of rows that are predicted right, as an `evaluate.Metric`.
+
+    Args:
+        **kwargs: arguments of `evaluate.Metric`.
+
+    `compute(predictions=, references=)` takes ints of shape (N,) and returns `{"accuracy": float in 0..1}`. It raises a
+    ValueError if there are no rows or if the lengths differ.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of rows that are predicted right.",
+            citation="",
+            inputs_description="predictions, references: one int a row.",
+            format="numpy",
+            features=_IntegerColumns("predictions", "references"),
+        )
+
+    def _compute(self, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
+        # a combination of metrics passes the columns of the other metrics too
+        _check_rows(predictions)
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
 class GroupAccuracy(_IntegerMetric):
-    """Accuracy by group, of the worst group, and adjusted, as an `evaluate.Metric`.
+    """Accuracy of each group, accuracy of the worst group and adjusted accuracy, as an `evaluate.Metric`.
 
     Example:
         ```python
@@ -167,16 +158,21 @@ class GroupAccuracy(_IntegerMetric):
         ```
 
     Args:
-        num_attributes: number of values of the attribute; by default that of `attribute_names`, or as many as are met.
-        train_group_counts: training rows per group, shape (n_labels · n_attributes,) in the order of the groups, or
-            (n_labels, n_attributes); gives `adjusted_accuracy`.
+        num_attributes: number of values of the attribute; by default the number of `attribute_names`, or else the
+            largest value in the data plus one.
+        train_group_counts: number of training rows in each group, shape (n_labels · n_attributes,) in the order of the
+            groups, or (n_labels, n_attributes). They give `adjusted_accuracy`.
         label_names: names of the labels, for the keys of the result; ints by default.
-        attribute_names: names of the attribute's values, likewise.
-        **kwargs: arguments of `evaluate.Metric`, e.g. `experiment_id`. Values are kept in memory on one process.
+        attribute_names: names of the values of the attribute, for the keys of the result; ints by default.
+        evaluated: the set that is evaluated, with columns `label` and `attribute`. Give it if the caller of `compute`
+            passes no attributes, as `evaluate.evaluator`.
+        **kwargs: arguments of `evaluate.Metric`, e.g. `experiment_id`.
 
-    `compute(predictions=, references=, attributes=)` takes ints of shape (N,) and returns plain floats: `accuracy`,
-    `worst_group_accuracy`, `adjusted_accuracy`, and for each group with rows `group_accuracy/<label>/<attribute>` and
-    `group_n/<label>/<attribute>`. ValueError: no rows, different lengths, a label or attribute out of range.
+    `compute(predictions=, references=, attributes=)` takes ints of shape (N,), without `attributes` if `evaluated` is
+    given. It returns floats: `worst_group_accuracy`, `adjusted_accuracy`, and for each group with rows
+    `group_accuracy/<label>/<attribute>` and `group_n/<label>/<attribute>`. It raises a ValueError if there are no rows,
+    if the lengths differ, if a label or an attribute is out of range, or if the references are not the labels of
+    `evaluated`.
     """
 
     def __init__(
@@ -185,6 +181,7 @@ class GroupAccuracy(_IntegerMetric):
         train_group_counts: Sequence[int] | np.ndarray | None = None,
         label_names: Sequence[str] | None = None,
         attribute_names: Sequence[str] | None = None,
+        evaluated: datasets.Dataset | None = None,
         **kwargs: Any,
     ):
         self.train_group_counts = None if train_group_counts is None else np.asarray(train_group_counts, np.float64)
@@ -195,6 +192,9 @@ class GroupAccuracy(_IntegerMetric):
             self.num_attributes = len(self.attribute_names)
         if self.train_group_counts is not None:
             self._read_train_counts()
+        self.evaluated = None
+        if evaluated is not None:
+            self.evaluated = [_integers(column, evaluated[column][:]) for column in ("label", "attribute")]
         super().__init__(**kwargs)
 
     def _read_train_counts(self) -> None:
@@ -213,23 +213,46 @@ class GroupAccuracy(_IntegerMetric):
         self.train_group_counts = counts.reshape(-1, self.num_attributes)
 
     def _info(self) -> evaluate.MetricInfo:
+        columns = ["predictions", "references", *([] if self.evaluated else ["attributes"])]
         return evaluate.MetricInfo(
-            description="Accuracy by group of label and spurious attribute, and of the worst group.",
+            description="Accuracy of each group of label and spurious attribute, and of the worst group.",
             citation="Sagawa et al., arXiv 1911.08731",
-            inputs_description="predictions, references, attributes: one int a row.",
-            features=datasets.Features(dict.fromkeys(("predictions", "references", "attributes"), _INTEGERS)),
+            inputs_description=f"{', '.join(columns)}: one int a row.",
+            format="numpy",
+            features=_IntegerColumns(*columns),
         )
 
-    def _compute(self, predictions: Any, references: Any, attributes: Any, **_: Any) -> dict[str, float]:
-        return group_metrics(
-            np.asarray(predictions),
-            np.asarray(references),
-            np.asarray(attributes),
-            num_attributes=self.num_attributes,
-            train_group_counts=self.train_group_counts,
-            label_names=self.label_names,
-            attribute_names=self.attribute_names,
-        )
+    def _compute(self, predictions: Any, references: Any, attributes: Any = None, **_: Any) -> dict[str, float]:
+        _check_rows(predictions)
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        if self.evaluated is None:
+            attributes = np.asarray(attributes)
+        else:
+            labels, attributes = self.evaluated
+            if not np.array_equal(labels, references):
+                raise ValueError(
+                    "the references are not the labels of the evaluated set in its order, so that their attributes are "
+                    "unknown. Give evaluated= the set that is measured. strategy='bootstrap' of evaluate.evaluator "
+                    "draws rows anew: use strategy='simple'."
+                )
+        return self._groups(predictions, references, attributes)
+
+    def _groups(self, predictions: np.ndarray, references: np.ndarray, attributes: np.ndarray) -> dict[str, float]:
+        train_counts = self.train_group_counts
+        _check_range("label", references, None if self.label_names is None else len(self.label_names))
+        _check_range("attribute", attributes, self.num_attributes)
+        shape = [int(references.max()) + 1, self.num_attributes or int(attributes.max()) + 1]
+        if train_counts is not None:
+            shape[0] = max(shape[0], len(train_counts))
+            train_counts = np.pad(train_counts, ((0, shape[0] - len(train_counts)), (0, 0)))
+        counts = group_counts(references, attributes, *shape)
+        correct = group_counts(references, attributes, *shape, weights=predictions == references)
+        result = group_accuracy(correct, counts, train_counts)
+        for label, attribute in np.argwhere(counts > 0):
+            name = f"{_name(self.label_names, label)}/{_name(self.attribute_names, attribute)}"
+            result[f"group_accuracy/{name}"] = float(correct[label, attribute] / counts[label, attribute])
+            result[f"group_n/{name}"] = float(counts[label, attribute])
+        return result
 
 
 class FlipRate(_IntegerMetric):
@@ -239,7 +262,7 @@ class FlipRate(_IntegerMetric):
         **kwargs: arguments of `evaluate.Metric`.
 
     `compute(predictions=, references=)` takes the predicted classes on side a and on side b, ints of shape (N,), and
-    returns `{"flip_rate": float in 0..1}`. ValueError: no pairs, different lengths.
+    returns `{"flip_rate": float in 0..1}`. It raises a ValueError if there are no pairs or if the lengths differ.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -247,40 +270,56 @@ class FlipRate(_IntegerMetric):
             description="Share of pairs whose two sides are predicted differently.",
             citation="",
             inputs_description="predictions: predicted classes on side a; references: those on side b.",
-            features=datasets.Features({"predictions": _INTEGERS, "references": _INTEGERS}),
+            format="numpy",
+            features=_IntegerColumns("predictions", "references"),
         )
 
     def _compute(self, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
-        # a combination of metrics hands its other columns to all of them: they are passed over
         if len(predictions) == 0:
             raise ValueError("there are no pairs to measure: predictions and references are empty.")
         return {"flip_rate": float(np.mean(np.asarray(predictions) != np.asarray(references)))}
 
 
 class GroupMetrics:
-    """`compute_metrics` for `transformers.Trainer`: accuracy and, where the rows have an attribute, all group metrics.
+    """Computes accuracy and, if the rows have an attribute, the metrics of groups: a `compute_metrics` for `Trainer`.
+
+    Example:
+        ```python
+        metrics = GroupMetrics(train_dataset)
+        Trainer(..., compute_metrics=metrics)
+        evaluate.evaluator("image-classification").compute(
+            model, test_dataset, metric=metrics.combined(test_dataset), label_mapping=model.config.label2id, ...
+        )
+        ```
 
     Args:
-        train_dataset: a `datasets.Dataset` with `label` and `attribute` columns, for their names (ClassLabel) and for
-            the sizes of the training groups. Its images are not read.
+        train_dataset: a `datasets.Dataset` with the columns `label` and `attribute`, for their names (ClassLabel) and
+            for the sizes of the training groups. Its images are not read.
 
-    Call it with a `transformers.EvalPrediction`: `predictions` are logits, float (N, C), or a tuple whose first entry
-    is; `label_ids` are labels, int (N,), or (labels, attributes). Rows with label -100 are ignored. Returns plain
-    floats, with the keys of [`GroupAccuracy`]; without attributes `accuracy` alone.
+    A call takes a `transformers.EvalPrediction`: `predictions` are logits, float (N, C), or a tuple with the logits
+    first; `label_ids` are labels, int (N,), or (labels, attributes). Rows with the label -100 are ignored. The call
+    returns floats: the keys of [`Accuracy`] and, with attributes, of [`GroupAccuracy`].
 
     Raises:
-        ValueError: `train_dataset` is no `datasets.Dataset` with a column `label`. On a call: no rows, different
-            lengths, a label or attribute out of range; NaN logits (`DivergedError`).
+        ValueError: `train_dataset` is no `datasets.Dataset` with a column `label`. On a call: there are no rows, the
+            lengths differ, a label or an attribute is out of range, or logits are NaN (`DivergedError`).
     """
 
     def __init__(self, train_dataset: datasets.Dataset | None = None):
         self.settings: dict[str, Any] = {}
-        if train_dataset is None:
-            return
-        counts = training_group_counts(train_dataset)
-        self.settings = {f"{column}_names": _names(train_dataset, column) for column in ("label", "attribute")}
-        self.settings["train_group_counts"] = counts
-        self.settings["num_attributes"] = None if counts is None else counts.shape[1]
+        if train_dataset is not None:
+            counts = training_group_counts(train_dataset)
+            self.settings = {f"{column}_names": _names(train_dataset, column) for column in ("label", "attribute")}
+            self.settings["train_group_counts"] = counts
+            self.settings["num_attributes"] = None if counts is None else counts.shape[1]
+
+    def combined(self, evaluated: datasets.Dataset | None = None) -> evaluate.CombinedEvaluations:
+        """Returns the metrics as one of `evaluate`.
+
+        Args:
+            evaluated: the set that is evaluated, if the caller passes no attributes, as `evaluate.evaluator`.
+        """
+        return evaluate.combine([Accuracy(), GroupAccuracy(**self.settings, evaluated=evaluated)])
 
     def __call__(self, prediction: Any) -> dict[str, float]:
         logits = prediction.predictions
@@ -303,25 +342,27 @@ class GroupMetrics:
                 f"the logits of {num_nan} of {len(logits)} rows are NaN: the model has diverged, or its inputs are "
                 "NaN. Lower the learning rate, or look for NaN in the images."
             )
-        predictions = logits.argmax(1)
+        rows = {"predictions": logits.argmax(1), "references": labels}
         if not with_attributes:
-            return {"accuracy": float(np.mean(predictions == labels))}
-        return group_metrics(predictions, labels, columns["attributes"][kept], **self.settings)
+            return Accuracy().compute(**rows)
+        return self.combined().compute(**rows, attributes=columns["attributes"][kept])
 
 
 class GroupErrors:
-    """`compute_metrics` for a regression on one number: mean absolute error by group (our reading of a group there).
+    """Computes the mean absolute error by group of a regression on one number: a `compute_metrics` for `Trainer`.
 
-    A group is a half of the labels (below or above the training median) together with a value of the attribute.
+    A group is a half of the labels (below or above the training median) together with a value of the attribute (our
+    reading of a group in a regression).
 
     Args:
         train_dataset: a `datasets.Dataset` with a column `label` of numbers, and `attribute` for its names.
 
-    Call it with a `transformers.EvalPrediction`: `predictions` float (N, 1) or (N,), `label_ids` (labels, attributes)
-    or labels. Returns `mae`, and with attributes `worst_group_mae`, `group_mae/<half>/<attribute>` and `group_n/...`.
+    A call takes a `transformers.EvalPrediction`: `predictions` are floats (N, 1) or (N,), `label_ids` are labels or
+    (labels, attributes). It returns `mae`, and with attributes `worst_group_mae`, `group_mae/<half>/<attribute>` and
+    `group_n/<half>/<attribute>`.
 
     Raises:
-        ValueError: on a call, for different lengths or NaN predictions (`DivergedError`).
+        ValueError: on a call, if the lengths differ or predictions are NaN (`DivergedError`).
     """
 
     def __init__(self, train_dataset: datasets.Dataset):
@@ -358,17 +399,17 @@ class GroupErrors:
 
 
 def training_group_counts(dataset: datasets.Dataset, *, by_attribute: bool = True) -> np.ndarray | None:
-    """Rows per group of a training set with columns `label` (-100 is ignored) and `attribute`.
+    """Counts the rows of each group of a training set.
 
     Args:
-        dataset: the training set.
-        by_attribute: `False` counts as if all rows had the attribute 0; the column may be missing then.
+        dataset: the training set, with the columns `label` (-100 is ignored) and `attribute`.
+        by_attribute: `False` counts as if all rows had the attribute 0. The column may be missing then.
 
     Returns:
         float64, shape (num_labels, num_attributes); `None` without a column `attribute`.
 
     Raises:
-        ValueError: the set is no `datasets.Dataset` with a column `label`, has no labelled row, or a value is out of
+        ValueError: the set is no `datasets.Dataset` with a column `label`, it has no labelled row, or a value is out of
             the range of its ClassLabel.
     """
     if not isinstance(dataset, datasets.Dataset) or "label" not in dataset.column_names:
@@ -413,6 +454,11 @@ def _check_lengths(columns: Mapping[str, np.ndarray]) -> None:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError("the lengths differ: " + ", ".join(f"{n} {name}" for name, n in lengths.items()) + ".")
+
+
+def _check_rows(predictions: Any) -> None:
+    if len(predictions) == 0:
+        raise ValueError("there are no rows to measure: predictions and references are empty.")
 
 
 def _check_range(name: str, values: np.ndarray, count: int | None) -> None:

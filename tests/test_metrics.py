@@ -5,10 +5,22 @@ import datasets
 import evaluate
 import numpy as np
 import pytest
+import small
 import torch
-from transformers import EvalPrediction
+from PIL import Image
+from transformers import EvalPrediction, ViTImageProcessor
 
-from ipg_hf.metrics import FlipRate, GroupAccuracy, GroupMetrics, group_accuracy, group_counts
+from ipg_hf.metrics import (
+    METRICS,
+    WORST_GROUP,
+    Accuracy,
+    FlipRate,
+    GroupAccuracy,
+    GroupErrors,
+    GroupMetrics,
+    group_accuracy,
+    group_counts,
+)
 
 # groups (0,0): 3 of 4 right; (0,1): 1 of 2; (1,0): none; (1,1): 1 of 1
 REFERENCES = [0, 0, 0, 0, 0, 0, 1]
@@ -41,11 +53,7 @@ def test_counts_by_hand():
 def test_summary_by_hand():
     correct, counts = np.array([[3.0, 1.0], [0.0, 1.0]]), np.array([[4.0, 2.0], [0.0, 1.0]])
     summary = group_accuracy(correct, counts, np.array([[10.0, 30.0], [50.0, 60.0]]))
-    assert summary == {
-        "accuracy": pytest.approx(5 / 7),
-        "worst_group_accuracy": 0.5,
-        "adjusted_accuracy": pytest.approx(ADJUSTED),
-    }
+    assert summary == {"worst_group_accuracy": 0.5, "adjusted_accuracy": pytest.approx(ADJUSTED)}
     # the empty group (1, 0) is not a worst group of accuracy 0, and no weight of its own moves the mean
     assert group_accuracy(correct, counts, np.array([[10, 30], [0, 60]])) == summary
     assert "adjusted_accuracy" not in group_accuracy(correct, counts)
@@ -57,18 +65,15 @@ def test_adjusted_equals_plain_where_the_shares_agree():
     labels, attributes, predictions = rng.integers(0, 3, (3, 200))
     counts = group_counts(labels, attributes, 3, 3)
     correct = group_counts(labels, attributes, 3, 3, weights=predictions == labels)
-    same = group_accuracy(correct, counts, 7 * counts)
-    assert same["adjusted_accuracy"] == pytest.approx(same["accuracy"], abs=1e-12)
-    assert group_accuracy(correct, counts, counts[::-1])["adjusted_accuracy"] != pytest.approx(
-        same["accuracy"], abs=1e-4
-    )
+    plain = (labels == predictions).mean()
+    assert group_accuracy(correct, counts, 7 * counts)["adjusted_accuracy"] == pytest.approx(plain, abs=1e-12)
+    assert group_accuracy(correct, counts, counts[::-1])["adjusted_accuracy"] != pytest.approx(plain, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_group_accuracy_metric(kind):
     metric = GroupAccuracy(train_group_counts=TRAIN_COUNTS, num_attributes=2)
     expected = {
-        "accuracy": pytest.approx(5 / 7),
         "worst_group_accuracy": 0.5,
         "adjusted_accuracy": pytest.approx(ADJUSTED),
         "group_accuracy/0/0": 0.75,
@@ -102,11 +107,82 @@ def test_batches_add_up_to_one_call():
     assert metric.compute() == GroupAccuracy().compute(**ROWS)
 
 
-def test_combine():
-    combined = evaluate.combine([GroupAccuracy(), FlipRate()])
-    result = combined.compute(**ROWS)
-    assert result["worst_group_accuracy"] == 0.5
+def test_metrics_are_combined():
+    assert Accuracy().compute(predictions=PREDICTIONS, references=REFERENCES) == {"accuracy": pytest.approx(5 / 7)}
+    result = evaluate.combine([Accuracy(), GroupAccuracy(), FlipRate()]).compute(**ROWS)
+    assert result["accuracy"] == pytest.approx(5 / 7) and result["worst_group_accuracy"] == 0.5
     assert result["flip_rate"] == pytest.approx(2 / 7)
+    with pytest.raises(ValueError, match="no rows"):
+        Accuracy().compute(predictions=[], references=[])
+
+
+class Corner(small.ViTForImageClassification):
+    """A model whose prediction stands in the image: label 1 if the first pixel is bright."""
+
+    def forward(self, pixel_values, **kwargs):
+        bright = pixel_values[:, 0, 0, 0]
+        return small.ImageClassifierOutput(logits=torch.stack([-bright, bright], 1))
+
+
+def corner_images():
+    shades = [np.full((16, 16, 3), 255 * prediction, np.uint8) for prediction in PREDICTIONS]
+    rows = {"image": [Image.fromarray(shade) for shade in shades], "label": REFERENCES, "attribute": ATTRIBUTES}
+    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+@pytest.fixture
+def evaluator():
+    """`evaluate.evaluator` on a model in memory, nothing fetched."""
+    model = Corner(small.vit().config)
+
+    def run(metric, data, **settings):
+        return evaluate.evaluator("image-classification").compute(
+            model,
+            data,
+            metric=metric,
+            feature_extractor=ViTImageProcessor(size={"height": 16, "width": 16}),
+            label_mapping=model.config.label2id,
+            device=-1,
+            **settings,
+        )
+
+    return run
+
+
+def test_the_evaluator_of_evaluate_gives_the_metrics_of_a_training(evaluator):
+    """By hand: 3 of 4, 1 of 2 and 1 of 1 are right, by training sizes 10, 30 and 60."""
+    labels, attributes = np.divmod(np.repeat([0, 1, 2, 3], TRAIN_COUNTS), 2)
+    metrics = GroupMetrics(train_set(labels, attributes, attribute=["left", "right"]))
+    data = corner_images()
+    result = evaluator(metrics.combined(data), data)
+    assert result.pop("total_time_in_seconds") > 0
+    result = {name: value for name, value in result.items() if name not in ("samples_per_second", "latency_in_seconds")}
+    assert result == metrics(EvalPrediction(logits_for(PREDICTIONS), (np.array(REFERENCES), np.array(ATTRIBUTES))))
+    assert result["group_accuracy/0/right"] == 0.5 and result["adjusted_accuracy"] == pytest.approx(ADJUSTED)
+
+
+def test_rows_that_are_not_those_of_the_evaluated_set_are_refused(evaluator):
+    data = corner_images()
+    with pytest.raises(ValueError, match="the references are not the labels of the evaluated set"):
+        evaluator(GroupMetrics().combined(data), data.select(range(7)[::-1]))
+    # a bootstrap draws rows whose attributes are not known any more
+    with pytest.raises(ValueError, match="use strategy='simple'"):
+        evaluator(GroupMetrics().combined(data), data, strategy="bootstrap", n_resamples=5)
+
+
+def test_the_table_of_metrics_names_what_is_measured():
+    prediction = EvalPrediction(logits_for(PREDICTIONS), (np.array(REFERENCES), np.array(ATTRIBUTES)))
+    found = GroupMetrics(train_set([0, 1], [0, 1]))(prediction) | FlipRate().compute(predictions=[1], references=[0])
+    regression = datasets.Dataset.from_dict({"label": [0.0, 1.0]})
+    found |= GroupErrors(regression)(EvalPrediction(np.zeros((2, 1)), (np.array([0.0, 1.0]), np.array([0, 1]))))
+    of_sets = {name for name in found if not name.startswith("group_")}
+    assert of_sets | {"difference"} == set(METRICS) and set(WORST_GROUP) < set(METRICS)
+    assert [name for name, metric in METRICS.items() if metric.direction == "higher"] == [
+        "accuracy",
+        "worst_group_accuracy",
+        "adjusted_accuracy",
+    ]
+    assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +243,8 @@ def test_group_metrics_with_attributes(as_tuple):
     logits = logits_for(PREDICTIONS)
     labels = (np.array(REFERENCES), np.array(ATTRIBUTES))
     prediction = EvalPrediction(predictions=(logits, np.zeros((7, 3))) if as_tuple else logits, label_ids=labels)
-    assert GroupMetrics()(prediction) == GroupAccuracy().compute(**ROWS)
+    expected = {"accuracy": pytest.approx(5 / 7), **GroupAccuracy().compute(**ROWS)}
+    assert GroupMetrics()(prediction) == expected
 
 
 def test_group_metrics_of_a_training_set():
@@ -200,7 +277,8 @@ def test_group_metrics_does_not_decode_images():
 def test_ignored_rows():
     logits = np.concatenate([logits_for(PREDICTIONS), np.full((2, 2), np.nan, np.float32)])
     labels = (np.array([*REFERENCES, -100, -100]), np.array([*ATTRIBUTES, -100, 9]))
-    assert GroupMetrics()(EvalPrediction(logits, labels)) == GroupAccuracy().compute(**ROWS)
+    expected = {"accuracy": pytest.approx(5 / 7), **GroupAccuracy().compute(**ROWS)}
+    assert GroupMetrics()(EvalPrediction(logits, labels)) == expected
     assert GroupMetrics()(EvalPrediction(logits, labels[0])) == {"accuracy": pytest.approx(5 / 7)}
 
 
