@@ -475,6 +475,7 @@ def test_a_model_against_itself():
     result, _ = audit({"a": ("x", model, PROCESSOR), "b": ("x", model, PROCESSOR)}, data)
     zero = {"difference": 0.0, "low": 0.0, "high": 0.0}
     assert result["difference"] == dict.fromkeys(["accuracy", "worst_group_accuracy", "flip_rate"], zero)
+    assert "difference of worst-group accuracy: 0.000 [0.000, 0.000]" in audit_table(result)
 
 
 def test_an_existing_report_stays(reported, capsys):

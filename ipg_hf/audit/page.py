@@ -85,7 +85,9 @@ def audit_table(result: Mapping[str, Any]) -> str:
             cells = "".join(f"{_spread(probe['score'], probe):>{cell}}" for probe in probes)
             lines.append(f"{f'{target} in z':<{wide}}{probes[0]['scored_on']:>7}{cells}")
     for key, part in (result["difference"] or {}).items():
-        lines.append(f"difference of {key.replace('_', ' ').replace('/', ', ')}: {_spread(part['difference'], part)}")
+        metric, _, pair_set = key.partition("/")
+        name = f"{METRICS[metric].title}{f', {pair_set}' if pair_set else ''}"
+        lines.append(f"difference of {name}: {_spread(part['difference'], part)}")
     return "\n".join(lines)
 
 
