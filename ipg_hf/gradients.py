@@ -79,7 +79,7 @@ def parameters_matching(model: nn.Module, patterns: Sequence[str] | None) -> set
         if not found:
             raise ValueError(
                 f"corrective_layers: {pattern!r} matches the name, or the start of the name, of no parameter of "
-                f"{type(model).__name__}.{nearest(pattern, named)}"
+                f"{type(model).__name__}.{nearest(pattern, _starts(named))}"
             )
         if not any(named[name].requires_grad for name in found):
             raise ValueError(
@@ -88,6 +88,12 @@ def parameters_matching(model: nn.Module, patterns: Sequence[str] | None) -> set
             )
         chosen.update(found)
     return chosen
+
+
+def _starts(names: Collection[str]) -> set[str]:
+    """The names themselves, and each of their starts up to a dot."""
+    parts = [name.split(".") for name in names]
+    return {".".join(words[:count]) for words in parts for count in range(1, len(words) + 1)}
 
 
 @contextmanager
