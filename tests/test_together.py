@@ -5,7 +5,6 @@ import multiprocessing
 
 import pytest
 import small
-import torch
 from small import bit_equal, config, logged, trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -179,58 +178,3 @@ def test_workers_that_stay_change_nothing_and_end_with_the_run(tmp_path):
     assert bit_equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
     del run
     assert len(multiprocessing.active_children()) <= 2  # those of Trainer's own loader end with it
-
-
-class InTwoModes(torch.optim.SGD):
-    """Steps in training mode alone, as schedule-free optimizers do."""
-
-    is_training = False
-
-    def train(self):
-        self.is_training = True
-
-    def eval(self):
-        self.is_training = False
-
-    def step(self, closure=None):
-        assert self.is_training, "Optimizer was not in train mode when step is called"
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("source", ["pairs", "batch"])
-def test_an_optimizer_of_two_modes(tmp_path, source):
-    results = []
-    for kind in (torch.optim.SGD, InTwoModes):
-        model, rows = small.vit(), small.rows(24)
-        settings = {"pair_source": source, "eval_strategy": "steps", "eval_steps": 1}
-        if source == "batch":
-            rows = [row | {"pixel_values_b": -row["pixel_values"]} for row in rows]
-        run = IPGTrainer(
-            model,
-            config(tmp_path, **settings),
-            train_dataset=rows,
-            eval_dataset=small.rows(4),
-            pair_dataset=small.pairs(8) if source == "pairs" else None,
-            optimizers=(kind(model.parameters(), lr=0.05), None),
-        )
-        run.train()
-        results.append(weights(model))
-    assert bit_equal(*results) and not bit_equal(results[0], weights(small.vit()))
-
-
-def test_a_trainer_trains_again(tmp_path):
-    """A second run begins anew in the pairs, and one that resumes goes on."""
-    pair_set = small.Recorded(small.pairs(50))
-    run = trainer(tmp_path, pair_dataset=pair_set, save_strategy="steps", save_steps=2, max_steps=4, check_pairs=False)
-    pair_set.drawn.clear()
-    run.train()
-    first = list(pair_set.drawn)
-    pair_set.drawn.clear()
-    run.evaluate(small.rows(4))
-    run.train()
-    assert pair_set.drawn == first
-    last = weights(run.model)
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert bit_equal(weights(run.model), last)
-    assert pair_set.drawn[-8:] == first[-8:]
-    assert torch.isfinite(run.model.classifier.weight).all()
