@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is looked at before training: a fault in the data costs a second here and a run later."""
+"""Checks of the data before training: a fault is found in seconds instead of after a run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from .transforms import ImageRows
 logger = logging.get_logger(__name__)
 
 CHUNK = 256
+LABEL_COLUMNS = ("labels", "label", "label_ids")
 ONLY_SET = "pairs"  # the name of a pair set that is given alone
 
 
 def named_sets(dataset: Any) -> dict[str, Any]:
-    """Data sets by name. A set that is given alone, not in a dict, has the name `"pairs"`."""
+    """Returns data sets by name. A set that is given alone, not in a dict, has the name `"pairs"`."""
     return dict(dataset) if isinstance(dataset, Mapping) else {ONLY_SET: dataset}
 
 
 def title_of(argument: str, name: str) -> str:
-    """The name of a data set in messages: `pair_dataset`, or `pair_dataset['color']` for one of several."""
+    """Returns the name of a data set in messages: `pair_dataset`, or `pair_dataset['color']` for one of several."""
     return argument if name == ONLY_SET else f"{argument}[{name!r}]"
 
 
@@ -46,18 +47,18 @@ def check_pair_set(
 
     Args:
         dataset: the pair set as the trainer draws from it.
-        name: its name, for messages.
-        collator: the collator that will make its batches.
-        every_row: look at each row of a map-style set, not only at its first; and log what the fast form of
+        name: name of the pair set, for messages.
+        collator: the collator that will make the batches.
+        every_row: check each row of a map-style set, not only the first, and log what the fast form of
             [`~linter.check_pairs`] finds.
-        per_step: pairs that a training step takes; a smaller set gets a warning.
+        per_step: number of pairs that a training step takes. A smaller set gets a warning.
 
     Raises:
-        ValueError: the set is empty, lacks a column, or a row has sides of different shape, mode or dtype, different
-            labels, or NaN or infinite values; the row is named.
+        ValueError: the set is empty or lacks a column; or the sides of a row differ in shape, mode, dtype or label, or
+            hold NaN or infinite values. The message names the row.
     """
     if is_stream(dataset):
-        return  # its rows are checked as they are drawn
+        return  # the rows of a stream are checked when they are drawn
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: give it at least one pair.")
     if len(dataset) < per_step:
@@ -83,10 +84,12 @@ def check_pair_set(
 def check_pair_stream(dataset: Any, name: str, *, every_row: bool = True) -> None:
     """Logs what the fast form of [`~linter.check_pairs`] finds in the first 256 pairs of a stream of raw images.
 
+    Each row of a stream is also checked when it is drawn.
+
     Args:
-        dataset: a `datasets.IterableDataset` whose features name `image_a` and `image_b` as images; of any other
-            nothing is read. Its rows are checked one by one as they are drawn, too.
-        name: its name, for messages.
+        dataset: a `datasets.IterableDataset` whose features name `image_a` and `image_b` as images. Nothing is read
+            from any other set.
+        name: name of the pair set, for messages.
         every_row: `False` reads nothing.
     """
     features = getattr(dataset, "features", None) or {}
@@ -107,7 +110,7 @@ def _log_findings(dataset: Any, name: str, every_row: bool) -> None:
 
 
 def check_pair_labels(dataset: Any, name: str) -> None:
-    """Raises ValueError where `label_a` and `label_b` of a `datasets.Dataset` differ, naming the first such row."""
+    """Raises a ValueError if `label_a` and `label_b` of a `datasets.Dataset` differ. It names the first such row."""
     if not isinstance(dataset, datasets.Dataset) or not {"label_a", "label_b"} <= set(dataset.column_names):
         return
     columns = dataset.with_format("numpy").select_columns(["label_a", "label_b"])
@@ -121,10 +124,10 @@ def check_pair_labels(dataset: Any, name: str) -> None:
 
 
 def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
-    """Raises ValueError where an integer label of a `datasets.Dataset` is not in 0..num_labels-1 (-100 is ignored)."""
+    """Raises a ValueError if an integer label of a `datasets.Dataset` is not in 0..num_labels-1 (-100 is ignored)."""
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or num_labels in (None, 1):
-        return  # a transform of the user's own may make other labels of the stored ones; one output is a regression
-    for column in {"label", "labels", "label_ids"} & set(dataset.column_names):
+        return  # a transform of the user may change the stored labels; one output is a regression
+    for column in {*LABEL_COLUMNS} & set(dataset.column_names):
         feature = dataset.features[column]
         if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
             continue
@@ -137,6 +140,21 @@ def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
             )
 
 
+def first_label(dataset: Any) -> Tensor | None:
+    """The label in the first row of a map-style set; None for a stream, or where the row has no label."""
+    if dataset is None or is_stream(dataset) or not len(dataset):
+        return None
+    dataset = dataset.dataset if isinstance(dataset, ImageRows) else dataset
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        named = [name for name in LABEL_COLUMNS if name in dataset.column_names]
+        dataset = dataset.with_format(None).select_columns(named)  # no image is decoded
+    with seeded(0):  # a random transform of the user's own draws from the global generators
+        row = dataset[0]
+    found = [row[name] for name in LABEL_COLUMNS if name in row] if isinstance(row, Mapping) else []
+    is_number = bool(found) and not isinstance(found[0], str) and found[0] is not None
+    return torch.as_tensor(found[0]) if is_number else None
+
+
 def _rows(dataset: Any, numbers: Sequence[int]) -> Iterable[Mapping[str, Any]]:
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(list(numbers))
@@ -144,9 +162,9 @@ def _rows(dataset: Any, numbers: Sequence[int]) -> Iterable[Mapping[str, Any]]:
 
 
 def _are_clean(dataset: datasets.Dataset, numbers: range, sides: Mapping[str, Tensor]) -> bool:
-    """Whether rows of stored numbers are without fault; where they may not be, a look at each row says what it is.
+    """Whether rows of stored numbers have no fault. If not, the caller looks at each row to say what is wrong.
 
-    Rows of nested lists take milliseconds each to become tensors, their Arrow memory microseconds to look through.
+    A row of nested lists takes milliseconds to become a tensor; its Arrow memory takes microseconds to look through.
     """
     columns = [f"{name}_{side}" for name in sides for side in "ab"]
     if dataset.format["type"] == "custom" or not {*columns} <= {*dataset.column_names}:
@@ -160,7 +178,7 @@ def _are_clean(dataset: datasets.Dataset, numbers: range, sides: Mapping[str, Te
 
 
 def _shape_if_finite(array: pa.Array) -> list | None:
-    """Lengths of the nested lists and the type in them; None where lengths or nulls differ or a value is not finite."""
+    """Lengths of the nested lists and type of their values; None if lengths differ or a value is not finite."""
     shape: list[Any] = []
     array = array.storage if isinstance(array, pa.ExtensionArray) else array
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):

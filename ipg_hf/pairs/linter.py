@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pair linter: what in a set of pairs would teach the wrong thing, in which rows, and what to do about it."""
+"""Checks a pair set for faults that would teach a model the wrong thing: what, in which rows, and how to mend it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from ..guidance import ProblemType
 from .scores import LABELS, SIDES, raw_images, score_pairs
 from .transforms import ImageRows
 
-MISSING = ["None", "nan", "-100", "-1"]  # the last of a ClassLabel alone
+MISSING = ["None", "nan", "-100", "-1"]  # the last only in a ClassLabel
 DEEP = ["I", "F", "I;16", "I;16B", "I;16L", "I;16N"]  # modes of more than 8 bits a channel
-SIDE, ENOUGH = 16, 512  # pixels of a thumbnail; a JPEG of 1,024 or more is decoded at a half, a quarter or an eighth
+SIDE = 16  # pixels of a thumbnail
+ENOUGH = 512  # pixels: a JPEG of at least twice this size is decoded at a half, a quarter or an eighth
 CHUNK = 1024  # rows that are compared with all others at a time
-FAST_PAIRS, FEW, ENOUGH_PAIRS, SURE_PAIRS = 256, 10, 20, 100  # the last two: to shuffle; to call a direction absent
-CHANGED, TINY = 16, 0.001  # a pixel has changed where a channel differs by more than this; share of such pixels
-NEAR = 0.1  # RMS difference over contrast; measured: photographs saved again 0.02 to 0.07, other ones from 0.24
-CLEAR, Z_LIMIT = 5.0, 3.0  # standard deviations (robust ones) between what is told apart by row, and between two sets
+FAST_PAIRS = 256  # pairs that the fast form looks at
+FEW = 10  # fewer pairs than this get a warning
+ENOUGH_PAIRS = 20  # pairs that are needed to compare with shuffled partners
+SURE_PAIRS = 100  # pairs that are needed to say that the sides have no common direction
+CHANGED = 16  # a pixel has changed if a channel differs by more than this
+TINY = 0.001  # share of changed pixels
+NEAR = 0.1  # RMS difference over contrast; measured: photographs saved again 0.02 to 0.07, different ones from 0.24
+CLEAR = 5.0  # robust standard deviations between most rows and a row that differs
+Z_LIMIT = 3.0  # standard errors between two sets that differ
 SHARE_GAP = 0.2  # total variation of label shares
 
 # code -> severity, fix; in the report's order
@@ -64,12 +70,12 @@ CODES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found in a pair set: an error is wrong to train on, a warning doubtful, an info to know."""
+    """A finding about a pair set. An error makes a training wrong, a warning is doubtful, an info is good to know."""
 
     code: str  # a key of `CODES`
     severity: Literal["error", "warning", "info"]
-    message: str  # what is wrong, with numbers
-    rows: tuple[int, ...]  # all rows concerned, ascending (`model-scores`: worst first); () where it is the whole set
+    message: str  # what was found, with numbers
+    rows: tuple[int, ...]  # all rows concerned, ascending (`model-scores`: worst first); () for the whole set
     fix: str
 
 
@@ -84,25 +90,27 @@ def check_pairs(
     seed: int = 0,
     problem_type: ProblemType | None = None,
 ) -> list[Finding]:
-    """Looks a pair set through for what would teach a model the wrong thing.
+    """Checks a pair set for faults that would teach a model the wrong thing.
 
     Args:
-        pairs: raw images `image_a`, `image_b`; where it has them also `label` (or `label_a`, `label_b`), `attribute_a`,
-            `attribute_b`. Of an `ImageRows` its raw set, without random draws.
+        pairs: a pair set with the raw images `image_a` and `image_b`. The columns `label` (or `label_a` and `label_b`),
+            `attribute_a` and `attribute_b` are checked if they exist. The raw images of an `ImageRows` are checked,
+            without random draws.
         evaluation: name -> set of images (`image`, or `image_a` and `image_b`) that must not be in the pairs.
-        held_out: pairs that are not trained on, likewise; with a model they are measured beside the pairs.
+        held_out: a pair set with raw images that is not trained on. Its images must not be in the pairs. With a model,
+            its scores are compared with those of the pairs.
         model: an image classifier, for the flips and the divergence of each pair.
-        processor: its image processor; by default that of the `ImageRows`.
-        fast: looks at the images of at most 256 pairs, drawn by the seed, and at those of other sets for scores alone;
-            a set of model inputs in place of images will do, and its labels and attributes alone are looked at.
-        seed: non-negative; seed of all draws.
-        problem_type: of the model; by default what its config says.
+        processor: image processor of the model; by default that of the `ImageRows`.
+        fast: look at the images of at most 256 pairs, drawn by the seed, and at other sets only for their scores. Of a
+            set that holds model inputs instead of images, only labels and attributes are checked.
+        seed: seed of all draws, not negative.
+        problem_type: problem type of the model; by default that of its config.
 
     Returns:
         Errors, then warnings, then infos, each in the order of `CODES`.
 
     Raises:
-        ValueError: a set lacks its image columns, or there is a model and no processor.
+        ValueError: a set lacks its image columns, or there is a model but no processor.
     """
     processor = processor or (pairs.processor if isinstance(pairs, ImageRows) else None)
     if model is not None and processor is None:
@@ -135,7 +143,16 @@ def check_pairs(
 
 
 def format_findings(findings: Sequence[Finding], name: str, max_rows: int = 10) -> str:
-    """Findings as text: a line of counts, then for each its severity, code, message, first rows and fix."""
+    """Formats findings as text.
+
+    Args:
+        findings: the findings.
+        name: name of the pair set, for the first line.
+        max_rows: number of rows that are listed for a finding.
+
+    Returns:
+        A line of counts, then severity, code, message, first rows and fix of each finding.
+    """
     counts = Counter(finding.severity for finding in findings)
     texts = [f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items()]
     lines = [f"{name}: {', '.join(texts) or 'no findings'}"]
@@ -151,7 +168,7 @@ def _sorted(found: list[Finding]) -> list[Finding]:
 
 
 def _found(code: str, what: str, rows: Any = (), mask: Any = None, severity: Any = None) -> list[Finding]:
-    """A finding; with a mask one that names the rows where it is true, and none where it nowhere is."""
+    """A finding, in a list. With a mask the finding names the rows in the mask, and the list is empty without any."""
     if mask is not None:
         what, rows = f"{np.count_nonzero(mask)} of {len(rows)} pairs {what}", rows[mask]
         if not len(rows):
@@ -160,7 +177,7 @@ def _found(code: str, what: str, rows: Any = (), mask: Any = None, severity: Any
 
 
 def _look_at(raw: datasets.Dataset, rows: np.ndarray) -> np.ndarray:
-    """Records of shape (n,): what is kept of n rows of S images (one, or both sides of a pair)."""
+    """What is kept of n rows of S images (one image, or both sides of a pair): records of shape (n,)."""
     raw = raw.select_columns([name for name in raw.column_names if name not in LABELS])
     sides = len(raw.column_names)
     for column in raw.column_names:
@@ -207,7 +224,7 @@ def _decoded(value: Any, enough: int | None = None) -> dict[str, Any]:
 
 
 def _near(left: np.ndarray, right: np.ndarray | None = None) -> np.ndarray:
-    """Which of n thumbnails (n, S, ...) are nearly one of the others on every side; without others, an earlier one."""
+    """Which of n thumbnails (n, S, ...) nearly equal one of `right` on every side, or else an earlier one of `left`."""
     others = left if right is None else right
     flat, to = (thumbs.reshape(len(thumbs), np.prod(thumbs.shape[1:])) - np.float32(128) for thumbs in (left, others))
     found = np.zeros(len(left), bool)
@@ -224,7 +241,7 @@ def _near(left: np.ndarray, right: np.ndarray | None = None) -> np.ndarray:
 
 
 def _check_columns(raw: datasets.Dataset, others: Mapping[str, datasets.Dataset]) -> tuple[list[Finding], bool]:
-    """Labels and attributes of all rows, and whether the attributes say that some sides are swapped."""
+    """Findings about labels and attributes of all rows, and whether some sides are swapped by their attributes."""
     rows, swapped = np.arange(len(raw)), np.zeros(1, bool)
     found = _found("few-pairs", f"the set has {len(raw)} pairs") if len(raw) < FEW else []
     for kind in ("label", "attribute"):
@@ -271,7 +288,7 @@ def _check_images(looks: np.ndarray, processor: Any) -> list[Finding]:
 
 
 def _check_pixels(whole: np.ndarray) -> list[Finding]:
-    """What changes between the sides, and what comes again in other rows."""
+    """Findings about the change between the sides, and about pairs that are repeated."""
     rows, same = whole["row"], whole["digest"][:, 0] == whole["digest"][:, 1]
     found = _found("sides-identical", "have the same pixels on both sides", rows, same)
     tiny = ~same & (whole["changed"] < TINY)
@@ -287,7 +304,7 @@ def _check_pixels(whole: np.ndarray) -> list[Finding]:
 
 
 def _check_partners(whole: np.ndarray, seed: int) -> list[Finding]:
-    """Pairs whose sides are no more alike than those of shuffled partners, while most are."""
+    """Findings about sides that are no more alike than those of shuffled partners."""
     grey = whole["thumb"].mean(-1, dtype=np.float32).reshape(len(whole), 2, -1)
     grey -= grey.mean(0)  # what all rows share makes no two alike
     grey -= grey.mean(-1, keepdims=True)
@@ -308,7 +325,7 @@ def _check_partners(whole: np.ndarray, seed: int) -> list[Finding]:
 
 
 def _check_orientation(whole: np.ndarray, seed: int) -> list[Finding]:
-    """Whether the sides differ in one direction: of the pixels, or of contrast, colourfulness or sharpness."""
+    """Findings about the direction in which the sides differ: in pixels, contrast, colourfulness or sharpness."""
     small = whole["thumb"].reshape(-1, 2, SIDE // 2, 2, SIDE // 2, 2, 3).mean((3, 5), dtype=np.float32)
     traits = [small, small.std((2, 3)).mean(-1), np.ptp(small, -1).mean((2, 3)), whole["sharpness"]]
     gaps = [(trait[:, 0] - trait[:, 1]).reshape(len(whole), -1) for trait in traits]
@@ -343,7 +360,7 @@ def _check_leaks(whole: np.ndarray, name: str, other: np.ndarray) -> list[Findin
 
 
 def _check_scores(sets: Mapping[str, datasets.Dataset], rows: np.ndarray, *settings: Any) -> list[Finding]:
-    """What the model makes of the pairs, and whether it makes more of those held out."""
+    """Flips and divergence of the pairs, and whether those of the held-out pairs are larger."""
     try:
         scores = {name: score_pairs(dataset, *settings) for name, dataset in sets.items()}
     except (ValueError, OSError) as failure:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model makes of each pair of a set."""
+"""Scores of a model on each pair of a set."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ LABELS = ["label", "label_a", "label_b", "attribute_a", "attribute_b"]
 def score_pairs(
     pairs: Any, model: nn.Module, processor: Any = None, batch_size: int = 64, problem_type: ProblemType | None = None
 ) -> dict[str, np.ndarray]:
-    """What a model makes of each of P pairs, in inference mode; the global generators stay as they were.
+    """Computes divergence, flip and logits of each of P pairs, in inference mode.
+
+    The global random generators keep their states.
 
     Args:
-        pairs: a `datasets.Dataset` of raw images (`image_a`, `image_b`), or an `ImageRows` of them.
+        pairs: a `datasets.Dataset` of raw images (`image_a`, `image_b`), or an `ImageRows` of such a set.
         model: an image classifier.
-        processor: its image processor; by default that of the `ImageRows`.
-        batch_size: pairs a forward, positive.
-        problem_type: see `guidance.invariance_divergence`; by default what the model's config says.
+        processor: image processor of the model; by default that of the `ImageRows`.
+        batch_size: number of pairs in a forward, positive.
+        problem_type: a value of `guidance.ProblemType`; by default that of the model's config.
 
     Returns:
-        `divergence`, float64 (P,), ≥ 0, whose mean is `guidance.invariance_divergence`; `flipped`, bool (P,), whether
-        the classes differ (multi-label: any label; regression: never); `logits_a` and `logits_b`, float32 (P, C).
+        `divergence`, float64 (P,), ≥ 0: its mean is the `guidance.invariance_divergence` of all pairs. `flipped`, bool
+        (P,): whether the predicted classes differ (multi-label: any label; regression: never). `logits_a` and
+        `logits_b`, float32 (P, C).
 
     Raises:
-        ValueError: there are no pairs, no processor, or it makes no batch of the images.
+        ValueError: there are no pairs, there is no processor, or the processor makes no batch of the images.
     """
     raw, config = raw_images(pairs, "pairs", SIDES), getattr(model, "config", None)
     processor = processor or getattr(pairs, "processor", None)
@@ -64,15 +67,15 @@ def score_pairs(
 
 
 def raw_images(dataset: Any, name: str, wanted: list[str]) -> datasets.Dataset:
-    """The image columns (and labels and attributes) of a set of raw images, or of the set that an `ImageRows` wraps.
+    """Returns the image columns of a data set, with its labels and attributes.
 
     Args:
-        dataset: a `datasets.Dataset` or an `ImageRows`.
-        name: its name, for messages.
-        wanted: image columns that it should have; those of a pair will do too.
+        dataset: a `datasets.Dataset` of raw images, or an `ImageRows` of such a set.
+        name: name of the data set, for messages.
+        wanted: image columns that the data set should have. The columns of a pair are accepted too.
 
     Raises:
-        ValueError: it has not these columns, or they are no images.
+        ValueError: the data set lacks these columns, or they hold no images.
     """
     raw = dataset.dataset if isinstance(dataset, ImageRows) else dataset
     kinds = raw.features if isinstance(raw, datasets.Dataset) else {}
