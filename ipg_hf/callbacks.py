@@ -65,7 +65,8 @@ class PairProgress(TrainerCallback, ExportableState):
     is either whole or not one. The sums stay tensors on their device until they are logged or saved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer_name: str = "the trainer") -> None:
+        self.trainer_name = trainer_name
         self.positions: dict[str, int] = {}
         self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
@@ -75,6 +76,7 @@ class PairProgress(TrainerCallback, ExportableState):
         self.wait = 0  # optimizer steps until the next pair batch
         self.last: dict[str, Tensor] = {}  # metrics of the last pair batch, for the steps without one
         self.waited = self.stepped = 0.0  # seconds since the last log line: waiting for pairs, and in optimizer steps
+        self.is_called = False  # whether the trainer's step has run in this training
         self._began = 0.0
 
     @classmethod
@@ -108,6 +110,22 @@ class PairProgress(TrainerCallback, ExportableState):
         self.positions = {name or ONLY_SET: value for name, value in self.positions.items()}  # before 0.2
         self.waited = self.stepped = 0.0
         self.last = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.last.items()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_train_begin`."""
+        self.is_called = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_pre_optimizer_step`.
+
+        Raises:
+            ValueError: the trainer's own `training_step` has not run, so that the pairs would be ignored.
+        """
+        if not self.is_called:
+            raise ValueError(
+                f"{self.trainer_name} overrides training_step without calling super().training_step(), which reads the "
+                "pairs: call it, or leave pair_dataset out."
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         """As `TrainerCallback.on_step_begin`."""

@@ -108,7 +108,8 @@ def newest_checkpoint(folder: str | os.PathLike) -> str:
         faults.append(f"{path.name}: {fault}")
     damaged = f" All are damaged ({'; '.join(faults)})." if faults else ""
     raise ValueError(
-        f"No whole checkpoint in {os.fspath(folder)!r}: train without resume_from_checkpoint=True.{damaged}"
+        f"No valid checkpoint found in output directory ({os.fspath(folder)}): train without "
+        f"resume_from_checkpoint=True.{damaged}"
     )
 
 

@@ -136,6 +136,14 @@ class IPGConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Looks at the settings beside those of `TrainingArguments`; the trainer does so again before it trains.
+
+        Raises:
+            ValueError: names the setting, its value and what it must be.
+        """
         self._require("alpha", math.isfinite(self.alpha) and self.alpha > 0, "a finite number above 0")
         self._require("invariance_threshold", self.invariance_threshold >= 0, "0 or more, and not NaN")
         self._require("per_device_pair_batch_size", self.per_device_pair_batch_size >= 1, "1 or more")

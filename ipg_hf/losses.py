@@ -131,7 +131,10 @@ class GroupLoss:
 
     Attributes:
         shares: GroupDRO's q, a list of G numbers with the sum 1. A checkpoint keeps it.
+        was_used: whether the current optimizer step has computed it.
     """
+
+    was_used = False
 
     def __init__(self, objective: Objective, training_counts: Tensor, step_size: float, smoothing: float = 0.0):
         self.objective, self.step_size, self.smoothing = objective, step_size, smoothing

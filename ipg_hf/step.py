@@ -72,6 +72,7 @@ class GuidedStep:
         self.head, self.progress = trainer.head, trainer.progress
         self.loaders, self.problem_type, self.compiled = loaders, problem_type, compiled
         self.metrics: dict[str, Tensor] | None = None  # of the current optimizer step
+        self.ended: int | None = None  # the last optimizer step whose task gradient is complete
         module = self.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         self.corrected = parameters_matching(module, self.args.corrective_layers)
 
@@ -81,13 +82,18 @@ class GuidedStep:
         """Steps 1 and 2 of the method; the trainer calls it before each micro-batch, it acts before the first (R6)."""
         if self.metrics is not None:
             return
+        if self.ended == self.trainer.state.global_step:
+            raise ValueError(
+                f"{type(self.trainer).__name__}.training_step calls IPGTrainer.training_step twice in one optimizer "
+                "step, which would correct twice: add the losses in compute_loss instead."
+            )
         if callable(getattr(self.trainer.optimizer, "train", None)):
             self.trainer.optimizer.train()  # schedule-free: Trainer does so too late for the first of two updates
         self.metrics = self.correct(model) if self.progress.is_due() else dict(self.progress.last)
 
     def after_task(self, model: nn.Module) -> None:
         """Step 4 of the method: scales the accumulated task gradient, after the last micro-batch (R6)."""
-        metrics, self.metrics = self.metrics, None
+        metrics, self.metrics, self.ended = self.metrics, None, self.trainer.state.global_step
         if not metrics:
             skip_update(model, self.accelerator)
             return
@@ -141,7 +147,7 @@ class GuidedStep:
         with pair_gradients(module, self.accelerator), only_gradients_of(module, self.corrected):
             for name, loader in self.loaders.items():
                 batch = self.trainer._prepare_inputs(self.progress.draw(name, loader))
-                with self.trainer.compute_loss_context_manager():
+                with self.trainer.autocast_smart_context_manager():
                     value, divergence, logits = self.pair_backward(module, batch, weight)
                 values.append(weight * value)
                 divergences.append(divergence)

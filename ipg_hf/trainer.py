@@ -38,6 +38,7 @@ from .pairs.checks import (
     check_pair_labels,
     check_pair_set,
     check_pair_stream,
+    first_label,
     named_sets,
     title_of,
 )
@@ -106,12 +107,13 @@ class IPGTrainer(PublishingTrainer):
         data_collator: Callable | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        pair_dataset: Any = None,
         processing_class: Any = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list | None = None,
         optimizers: tuple = (None, None),
+        *,
+        pair_dataset: Any = None,
         head: str | Sequence[str] | None = None,
         **trainer_kwargs: Any,
     ):
@@ -137,8 +139,10 @@ class IPGTrainer(PublishingTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
         )
-        for callback in [RowEpochs(), *([SaveAtStepEnd(self)] if args.enable_jit_checkpoint else [])]:
-            self.add_callback(callback)
+        if args.random_flip or args.random_crop_scale < 1 or getattr(train_dataset, "is_random", False):
+            self.add_callback(RowEpochs())
+        if args.enable_jit_checkpoint:
+            self.add_callback(SaveAtStepEnd(self))
 
         # ---- Data
         num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
@@ -147,6 +151,8 @@ class IPGTrainer(PublishingTrainer):
             check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
+        # once, from the model and the data set: a batch may have soft labels (mixup)
+        self.problem_type = find_problem_type(self.model, first_label(train_dataset))
 
         # ---- Task loss
         self._computes_loss = self.compute_loss_func is None and not takes_labels(self.model)
@@ -195,9 +201,8 @@ class IPGTrainer(PublishingTrainer):
         """
         if self.compute_loss_func is not None and not self._computes_loss:
             raise ValueError(f"objective={objective!r} computes the loss: leave compute_loss_func out.")
-        problem = find_problem_type(self.model, None)
-        if problem != "single_label_classification":
-            raise ValueError(f"objective={objective!r} needs one class an image, but the model's problem is {problem}.")
+        if self.problem_type != "single_label_classification":
+            raise ValueError(f"objective={objective!r} needs one class an image, but this is {self.problem_type}.")
         stored = self.train_dataset.dataset if isinstance(self.train_dataset, ImageRows) else self.train_dataset
         if not isinstance(stored, datasets.Dataset) or column not in stored.column_names:
             found = stored.column_names if isinstance(stored, datasets.Dataset) else type(stored).__name__
@@ -224,11 +229,13 @@ class IPGTrainer(PublishingTrainer):
             warn_of_batch_statistics(self.model)
         parameters_matching(self.model, self.args.corrective_layers)
         self.head = self._find_needed_head()
-        self.progress = PairProgress()
+        self.progress = PairProgress(type(self).__name__)
         self.add_callback(self.progress)
         # Several models (ResNet among them) ignore `num_items_in_batch` but are taken to have divided by it
         # (transformers issue 47688): here compute_loss does the division for every model.
-        if self.compute_loss_func is None and self.label_smoother is None:
+        # A compute_loss of the user's own divides, or is divided, as in `Trainer`.
+        overridden = type(self).compute_loss is not IPGTrainer.compute_loss
+        if self.compute_loss_func is None and self.label_smoother is None and not overridden:
             self.model_accepts_loss_kwargs = True
 
     # ---- Data ----
@@ -308,6 +315,7 @@ class IPGTrainer(PublishingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`; `resume_from_checkpoint=True` goes on from the newest whole checkpoint."""
+        self.args.check()  # a search changes settings after construction
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         self._resumed_from = resume_from_checkpoint
@@ -321,8 +329,9 @@ class IPGTrainer(PublishingTrainer):
         """As `Trainer.training_step`, with the pairs before a step's first micro-batch and after its last."""
         if self.is_guided:
             if self._guided_state is not self.state:
-                self._begin_guidance(model, inputs)
+                self._begin_guidance(model)
             self._guided_step.before_task(model)
+            self.progress.is_called = True
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self.is_guided:
@@ -330,8 +339,16 @@ class IPGTrainer(PublishingTrainer):
             if self._running_norm is not None:
                 self._running_norm.end_step(self.accelerator)
             if self.task_loss is not None:
-                self.task_loss.end_step(self.accelerator)
+                self._end_of_task_loss()
         return loss
+
+    def _end_of_task_loss(self) -> None:
+        if not self.task_loss.was_used:
+            raise ValueError(
+                f"objective={self.args.objective!r} is computed in IPGTrainer.compute_loss, and {type(self).__name__} "
+                "overrides compute_loss without calling it: leave objective at 'erm', or call super().compute_loss()."
+            )
+        self.task_loss.end_step(self.accelerator)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """As `Trainer.get_batch_samples`; an objective over groups then counts the rows of each group."""
@@ -341,14 +358,15 @@ class IPGTrainer(PublishingTrainer):
                 kept = restored(GroupShares, self.callback_handler.callbacks, self.state)[0]
                 self.task_loss.begin_training(kept.shares)
                 kept.loss, self._loss_state = self.task_loss, self.state
+            self.task_loss.was_used = False
             self.task_loss.begin_step(batches, self.accelerator)
         return batches, count
 
-    def _begin_guidance(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def _begin_guidance(self, model: nn.Module) -> None:
         """Called at the first step of each training run, after the state of a checkpoint has been loaded."""
         self._at_end.close()  # an attempt that auto_find_batch_size gave up
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
-        problem_type = find_problem_type(self.model, inputs.get("labels"))
+        problem_type = self.problem_type
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         self._pair_loaders |= {name: self._pair_loader(name, module, problem_type) for name in self.pair_datasets}
         self._at_end.callback(self._pair_loaders.clear)
@@ -361,22 +379,25 @@ class IPGTrainer(PublishingTrainer):
         self._guided_step = self.step_class(self, self._pair_loaders, problem_type, compiled)
         self._guided_state = self.state
 
+    def compute_loss_context_manager(self) -> ExitStack:
+        """As `Trainer.compute_loss_context_manager`; in training, batch norm uses its running statistics if asked (R3).
+
+        It stands here since users override `compute_loss` without super.
+        """
+        stack = super().compute_loss_context_manager()
+        if self.model.training and self.args.uses_running_statistics:
+            for layer in norm_layers(self.model):
+                layer.eval()
+            if self._running_norm is not None:
+                stack.enter_context(self._running_norm.collecting(self.model))
+        return stack
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer.compute_loss`, without the `attribute` column; with pairs, exact under accumulation (R6)."""
-        if not model.training:
-            return self._task_loss_of(model, inputs, return_outputs, num_items_in_batch)
-        with ExitStack() as around:
-            if self.args.uses_running_statistics:
-                for layer in norm_layers(self.model):
-                    layer.eval()
-            if self._running_norm is not None:
-                around.enter_context(self._running_norm.collecting(self.model))
-            return self._task_loss_of(model, inputs, return_outputs, num_items_in_batch)
-
-    def _task_loss_of(self, model, inputs, return_outputs, num_items_in_batch):
         given, inputs = inputs, self._of_the_model(inputs)
         if self.task_loss is not None and model.training:
             outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+            self.task_loss.was_used = True
             loss = self.task_loss.loss(logits_of(outputs), given, self.accelerator, self.state.global_step)
             return (loss, outputs) if return_outputs else loss
         if self.task_loss is not None:
@@ -423,9 +444,9 @@ class IPGTrainer(PublishingTrainer):
         check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
         own = torch.Generator()  # measuring during training must not draw from the global one
         batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=own)
-        head, problem_type = self._find_needed_head(dataset), find_problem_type(self.model, None)
+        head, problem_type = self._find_needed_head(dataset), self.problem_type
         sides = []
-        with self.compute_loss_context_manager(), inference(self.model):
+        with self.autocast_smart_context_manager(), inference(self.model):
             for batch in map(self._prepare_inputs, batches):
                 outputs = head.run(self.model, batch) if head else (logits_of(self.model(**batch)),)
                 sides.append([side for output in outputs for side in output.chunk(2)])

@@ -137,7 +137,7 @@ def test_help_lists_every_setting(capsys):
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     config = write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))
     assert main(["train", "--config", config, "--resume_from_checkpoint", "last"]) == 2
-    assert "No whole checkpoint" in capsys.readouterr().err
+    assert "No valid checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def checkpoint(folder, step, whole=True):
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
-    with pytest.raises(ValueError, match="No whole checkpoint"):
+    with pytest.raises(ValueError, match="No valid checkpoint"):
         newest_checkpoint(tmp_path)
     checkpoint(tmp_path, 2)
     wanted = checkpoint(tmp_path, 10)

@@ -52,8 +52,9 @@ class DFRConfig(IPGConfig):
         default_factory=lambda: list(STRENGTHS), metadata={"help": "Values of C to choose from."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError for a setting that is not valid, its own settings included."""
+        super().check()
         check_fits(self.num_fits, self.strengths)
 
 

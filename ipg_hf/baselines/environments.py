@@ -41,8 +41,9 @@ class EnvironmentConfig(IPGConfig):
     environment_penalty_weight: float = field(default=1.0, metadata={"help": "Factor of the penalty."})
     environment_penalty_start: int = field(default=0, metadata={"help": "Step from which the factor is above 1."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError for a setting that is not valid, its own settings included."""
+        super().check()
         for name in ("environment_penalty_weight", "environment_penalty_start"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         if self.gradient_accumulation_steps > 1 or self.world_size > 1:

@@ -44,8 +44,9 @@ class JTTConfig(IPGConfig):
     first_steps: int = field(default=1, metadata={"help": "Optimizer steps of the first training."})
     upweight: int = field(default=20, metadata={"help": "How often an error of the first model stands in the second."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError for a setting that is not valid, its own settings included."""
+        super().check()
         for name in ("first_steps", "upweight"):
             value = getattr(self, name)
             self._require(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "1 or more")

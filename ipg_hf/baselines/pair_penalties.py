@@ -41,8 +41,9 @@ class PairPenaltyConfig(IPGConfig):
     pair_objective: PairObjective = field(default="kl", metadata={"help": "The penalty on the pairs."})
     pair_penalty_weight: float = field(default=1.0, metadata={"help": "Factor of the penalty on the pairs."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError for a setting that is not valid, its own settings included."""
+        super().check()
         self._require("pair_penalty_weight", 0 < self.pair_penalty_weight < math.inf, "a finite number above 0")
         for name, value in {"correction_interval": 1, "correction_schedule": "always"}.items():
             if getattr(self, name) != value:
@@ -64,7 +65,7 @@ class PairPenaltyStep(GuidedStep):
 
     def after_task(self, model: nn.Module) -> None:
         """Counts the step; the task gradient is not scaled."""
-        metrics, self.metrics = self.metrics, None
+        metrics, self.metrics, self.ended = self.metrics, None, self.trainer.state.global_step
         self.progress.add(metrics)
 
     def set_weight(self) -> float:

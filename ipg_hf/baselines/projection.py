@@ -39,8 +39,9 @@ class ProjectionConfig(IPGConfig):
 
     rank: str = field(default="1", metadata={"help": "Number of directions to take out, or a share such as 0.9."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check(self) -> None:
+        """Raises ValueError for a setting that is not valid, its own settings included."""
+        super().check()
         if isinstance(self.rank, str):
             with suppress(ValueError):
                 self.rank = float(self.rank) if "." in self.rank else int(self.rank)

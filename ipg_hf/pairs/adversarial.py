@@ -277,7 +277,7 @@ class AdversarialLoader:
             _check_range(images, self.normalisation, name)
         keys = [(self.loader.seed, first + number) for number in range(len(images))]
         size, scaler = self.chunk_size or len(images), self.trainer.accelerator.scaler
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.autocast_smart_context_manager():
             parts = [
                 search_partners(
                     self.model,
