@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -71,13 +72,26 @@ def test_a_pair_set_differs_in_its_own_attribute_alone(marked):
         load_marked_digits(oriented_pairs=False)
 
 
-def train_mlp(folder, data, names):
+def decoded(data):
+    """The parts of the benchmark that a training reads, as inputs of a model, in memory."""
     processor = ViTImageProcessor(size={"height": 16, "width": 16}, do_normalize=False)
     single, double = {"image": "pixel_values"}, {"image_a": "pixel_values_a", "image_b": "pixel_values_b"}
 
     def inputs(dataset, columns):
         return ImageRows(dataset, processor, columns, keep=("label", "attribute"), preload=True)
 
+    return SimpleNamespace(
+        train=inputs(data.train, single),
+        test=inputs(data.test, single),
+        pairs={name: inputs(pairs, double) for name, pairs in data.pairs.items()},
+        test_pairs={name: inputs(pairs, double) for name, pairs in data.test_pairs.items()},
+        metrics=GroupMetrics(data.train),
+    )
+
+
+def train_mlp(folder, data, names):
+    """Worst-group accuracy, flip rates and logs of a training with the named pair sets."""
+    torch.manual_seed(0)
     config = ColoredMnistMLPConfig(image_size=16, subsample=1, hidden_size=64, num_labels=2)
     args = IPGConfig(
         str(folder),
@@ -94,21 +108,18 @@ def train_mlp(folder, data, names):
     trainer = IPGTrainer(
         ColoredMnistMLPForImageClassification(config),
         args,
-        train_dataset=inputs(data.train, single),
-        eval_dataset=inputs(data.test, single),
-        pair_dataset={name: inputs(data.pairs[name], double) for name in names} or None,
-        compute_metrics=GroupMetrics(data.train),
+        train_dataset=data.train,
+        eval_dataset=data.test,
+        pair_dataset={name: data.pairs[name] for name in names} or None,
+        compute_metrics=data.metrics,
     )
     trainer.train()
-    flips = {
-        name: trainer.evaluate_pairs(inputs(data.test_pairs[name], double))["eval_flip_rate"]
-        for name in data.test_pairs
-    }
+    flips = {name: trainer.evaluate_pairs(pairs)["eval_flip_rate"] for name, pairs in data.test_pairs.items()}
     return trainer.evaluate()["eval_worst_group_accuracy"], flips, trainer.state.log_history
 
 
 def test_the_pairs_of_one_shortcut_leave_the_other(tmp_path):
-    data = load_marked_digits(num_pairs=997)
+    data = decoded(load_marked_digits(num_pairs=997))
     none, flips, _ = train_mlp(tmp_path, data, [])
     assert none < 0.1
     assert max(flips.values()) > 0.9
