@@ -22,7 +22,7 @@ from ipg_hf.bench.suite import Tuning, draw_runs, draws, load_suite, seed_runs, 
 from ipg_hf.bench.tables import best_other, markdown, paired_difference, suite_rows, t_interval
 from ipg_hf.cli import main
 from ipg_hf.recipe import RecipeError, parse_settings
-from ipg_hf.record import NOT_RECORDED, append_record, commit, course, hardware, processor_name, read_records
+from ipg_hf.record import NOT_RECORDED, append_record, commit, read_records
 
 # ---- What a suite may say
 
@@ -301,16 +301,6 @@ def test_the_machine_is_its_processor_where_a_record_names_it(tmp_path):
     assert expected in markdown(suite, suite_rows(suite))
 
 
-def test_a_processor_as_linux_gives_it():
-    first = "processor\t: 0\nvendor_id\t: X\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon: Gold @ 2.1GHz\n"
-    assert (
-        processor_name(first + "\nprocessor\t: 1\nmodel name\t: Other\n") == "Xeon: Gold @ 2.1GHz, family 6, model 143"
-    )
-    assert processor_name("processor\t: 0\nBogoMIPS\t: 100\nCPU part\t: 0xd0c\n") == ""  # as ARM has it
-    found = hardware()
-    assert found["machine"] and found.get("cpu", "a, b").count(",") >= 1
-
-
 def test_errors_are_better_when_low(tmp_path):
     read = load_suite(write(tmp_path))
     for name, errors in {"erm": (0.5, 0.6, 0.7), "a": (0.2, 0.3, 0.1), "b": (0.25, 0.25, 0.25)}.items():
@@ -364,22 +354,7 @@ def test_two_suites_of_one_folder_do_not_mix(compared):
     assert comparison_figures.write_comparison(read)[0].parent == compared.parent / "results/other"
 
 
-# ---- Records
-
-
-def test_the_course_of_a_training_is_short_and_keeps_its_ends():
-    history = [
-        {"step": step, "loss": 1.0, "ipg/divergence": 1 / step, "ipg/violated": 1.0, "ipg/spread": 2.0}
-        for step in range(1, 1001)
-    ]
-    history += [{"step": 500, "eval_worst_group_accuracy": 0.123456}, {"step": 1000, "train_runtime": 3.0}]
-    kept = course(history)
-    guidance = kept["guidance"]
-    assert set(guidance) == {"step", "divergence", "violated"} and len(guidance["step"]) == 50
-    assert guidance["step"][0] == 1 and guidance["step"][-1] == 1000
-    assert guidance["divergence"][-1] == 0.001 and guidance["divergence"][1] == float(f"{1 / guidance['step'][1]:.4g}")
-    assert kept["validation"] == {"step": [500], "worst_group_accuracy": [0.1235]}
-    assert course([{"step": 1, "loss": 1.0}]) == {}
+# ---- What a run reads
 
 
 def test_a_run_without_the_test_set_has_none(tmp_path):

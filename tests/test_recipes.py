@@ -1,133 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every shipped recipe is read, every published figure has its record."""
+"""Every shipped recipe and suite is read; every published figure is made of records; records stay as they are."""
 
-import importlib.util
+import hashlib
 import inspect
 import json
 import re
+import sys
+from collections import Counter
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 import yaml
 from transformers import TrainingArguments
 
-from ipg_hf.bench.figures import guided_courses
+from ipg_hf.baselines import METHODS
+from ipg_hf.bench.figures import guided_records
 from ipg_hf.bench.suite import load_suite
-from ipg_hf.bench.tables import comma_separated, standings
+from ipg_hf.bench.tables import suite_rows
 from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
-from ipg_hf.recipe import MAKERS, parse_recipe
+from ipg_hf.recipe import MAKERS, parse_recipe, parse_settings
+from ipg_hf.record import NOT_RECORDED, read_records, resolved_settings
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-TRAINING = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name not in ("accelerate", "suites"))
+RECORDS, RESULTS = RECIPES / "records", RECIPES / "results"
+DATASETS = ("celeba", "colored_mnist", "digits", "marked_digits", "scenes", "stroke_mass", "waterbirds")
+TRAINING = sorted(path for name in DATASETS for path in (RECIPES / name).rglob("*.yaml"))
 SUITES = sorted(RECIPES.glob("suites/*.yaml"))
-QUESTIONS = [
-    "interval_colored_mnist",
-    "interval_digits",
-    "num_pairs",
-    "scaling_colored_mnist",
-    "scaling_digits",
-    "sensitivity_colored_mnist",
-    "sensitivity_digits",
-    "sensitivity_scenes_100",
-]
-WITHOUT_ERM = {"few_pairs_long": "kl", "scaling_scenes_100": "adaptive"}  # suite -> what its differences are taken to
-RECORDS = sorted(RECIPES.glob("*/results/*.json"))
-SUITE_RECORDS = sorted(RECIPES.glob("suites/results/*/*.json"))
-REPEATS = sorted(path.relative_to(RECIPES / "suites/repeats") for path in RECIPES.glob("suites/repeats/*/*.json"))
+NAMES = yaml.safe_load((RECIPES / "names.yaml").read_text())
+# suite -> what its differences are taken to, where that is not plain training
+REFERENCES = {"few_pairs_long": "kl", "scaling_scenes_100": "ipg"}
+QUESTIONS = ("interval_", "num_pairs", "scaling_colored_mnist", "scaling_digits", "sensitivity_")  # asked over a grid
+# made from old files: see recipes/scripts/migrate_records.py
+UNTOUCHED = ("seed", "metrics", "chosen_step", "steps", "course", "seconds", "versions", "commit", "hardware")
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def title(path):
+    return f"{path.parent.name}/{path.stem}"
 
 
-def test_the_recipes_are_all_found():
-    assert len(TRAINING) == 45
-    assert {path.parent.name for path in TRAINING} == {
-        "digits",
-        "colored_mnist",
-        "marked_digits",
-        "stroke_mass",
-        "scenes",
-        "waterbirds",
-        "celeba",
+@cache
+def parsed(path):
+    return parse_recipe(str(path))
+
+
+@cache
+def records(collection):
+    return read_records(RECORDS / f"{collection}.jsonl")
+
+
+@cache
+def suite(name):
+    read = load_suite(RECIPES / "suites" / f"{name}.yaml")  # every method, draw and point of a grid is parsed
+    return read, suite_rows(read)  # refuses records of other settings, and of no run of the suite
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES / "scripts"))
+    for name in ("table", "pair_quality", "readability"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import table
+
+    return table
+
+
+# ---- Recipes
+
+
+def test_all_files_are_found():
+    assert len(TRAINING) == 45 and len(SUITES) == 25
+    assert {path.parent.name for path in TRAINING} == {*DATASETS}
+    others = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")} - {
+        path.relative_to(RECIPES).as_posix() for path in [*TRAINING, *SUITES]
     }
-    benchmarks = ["colored_mnist", "digits", "scenes_100"]
-    comparisons = [*benchmarks, "scenes_95", "few_pairs", "norm_colored_mnist", "makers_scenes_95"]
-    comparisons += ["few_pairs_long", "few_pairs_tuned", "scaling_scenes_100", "stability_scenes_100"]
-    comparisons += [f"{kind}_{name}" for name in benchmarks for kind in ("transfer", "speed")]
-    assert [path.stem for path in SUITES] == sorted([*QUESTIONS, *comparisons])
+    assert others == {"names.yaml", "accelerate/cpu_2.yaml", "accelerate/fsdp2.yaml"}
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_is_valid_and_says_how_it_is_launched(path):
-    recipe, args, given = parse_recipe(str(path))
-    assert recipe.dataset == {"scenes": "files"}.get(path.parent.name, path.parent.name)
-    assert recipe.method == ("erm" if path.stem.startswith(("erm", "jtt")) else "ipg")
-    assert args.metric_for_best_model == (
-        "worst_group_mae" if recipe.dataset == "stroke_mass" else "worst_group_accuracy"
-    )
-    assert args.greater_is_better is (recipe.dataset != "stroke_mass") and args.load_best_model_at_end
-    assert given["output_dir"] == f"outputs/{path.parent.name}-{path.stem}".replace("_", "-")
-    head = path.read_text().splitlines()
-    assert head[0].startswith(f"# ipg train --config recipes/{path.parent.name}/{path.name}")
-    # what has records says what to expect, what has none says so
-    ran = any(record.stem.rsplit("-seed", 1)[0] == path.stem for record in path.parent.glob("results/*.json"))
-    says = "\n".join(line for line in head[1:4] if line.startswith("#"))
-    assert ("xpected" in says) is ran and ("# Not run here: " in says) is not ran
-    assert ran or "has been run here: there are no records" in (path.parent / "README.md").read_text()
+def test_every_recipe_is_valid_and_says_how_it_is_launched_and_what_to_expect():
+    for path in TRAINING:
+        recipe, args, given = parsed(path)
+        assert recipe.dataset == {"scenes": "files"}.get(path.parent.name, path.parent.name)
+        metric = "worst_group_mae" if recipe.dataset == "stroke_mass" else "worst_group_accuracy"
+        assert args.metric_for_best_model == metric and args.load_best_model_at_end, path
+        assert args.greater_is_better is (metric == "worst_group_accuracy")
+        assert args.output_dir == f"outputs/{path.parent.name}-{path.stem}".replace("_", "-")
+        assert "output_dir" in given
+        head = path.read_text().splitlines()
+        assert head[0].startswith(f"# ipg train --config recipes/{title(path)}.yaml"), path
+        # what has records says what to expect, what has none says so
+        ran = any(record["run"].startswith(f"{path.stem}-seed") for record in records(path.parent.name))
+        says = "\n".join(line for line in head[1:4] if line.startswith("#"))
+        assert ("xpected" in says) is ran and ("# Not run here: " in says) is not ran, path
+        assert ran or "there are no records" in (path.parent / "README.md").read_text()
+        # options of its loader and of the makers of its pairs; what was not run here has no other proof of them
+        assert {*recipe.dataset_options} <= {*inspect.signature(LOADERS[recipe.dataset]).parameters}, path
+        for options in [recipe.pairs] if "maker" in recipe.pairs else recipe.pairs.values():
+            assert {*options} - {"maker"} <= {*inspect.signature(MAKERS[options["maker"]]).parameters}, path
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_options_of_a_recipe_are_arguments(path):
-    """Of its loader and of the makers of its pairs; what was not run here has no other proof of it."""
-    recipe, _, _ = parse_recipe(str(path))
-    assert {*recipe.dataset_options} <= {*inspect.signature(LOADERS[recipe.dataset]).parameters}
-    for options in [recipe.pairs] if "maker" in recipe.pairs else recipe.pairs.values():
-        known = {*inspect.signature(MAKERS[options["maker"]]).parameters}
-        assert {*options} - {"maker"} <= known
+def test_a_header_has_the_numbers_of_the_records():
+    """Mean and spread of the worst group, with three digits, and the number of seeds."""
+    checked = 0
+    for path in TRAINING:
+        head = "\n".join(line for line in path.read_text().splitlines()[1:4] if line.startswith("#"))
+        found = re.search(r"worst[ -]group (?:error )?(\d\.\d+)(?: ± (\d\.\d+))? \((\d+) seeds?\)", head)
+        if not found:
+            continue
+        runs = [record for record in records(path.parent.name) if record["run"].rsplit("-seed", 1)[0] == path.stem]
+        metric = "worst_group_mae" if "stroke_mass" in str(path) else "worst_group_accuracy"
+        values = [run["metrics"]["test"][metric] for run in runs]
+        spread = f"{stdev(values):.3f}" if len(values) > 1 else None
+        assert (found[1], found[2], int(found[3])) == (f"{fmean(values):.3f}", spread, len(values)), path
+        checked += 1
+    assert checked >= 30
 
 
-@pytest.mark.parametrize("path", [p for p in TRAINING if "_default_" in p.stem], ids=lambda path: path.stem)
-def test_a_recipe_of_the_defaults_departs_from_none(path):
+def test_a_recipe_of_the_defaults_departs_from_none():
     """Of the pairs and of the schedule; the learning rate, the batch and the norm are the benchmark's."""
-    _, args, _ = parse_recipe(str(path))
     own = {field.name for field in fields(IPGConfig)} - {field.name for field in fields(TrainingArguments)}
     benchmark = {"per_device_pair_batch_size", "freeze_norm"}
     default = IPGConfig("out")
-    for name in [*sorted(own - benchmark), "warmup_steps", "lr_scheduler_type", "optim"]:
-        assert getattr(args, name) == getattr(default, name), name
+    for name in ("digits/ipg_resnet", "colored_mnist/ipg_mlp"):
+        _, args, _ = parsed(RECIPES / f"{name}.yaml")
+        for setting in [*sorted(own - benchmark), "warmup_steps", "lr_scheduler_type", "optim"]:
+            assert getattr(args, setting) == getattr(default, setting), (name, setting)
 
 
-FROM_SCRATCH = [path for path in TRAINING if "model_type" in yaml.safe_load(path.read_text())]
-
-
-@pytest.mark.parametrize("path", FROM_SCRATCH, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_builds_its_model(path):
+def test_every_recipe_from_scratch_builds_its_model():
     elsewhere = ["--dataset", "digits", "--dataset_options", "{}", "--pairs", "{}"]
-    recipe, _, _ = parse_recipe(str(path), elsewhere)
-    recipe.pair_sets = None
-    data = recipe.load_data(0)
-    assert recipe.build_model(data.train).config.id2label == {0: "small", 1: "large"}
-    assert recipe.build_processor().size == {"height": 16, "width": 16} or recipe.model_type != "resnet"
+    built = Counter()
+    for path in TRAINING:
+        if parsed(path)[0].model_type is None:
+            continue
+        recipe, _, _ = parse_recipe(str(path), elsewhere)
+        recipe.pair_sets = None
+        shape = (recipe.model_type, json.dumps(recipe.model_config))
+        built[shape] += 1
+        if built[shape] > 1:  # the same network once more
+            continue
+        data = recipe.load_data(0)
+        assert recipe.build_model(data.train).config.id2label == {0: "small", 1: "large"}
+        assert recipe.build_processor().size == {"height": 16, "width": 16} or recipe.model_type != "resnet"
+    assert sum(built.values()) >= 35 and len(built) == 4
 
 
 @pytest.mark.parametrize(
     ("ablation", "of", "change"),
     [
-        ("colored_mnist/ablation_no_scaling_mlp", "ipg_mlp", {"invariance_threshold": float("inf")}),
-        ("colored_mnist/ablation_separate_states_mlp", "ipg_mlp", {"shared_optimizer_state": False}),
-        ("colored_mnist/ablation_unoriented_mean_mlp", "ipg_mean_mlp", {"oriented_pairs": False}),
-        ("digits/ablation_free_norm_resnet", "ipg_resnet", {"freeze_norm": False}),
-        ("digits/ablation_alpha_3_resnet", "ipg_resnet", {"alpha": 3.0}),
-        ("digits/ipg_mean_resnet", "ipg_resnet", {"rationale_reduction": "mean"}),
-        ("digits/erm_dfr_resnet", "erm_resnet", {"last_layer": {"method": "dfr"}}),
-        ("digits/erm_project_resnet", "erm_resnet", {"last_layer": {"method": "project", "rank": 1}}),
-        ("digits/jtt_resnet", "erm_resnet", {"repeat_errors": {"steps": 1, "factor": 20}}),
+        ("colored_mnist/ablation_no_scaling_mlp", "ipg_pair_mlp", {"invariance_threshold": float("inf")}),
+        (
+            "colored_mnist/ablation_separate_states_mlp",
+            "ipg_pair_mlp",
+            {"method": "ablation", "shared_optimizer_state": False},
+        ),
+        ("colored_mnist/ablation_unoriented_mean_mlp", "ipg_paper_mlp", {"oriented_pairs": False}),
+        ("digits/ablation_free_norm_resnet", "ipg_pair_resnet", {"freeze_norm": False}),
+        ("digits/ablation_alpha_3_resnet", "ipg_pair_resnet", {"alpha": 3.0}),
+        ("digits/ipg_paper_resnet", "ipg_pair_resnet", {"rationale_reduction": "mean"}),
+        ("digits/dfr_resnet", "erm_resnet", {"method": "dfr"}),
+        ("digits/project_resnet", "erm_resnet", {"method": "project", "rank": 1}),
+        ("digits/jtt_resnet", "erm_resnet", {"method": "jtt", "first_steps": 1, "upweight": 20}),
     ],
 )
 def test_an_ablation_changes_one_thing(ablation, of, change):
@@ -137,119 +173,196 @@ def test_an_ablation_changes_one_thing(ablation, of, change):
     assert changed == whole | change and changed != whole
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_a_record_belongs_to_its_recipe(path):
-    record = json.loads(path.read_text())
-    name, seed = path.stem.rsplit("-seed", 1)
-    assert record["seed"] == int(seed)
-    assert record["commit"] and not record["commit"].endswith("-dirty")
-    assert {"config", "metrics", "seconds", "versions", "hardware"} <= set(record)
-    _, _, given = parse_recipe(str(path.parent.parent / f"{name}.yaml"))
-    own = {"seed", "output_dir", "overwrite_output_dir", "about"}  # the last is for the card alone
-    if path.parent.parent.name == "scenes":
-        own |= {"model_name_or_path"}  # a folder with the weights that the recipe names
-    assert {k: v for k, v in record["config"].items() if k not in own} == {
-        k: v for k, v in given.items() if k not in own
-    }
-    assert not any(text.startswith("/") for text in record["config"].values() if isinstance(text, str))
+# ---- Names
 
 
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_a_suite_is_valid_and_its_files_are_those_of_its_records(path):
-    suite = load_suite(path)  # every method, draw and point of a grid is parsed
-    assert path.read_text().startswith(f"# ipg bench recipes/suites/{path.name}")
-    assert bool(suite.grid) is (path.stem in QUESTIONS)
-    assert suite.grid or suite.references[0] == WITHOUT_ERM.get(path.stem, "erm")
-    assert suite.methods.get("erm", {"method": "erm"})["method"] == "erm"
-    assert suite.base["load_best_model_at_end"] is not path.stem.startswith("stability")  # which is of last states
-    assert suite.base["metric_for_best_model"].startswith("worst_group")
-    found = standings(suite)  # refuses records of other settings, and of no run of the suite
-    assert f"<!-- suite: {path.stem} -->" in (RECIPES / "README.md").read_text()
-    if any(standing.records for standing in found):
-        table = f"# {script('table').suite_table(path.stem)}\n"
-        assert (suite.results / "table.md").read_text() == table
-        assert (suite.results / "table.csv").read_text() == comma_separated(suite, found)
-        assert (suite.results / "figure.png").exists()
-        assert (suite.results / "cost.png").exists() is not bool(suite.grid)
-        assert (suite.results / "course.png").exists() is bool(guided_courses(suite, found) and not suite.grid)
+def meaning(name):
+    """The settings that a name stands for, by the table of names."""
+    method = max((key for key in NAMES["methods"] if f"{name}_".startswith(f"{key}_")), key=len)
+    found, rest = dict(NAMES["methods"][method]), name.removeprefix(method)
+    while rest:
+        known = NAMES["additions"] | NAMES["networks"]
+        part = max((key for key in known if f"{rest}_".startswith(f"_{key}_")), key=len, default=None)
+        assert part, f"{name}: {rest} is not in the table"
+        found |= known[part]
+        rest = rest.removeprefix(f"_{part}")
+    return found
+
+
+def agrees(wanted, value):
+    if wanted == "given":
+        return value not in (None, {}, [])
+    if isinstance(wanted, dict):
+        return isinstance(value, dict) and all(agrees(part, value.get(key)) for key, part in wanted.items())
+    return wanted == value
+
+
+def test_a_name_means_the_same_in_every_recipe_and_suite():
+    checked = 0
+    for path in TRAINING:
+        if title(path) not in NAMES["others"]:
+            settings = resolved_settings(*parsed(path)[:2])
+            for key, wanted in meaning(path.stem).items():
+                assert agrees(wanted, settings[key]), (path, key, settings[key])
+            checked += 1
+    for path in SUITES:
+        read, rows = suite(path.stem)
+        for row, changes in read.methods.items():
+            settings = resolved_settings(*parse_settings({**read.base, **changes}, title=row)[:2])
+            for key, wanted in meaning(row).items():
+                assert agrees(wanted, settings[key]) or key in read.grid, (path.stem, row, key, settings[key])
+            checked += 1
+        for row in rows:  # and so do the records
+            for record in row.records.values():
+                assert record["method"] == NAMES["methods"].get(row.name, {}).get("method", record["method"])
+    assert checked == 39 + sum(len(suite(path.stem)[0].methods) for path in SUITES)
+
+
+def test_the_table_of_names_is_used_and_a_wrong_row_is_noticed():
+    assert {*NAMES["others"]} < {title(path) for path in TRAINING}
+    used = [path.stem for path in TRAINING] + [row for path in SUITES for row in suite(path.stem)[0].methods]
+    for part in NAMES["additions"]:
+        assert any(f"_{part}_" in f"{name}_" for name in used), part
+    assert {*NAMES["methods"]} <= {*used} | {name.rsplit("_", 1)[0] for name in used}
+    assert meaning("ipg_pair_limited_violated") == {
+        **NAMES["methods"]["ipg_pair"], "max_loss_scale": 1.0, "correction_schedule": "violated",
+    }  # fmt: skip
+    assert not agrees({"maker": "match"}, {"maker": "recolor"}) and not agrees("given", None)
+    default = resolved_settings(*parse_settings({}, title="")[:2])
+    assert all(agrees(wanted, default[key]) for key, wanted in meaning("ipg").items())
+    assert not all(agrees(wanted, default[key]) for key, wanted in meaning("ipg_paper").items())
+
+
+# ---- Suites
+
+
+def test_every_suite_is_valid_and_has_its_results():
+    incomplete = set()
+    for path in SUITES:
+        read, rows = suite(path.stem)
+        assert path.read_text().startswith(f"# ipg bench recipes/suites/{path.name}")
+        assert bool(read.grid) is path.stem.startswith(QUESTIONS), path
+        assert read.grid or read.references[0] == REFERENCES.get(path.stem, "erm"), path
+        assert read.base["load_best_model_at_end"] is not path.stem.startswith("stability")  # which is of last states
+        assert read.base["metric_for_best_model"].startswith("worst_group")
+        assert read.records == RECORDS / f"{path.stem}.jsonl" and read.results == RESULTS / path.stem
+        expected = {"table.md", "table.csv", "figure.png"} | (set() if read.grid else {"cost.png"})
+        expected |= {"guidance.png"} if guided_records(rows) and not read.grid else set()
+        assert {file.name for file in read.results.iterdir()} == expected, path
+        incomplete |= {(path.stem, row.name) for row in rows if len(row.records) < len(read.seeds)}
+    # nothing is left to run but what lost with its first seed
+    assert incomplete == {("few_pairs", name) for name in ("ipg", "kl", "ipg_sgd_resnet", "kl_sgd_resnet")}
 
 
 def test_the_defaults_are_what_was_measured_on_all_benchmarks():
-    suites = [load_suite(path) for path in SUITES if path.stem.startswith("transfer_")]
-    assert len(suites) == 3
-    for suite in suites:
-        measured = suite.methods["root"]
+    for name in ("colored_mnist", "digits", "scenes_100"):
+        read, rows = suite(f"transfer_{name}")
+        measured = read.methods["ipg"]
         assert set(measured) == {"invariance_distance", "max_loss_scale", "alpha", "invariance_threshold"}
-        assert measured == {name: getattr(IPGConfig, name) for name in measured}
-        (found,) = [standing for standing in standings(suite) if standing.name == "root"]
-        assert len(found.records) == len(suite.seeds)
+        assert measured == {key: getattr(IPGConfig, key) for key in measured}
+        (found,) = [row for row in rows if row.name == "ipg"]
+        assert len(found.records) == len(read.seeds)
 
 
-def test_no_record_names_a_folder_of_the_machine_that_made_it():
-    for path in RECIPES.rglob("*.json"):
-        config = json.loads(path.read_text()).get("config", {})
-        assert not [value for value in config.values() if str(value).startswith("/")], path
+def test_the_tables_are_those_of_the_records(script, monkeypatch):
+    monkeypatch.setattr(script, "load_suite", lambda path: suite(path.stem)[0])
+    monkeypatch.setattr(script, "suite_rows", lambda read: suite(read.path.stem)[1])
+    made = script.tables()
+    assert len(made) == 2 * len(SUITES) + 3
+    for name, text in made.items():
+        assert (RESULTS / name).read_text() == text, name
+    assert {path.relative_to(RESULTS).as_posix() for path in RESULTS.rglob("*.md")} == {
+        name for name in made if name.endswith(".md")
+    }
 
 
-@pytest.mark.parametrize("path", SUITE_RECORDS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_record_of_a_suite_says_what_made_it(path):
-    record = json.loads(path.read_text())
-    assert record["commit"] and not record["commit"].endswith("-dirty")
-    assert ("test" in record["metrics"]) == ("-seed" in path.stem)
-    assert not any(text.startswith("/") for text in record["config"].values() if isinstance(text, str))
-    assert (RECIPES / "suites" / f"{path.parent.name}.yaml").exists()
-
-
-@pytest.mark.parametrize("path", REPEATS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_repeated_run_is_its_record_again_and_names_the_processor(path):
-    repeat, record = (json.loads((RECIPES / "suites" / kind / path).read_text()) for kind in ("repeats", "results"))
-    assert repeat["hardware"]["cpu"] and "cpu" not in record["hardware"]
-    for run in (repeat, record):
-        run["config"].pop("output_dir", None)
-    for key in ("config", "seed", "metrics", "course", "chosen_step", "versions", "data"):
-        assert repeat[key] == record[key], key
-
-
-@pytest.mark.parametrize("page", script("table").PAGES, ids=lambda page: str(page.relative_to(RECIPES.parent)))
-def test_the_tables_are_those_of_the_records(page):
-    text = page.read_text()
-    assert script("table").rendered(text) == text
-    for dataset in ("digits", "colored_mnist"):
-        assert f"<!-- table: {dataset}" in text
-    for name in ("pair_quality", "readability"):
-        assert script(name).rendered(text) == text
-
-
-def test_a_row_by_hand():
+def test_a_row_of_recipes_by_hand(script):
     runs = [
         {"metrics": {"test": {"accuracy": a, "worst_group_accuracy": a / 2, "flip_rate": 0.5}}, "seconds": 10}
         for a in (0.8, 0.6)
     ]
     # mean .7, sd = sqrt((.1² + .1²) / 1) = .141; halves for the worst group
-    table = script("table")
-    assert (
-        table.row("x", runs, table.CLASSES)
-        == "| `x` | 2 | 0.700 ± 0.141 | 0.350 ± 0.071 | 0.300 | 0.500 ± 0.000 | 10 |"
-    )
+    row = script.recipe_row("x", runs, ["accuracy", "worst_group_accuracy", "flip_rate"])
+    assert row == "| `x` | 2 | 0.700 ± 0.141 | 0.350 ± 0.071 | 0.300 | 0.500 ± 0.000 | 10 |"
+
+
+# ---- Records
+
+
+def test_every_record_is_whole_and_names_no_folder():
+    places = re.compile(r'"[^"]*(?:/root/|/tmp/|/home/|/work/)')
+    for path in sorted(RECORDS.glob("*.jsonl")):
+        runs = [record["run"] for record in records(path.stem)]
+        assert runs and len({*runs}) == len(runs), path
+        for record in records(path.stem):
+            place = (path.stem, record["run"])
+            assert record["commit"] and not record["commit"].endswith("-dirty"), place
+            needed = {"settings", "given", "seed", "metrics", "seconds", "versions", "hardware", "base_model", "about"}
+            assert needed <= {*record}, place
+            method = METHODS[record["method"]]
+            settings = record["settings"]
+            assert settings["method"] == record["method"] and settings["seed"] == record["seed"], place
+            assert {entry.name for entry in fields(method.config)} - {*settings} <= OUTSIDE, place
+            assert all(settings[key] == value for key, value in method.settings.items()), place
+            assert {*record["given"]} <= {*settings}, place
+            assert f"-seed{record['seed']}" in record["run"] or "-draw" in record["run"], place
+            assert ("test" in record["metrics"]) is ("-draw" not in record["run"]), place
+            assert not any(str(value).startswith("/") for value in settings.values()), place
+        assert not places.search(path.read_text()), path
+
+
+OUTSIDE = {
+    *("output_dir", "run_name", "resume_from_checkpoint", "local_rank", "do_train", "do_eval", "do_predict"),
+    *(entry.name for entry in fields(TrainingArguments) if entry.name.startswith(("hub_", "trackio_", "push_to_hub"))),
+}
+
+
+def test_every_recipe_has_records_of_its_settings():
+    for dataset in ("colored_mnist", "digits", "marked_digits", "scenes", "stroke_mass"):
+        for record in records(dataset):
+            recipe, args, given = parsed(RECIPES / dataset / f"{record['run'].rsplit('-seed', 1)[0]}.yaml")
+            wanted = json.loads(json.dumps(resolved_settings(recipe, args)))
+            # defaults of transformers may change, and so may those of a corrective update that there is not
+            corrects = recipe.method in ("ipg", "ablation")
+            unrelated = {entry.name for entry in fields(TrainingArguments if corrects else IPGConfig)}
+            for key in {*wanted} - (unrelated - {*given}) - {"seed"}:
+                assert record["settings"][key] in (NOT_RECORDED, wanted[key]), (dataset, record["run"], key)
+
+
+def test_the_migration_touched_no_metric():
+    """The digests were made from the old files; see recipes/scripts/migrate_records.py."""
+    digests = json.loads((RECORDS / "migrated.json").read_text())
+    assert sum(entry["records"] for entry in digests.values()) == 2404
+    for collection, entry in digests.items():
+        kept = [
+            [record["run"], *(record.get(key) for key in UNTOUCHED)]
+            for record in records(collection)[: entry["records"]]  # later records are below
+        ]
+        assert hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest() == entry["sha256"], collection
+
+
+def test_a_repeated_run_is_its_record_again_and_names_the_processor():
+    compared = 0
+    for name in ("methods_scenes_100", "transfer_scenes_100"):
+        before = {record["run"]: record for record in records(name)}
+        for repeat in records(f"repeats_{name}"):
+            record = before[repeat["run"]]
+            assert repeat["hardware"]["cpu"] and "cpu" not in record["hardware"]
+            for key in ("seed", "metrics", "course", "chosen_step", "versions", "data"):
+                assert repeat[key] == record[key], key
+            given = {key: repeat["settings"][key] for key in repeat["given"]}
+            assert given == {key: record["settings"][key] for key in repeat["given"]}
+            compared += 1
+    assert compared == 3
+
+
+# ---- Pages beside them
 
 
 def test_the_launchers_page_names_tests_that_exist_and_the_recorded_memory():
-    page = (RECIPES / "accelerate/README.md").read_text()
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page)
-    assert len(named) >= 8
-    for file, name in named:
+    page = (RECIPES / "guides/distributed.md").read_text()
+    for file, name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page):
         text = (RECIPES.parent / "tests" / file).read_text()
         assert not name or f"def {name}(" in text, name
-    measured = json.loads((RECIPES / "bench/pair_memory.json").read_text())["mebibytes"]
-    for pairs, row in measured.items():
-        assert f"| {pairs} | {row['whole']:.0f} MiB | {row['chunked']:.0f} MiB |" in page
+    measured = json.loads((RECIPES / "speed/pair_memory.json").read_text())["mebibytes"]
     assert measured["512"]["chunked"] < 1.5 * measured["32"]["chunked"]
-
-
-def test_the_front_page_has_the_recorded_seconds_of_the_linter():
-    record = json.loads((RECIPES / "bench/pair_check.json").read_text())
-    seconds = {kind: f"{measured['seconds']:.0f} s" for kind, measured in record["kinds"].items()}
-    page = (RECIPES.parent / "README.md").read_text()
-    assert f"{record['pairs']:,} pairs of {record['pixels']} pixels take {seconds['JPEG']} as JPEG and" in page
-    assert f"and {seconds['PNG']} as PNG on two cores" in page
-    assert record["hardware"]["cpus"] == 2

@@ -125,7 +125,7 @@ NAMES = {
     "sensitivity_digits": {"root": "ipg"},
     "sensitivity_scenes_100": {"root": "ipg"},
     "speed_colored_mnist": SPEED,
-    "speed_digits": SPEED,
+    "speed_digits": {**SPEED, "ipg": "ipg_pair_limited"},
     "speed_scenes_100": SPEED,
     "stability_scenes_100": {
         "rationale": "ipg_pair",
