@@ -31,7 +31,7 @@ from .metrics import training_group_counts
 from .models import check_all_loaded, forward_inputs, takes_labels
 from .moved import trainer_for
 from .norms import RunningNorm, norm_layers, warn_of_batch_statistics
-from .pairs.adversarial import AdversarialLoader, AdversarialPairs, Twins
+from .pairs.adversarial import AdversarialLoader, AdversarialPairs, SameImagePairs
 from .pairs.checks import (
     ONLY_SET,
     check_labels,
@@ -222,7 +222,7 @@ class IPGTrainer(PublishingTrainer):
             check_pair_stream(source, title, every_row=self.args.check_pairs)
             inputs = self._as_inputs(source, is_training=True, seed=self._pair_seed(name))
             if isinstance(dataset, AdversarialPairs):
-                inputs = Twins(dataset, inputs, self._inputs[0])
+                inputs = SameImagePairs(dataset, inputs, self._inputs[0])
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
         if not self.args.uses_running_statistics:
@@ -277,7 +277,7 @@ class IPGTrainer(PublishingTrainer):
         )
         self._at_end.callback(loader.close)
         loader.position = self.progress.positions.get(name, 0)
-        if not isinstance(loader.dataset, Twins):
+        if not isinstance(loader.dataset, SameImagePairs):
             return loader
         searching = AdversarialLoader(loader, module, self, problem_type, chunk_size=self.args.pair_chunk_size)
         if self._resumed_from:

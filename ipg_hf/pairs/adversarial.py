@@ -107,7 +107,7 @@ class AdversarialPairs:
 STRENGTHS = ("color", "contrast", "brightness", "blur", "noise")
 
 
-class Twins(torch.utils.data.Dataset):
+class SameImagePairs(torch.utils.data.Dataset):
     """Rows whose two sides are the same image, before the search.
 
     Args:
