@@ -269,6 +269,8 @@ def test_course_of_a_training(tmp_path):
     assert found["violated_share"] == pytest.approx((50 * 1.0 + 10 * 0.4) / 60)
     assert found["threshold"] == 0.02 and found["chosen_step"] == 50 and found["last"]["distance"] == 0.5
     assert found["evaluated"] == [{"step": 50, "accuracy": 0.5, "worst_group_accuracy": 0.25, "groups": {"a/b": 0.25}}]
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"invariance_threshold": "not recorded"}}))
+    assert training_course(str(state))["threshold"] is None  # of an old record
     assert training_course(str(tmp_path)) is None and training_course("a/hub-id") is None
 
 
@@ -384,6 +386,8 @@ def test_report_holds_what_evaluate_measures(reported):
             assert group["n"] == metrics[f"group_n/{group['label']}/{group['attribute']}"]
     ipg, erm = report["models"]
     assert len(ipg["training"]["guided"]) == 3 and erm["training"]["guided"] == []
+    settings = json.loads((reported / "ipg" / "run.json").read_text())["settings"]
+    assert ipg["training"]["threshold"] == settings["invariance_threshold"] > 0 and erm["training"]["threshold"] is None
     assert erm["training"]["method"] == "erm" and len(erm["training"]["evaluated"]) == 3
     difference = report["difference"]
     assert difference["accuracy"]["difference"] == pytest.approx(
