@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "recipes/bench"
+FOLDER = Path(__file__).resolve().parent.parent / "recipes/speed"
 
 
 @pytest.fixture
@@ -42,17 +42,6 @@ def test_the_arms_train_on_what_they_are_named_for(tiny, tmp_path):
         kinds[arm] = type(trainer).__name__
     assert sizes == {"erm": 8, "ipg": 8, "bound": 20}
     assert kinds == {"erm": "Trainer", "ipg": "IPGTrainer", "bound": "Trainer"}
-
-
-def test_pairs_in_the_batch_are_measured_against_both_sides_alone(tiny, tmp_path, monkeypatch):
-    settings = {"rationale_reduction": "pair", "pair_source": "batch"}
-    monkeypatch.setitem(tiny.CASES, "mlp_in_batch", {"model": "mlp", "size": "mlp", "settings": settings})
-    monkeypatch.setitem(tiny.SIZES["mlp"], "pairs", 8)
-    row = tiny.measured("mlp_in_batch", 1)
-    assert row["cpu"]["to_scaled_erm"]["ratio"] == pytest.approx(row["cpu"]["to_erm"]["ratio"] / 2, abs=2e-3)
-    data = tiny.data_of("mlp_in_batch")
-    trainers = [tiny.trainer_of("mlp_in_batch", arm, str(tmp_path), *data, tiny.Clock(1, 2)) for arm in tiny.ARMS]
-    assert [trainer.args.train_batch_size for trainer in trainers] == [8, 8, 16]
 
 
 def test_batch_norm_is_held_in_every_arm(tiny, tmp_path):
@@ -91,7 +80,8 @@ def test_the_parts_of_a_step_add_up_and_leave_the_library_as_it_was(tiny, script
 
 def test_the_record_has_a_row_for_every_case(script):
     record = json.loads((FOLDER / "step.json").read_text())
-    assert list(record) == list(script("step").CASES)
+    gone = {"resnet18_timm_in_batch", "vit_tiny_hf_in_batch"}  # cases that no code of today can run
+    assert {*record} == {*script("step").CASES} | gone
     for row in record.values():
         assert row == "not run" or {"commit", "versions", "hardware", "load", "rounds"} <= row.keys()
 

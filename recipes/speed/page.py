@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renders the measured tables of README.md beside this file from the records.
 
-python recipes/bench/page.py [--write]
+python recipes/speed/page.py [--write]
 """
 
 import json

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds that the linter takes for many pairs of 224 pixels, without a model.
 
-    python recipes/bench/pair_check.py [--pairs 10000] [--evaluation 1000] [--write]
+    python recipes/speed/pair_check.py [--pairs 10000] [--evaluation 1000] [--write]
 
 The images are random textures with the spectrum of photographs (amplitude 1/f), kept as JPEG and as PNG files; side b
 is side a in a warmer tone. `--write` keeps the record beside this file. The exit status is 1 above a minute.
@@ -18,8 +18,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ipg_hf import report
 from ipg_hf.pairs import check_pairs
+from ipg_hf.record import commit, hardware, versions, write_json
 
 SIZE, LIMIT = 224, 60.0  # pixels, seconds
 WARMER = np.float32([1.1, 1.0, 0.8])
@@ -83,11 +83,11 @@ def main():
             "evaluation_images": options.evaluation,
             "pixels": SIZE,
             "kinds": rows,
-            "versions": report.versions(),
-            "commit": report.commit(),
-            "hardware": report.hardware(),
+            "versions": versions(),
+            "commit": commit(),
+            "hardware": hardware(),
         }
-        report.write_json(Path(__file__).with_suffix(".json"), record)
+        write_json(Path(__file__).with_suffix(".json"), record)
     return int(max(row["seconds"] for row in rows.values()) > LIMIT)
 
 

@@ -2,7 +2,7 @@
 """Peak memory of the corrective gradient for 32, 128 and 512 pairs, all at once and in chunks; and of whole steps of
 `IPGTrainer`, against those of `Trainer` on the same images.
 
-    python recipes/bench/pair_memory.py [--chunk 16] [--write]
+    python recipes/speed/pair_memory.py [--chunk 16] [--write]
 
 Each figure is a process of its own: on a GPU `torch.cuda.max_memory_allocated`, else the growth of the largest resident
 set, which counts whole pages. `--write` keeps the record beside this file.
@@ -25,25 +25,26 @@ STEP_MODELS = ("vit_tiny_hf", "resnet18_hf")
 
 def measure(pairs, chunk):
     import torch
-    from accelerate import Accelerator
+    from step import Images
     from transformers import ViTConfig, ViTForImageClassification
 
-    from ipg_hf import find_head
-    from ipg_hf.correction import pair_backward
+    from ipg_hf import IPGConfig, IPGTrainer
+    from ipg_hf.step import GuidedStep
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    accelerator = Accelerator()
     settings = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
-    model = ViTForImageClassification(ViTConfig(**settings, image_size=96, num_labels=2)).to(accelerator.device)
-    head = find_head(model)
-    images = {"pixel_values": torch.randn(2 * pairs, 3, 96, 96, device=accelerator.device)}
-    kinds = {"reduction": "mean", "norm": "spectral", "problem_type": "single_label_classification"}
+    model = ViTForImageClassification(ViTConfig(**settings, image_size=96, num_labels=2))
+    with tempfile.TemporaryDirectory() as folder:
+        args = IPGConfig(folder, invariance_distance="rationale", pair_chunk_size=chunk or None, report_to="none")
+        data = {"train_dataset": Images(96), "pair_dataset": Images(96, ("_a", "_b"))}
+        step = GuidedStep(IPGTrainer(model, args, **data), {}, "single_label_classification")
+    images = torch.randn(2 * pairs, 3, 96, 96, device=args.device)
     for parameter in model.parameters():  # gradients are there before and after
         parameter.grad = torch.zeros_like(parameter)
-    pair_backward(head.run, head, model, {"pixel_values": images["pixel_values"][:4]}, accelerator, **kinds)
+    step.pair_backward(model, {"pixel_values": images[:4]}, 1.0)
     before = peak(torch)
-    pair_backward(head.run, head, model, images, accelerator, chunk_size=chunk or None, **kinds)
+    step.pair_backward(model, {"pixel_values": images}, 1.0)
     print((peak(torch) - before) / 2**20)
 
 
@@ -88,7 +89,7 @@ def main():
         *case, pairs, chunk = options.one
         (measure_step if case else measure)(*case, int(pairs), int(chunk))
         return
-    from ipg_hf import report
+    from ipg_hf.record import commit, hardware, versions, write_json
 
     rows, steps = {}, {}
     print(f"{'pairs':>6} {'all at once':>14} {f'{options.chunk} at a time':>16}   (MiB above the start)")
@@ -111,11 +112,11 @@ def main():
             "mebibytes": rows,
             "step_images": STEP_IMAGES,
             "steps": steps,
-            "versions": report.versions(),
-            "commit": report.commit(),
-            "hardware": report.hardware(),
+            "versions": versions(),
+            "commit": commit(),
+            "hardware": hardware(),
         }
-        report.write_json(Path(__file__).with_suffix(".json"), record)
+        write_json(Path(__file__).with_suffix(".json"), record)
         print(json.dumps(record["hardware"]))
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The share of the steps' time that pairs are waited for, by network and by where the pairs come from.
 
-    python recipes/bench/pair_wait.py [CASE ...] [--write]
+    python recipes/speed/pair_wait.py [CASE ...] [--write]
 
 `ipg/pair_wait` as the trainer logs it, over all steps but the first quarter: pairs that the step itself decodes and
-transforms, two worker processes, and `pair_cache="cpu"`; one thread of computation. The ViT of the coloured digits and
-the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a second, far below any
-photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. All draw flips but
+transforms, and two worker processes, which load the images too; one thread of computation. The ViT of the coloured
+digits and the MLP of ColoredMNIST (`IPG_DATA`: a folder with mnist.npz) have steps of some hundredths of a second, far
+below any photograph's; the others have JPEG images of 224 pixels, 32 images and 16 pairs a step. All draw flips but
 `mlp_tensors`, whose pairs are finished tensors in memory, as `preload` keeps them. Other programs on the machine raise
-the share; the record keeps how busy it was.
+the share; the record keeps how busy it was. It was measured when pairs had workers of their own and could be kept as
+decoded images (`cache`).
+
 `--write` keeps the figures of these cases in the record beside this file.
 """
 
@@ -24,8 +26,9 @@ from pair_check import write_images
 from step import MODELS, Images
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from ipg_hf import IPGConfig, IPGTrainer, report
+from ipg_hf import IPGConfig, IPGTrainer
 from ipg_hf.data import load_colored_mnist, load_digits
+from ipg_hf.record import commit, hardware, versions, write_json
 
 RECORD = Path(__file__).with_suffix(".json")
 VIT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
@@ -36,9 +39,8 @@ CASES = {  # images and pairs a step, pixels, steps
     **{name: (32, 16, 224, 12) for name in ("resnet18_timm", "vit_tiny_hf")},
 }
 ARMS = {
-    "no worker": {"pair_num_workers": 0},
-    "2 workers": {"pair_num_workers": 2},
-    "cache": {"pair_cache": "cpu"},
+    "no worker": {"dataloader_num_workers": 0},
+    "2 workers": {"dataloader_num_workers": 2},
 }
 
 
@@ -101,15 +103,13 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             images, pairs = data_of(case, Path(folder))
             for name, settings in ARMS.items():
-                if case == "mlp_tensors" and name == "cache":  # they are in memory
-                    continue
                 found[name] = measure(case, str(Path(folder, "run")), images, pairs, settings)
                 print(case, name, found[name], flush=True)
-        facts = {"versions": report.versions(), "commit": report.commit(), "hardware": report.hardware()}
+        facts = {"versions": versions(), "commit": commit(), "hardware": hardware()}
         facts |= {"load_average_of_5_minutes": round(os.getloadavg()[1], 1)}
         record[case] = {"share": found, "steps": CASES[case][-1], **facts}
         if options.write:
-            report.write_json(RECORD, record)
+            write_json(RECORD, record)
 
 
 if __name__ == "__main__":

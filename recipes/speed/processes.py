@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guided step on two processes that share the batches (gloo, one machine), and the messages that it adds.
 
-    python recipes/bench/processes.py [--rounds 3] [--write]
+    python recipes/speed/processes.py [--rounds 3] [--write]
 
 Steps: the batches of step.py on one process and on two, one thread each, plain training and guided, in turn. Messages:
 the mean of all gradients over the two processes, in buckets as the library does it and a message a parameter, in turn
@@ -21,8 +21,8 @@ import torch
 from accelerate import Accelerator
 from step import CASES, MODELS, SIZES, data_of, quartiles, ratio, seconds_a_step
 
-from ipg_hf import report
 from ipg_hf.gradients import average_gradients
+from ipg_hf.record import commit, hardware, versions, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("mlp", "vit_tiny_hf")
@@ -122,9 +122,9 @@ def main():
         }
         print(case, json.dumps(record["messages"][case]), flush=True)
     record["load"] = quartiles(record["load"])
-    record |= {"versions": report.versions(), "commit": report.commit(), "hardware": report.hardware()}
+    record |= {"versions": versions(), "commit": commit(), "hardware": hardware()}
     if options.write:
-        report.write_json(Path(__file__).with_suffix(".json"), record)
+        write_json(Path(__file__).with_suffix(".json"), record)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.profiler import ProfilerActivity
 from transformers import Trainer, TrainerCallback
 
-from ipg_hf import correction, guided, report
-from ipg_hf.guided import GuidedStep
-from ipg_hf.heads import ClassifierHead
+from ipg_hf import step
 from ipg_hf.pairs.loader import PairLoader
+from ipg_hf.record import commit, hardware, versions
+from ipg_hf.step import GuidedStep
 
 # parts of a guided step: what is called, and its name; the time of a part is without the parts that it calls
 PARTS = [
@@ -27,12 +27,12 @@ PARTS = [
     (Trainer, "compute_loss", "images: forward"),
     (Trainer, "_clip_grad_norm", "clipping of the second update"),
     (PairLoader, "__next__", "pairs: loading"),
-    (ClassifierHead, "run", "pairs: forward"),
-    (correction, "pair_measures", "pairs: distance and divergence"),
-    (correction, "inference", "pairs: modes of the modules"),
-    (GuidedStep, "_look", "pairs: the rest"),
-    (correction, "corrective_update", "first update, without the optimizer"),
-    (GuidedStep, "end", "step 4: norm and factor"),
+    (GuidedStep, "forward", "pairs: forward"),
+    (GuidedStep, "distance_and_divergence", "pairs: distance and divergence"),
+    (step, "inference", "pairs: modes of the modules"),
+    (GuidedStep, "measure", "pairs: the rest"),
+    (GuidedStep, "corrective_update", "first update, without the optimizer"),
+    (GuidedStep, "after_task", "step 4: norm and factor"),
     (AcceleratedOptimizer, "step", "optimizer, both updates"),
     (Accelerator, "backward", "backward"),
 ]
@@ -144,7 +144,7 @@ def profiled(size, trainer_of, case, images, pairs, steps=None):
             operators.stop()
         else:
             calls.disable()
-    own = Path(guided.__file__).parent
+    own = Path(step.__file__).parent
     functions = {
         f"{Path(file).relative_to(own)}: {name}": 1e3 * row[2] / steps
         for (file, _, name), row in pstats.Stats(calls).stats.items()
@@ -162,13 +162,13 @@ def profiled(size, trainer_of, case, images, pairs, steps=None):
 
 def profile_page(found):
     """The profiles of several cases as a page."""
-    versions = ", ".join(f"{name} {value}" for name, value in report.versions().items())
-    machine = report.hardware()
+    packages = ", ".join(f"{name} {value}" for name, value in versions().items())
+    machine = hardware()
     lines = [
         "# Where the time of a guided step goes",
         "",
-        f"Made by `python recipes/bench/step.py {' '.join(found)} --profile --write`: {versions}; "
-        f"{machine['machine']}, {machine['torch_threads']} thread; commit {report.commit()}. Milliseconds a step. "
+        f"Made by `python recipes/speed/step.py {' '.join(found)} --profile --write`: {packages}; "
+        f"{machine['machine']}, {machine['torch_threads']} thread; commit {commit()}. Milliseconds a step. "
         "Parts are timed without the parts inside them; operators by torch.profiler, functions of ipg_hf by cProfile, "
         "without what they call; each kind in a run of its own, of whose step the shares are. Processor time, that of "
         "the operators of the wall clock. [README.md](README.md) explains the largest.",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times `ipg_hf.guidance.rationale_distance` against `torch.linalg.matrix_norm`, which takes the whole SVD.
 
-Launch: python recipes/bench/spectral_norm.py
+Launch: python recipes/speed/spectral_norm.py
 Expected: for 1000 classes and 2048 features in float32, forward and backward, a ratio of at least 5; the exit status is
 1 below it. The pair reduction is printed beside it, at that size and at that of a small two-class network.
 """

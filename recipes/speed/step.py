@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guided step costs: `IPGTrainer` on B images and P pairs against `Trainer` on B images and on its bound.
 
-    python recipes/bench/step.py [CASE ...] [--device cuda] [--rounds 5] [--write]
-    python recipes/bench/step.py mlp vit_tiny_hf --profile [--write]
+    python recipes/speed/step.py [CASE ...] [--device cuda] [--rounds 5] [--write]
+    python recipes/speed/step.py mlp vit_tiny_hf --profile [--write]
 
-A guided step does the arithmetic of B + 2P images, so that plain training on so many is the bound; for pairs in the
-batch (P = B, `pair_source="batch"`) it is B + P, with which one forward would serve both gradients. In every round each
+A guided step does the arithmetic of B + 2P images, so that plain training on so many is the bound. In every round each
 arm trains for a few steps, in turn and in reverse turn, so that a busy moment of the machine falls on all; the first
 steps of each (buffers, compilation) are not timed. Weights and images are random and in memory; the time of a step
 holds its data loading. `--profile` says where the time of one guided step goes. `--write` keeps the figures of these
@@ -33,9 +32,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ipg_hf import IPGConfig, IPGTrainer, load_image_classifier, report
+from ipg_hf import IPGConfig, IPGTrainer, load_image_classifier
 from ipg_hf.data.colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification
 from ipg_hf.norms import norm_layers
+from ipg_hf.record import commit, hardware, versions, write_json
 
 RECORD = Path(__file__).with_suffix(".json")
 POOL, ROWS = 64, 50_000  # different images; rows that a data set says it has, so that no epoch ends
@@ -54,7 +54,6 @@ MODELS = {
 SIZES = {  # by device: B, P, pixels, steps warmed up and timed a round, the target for the ratio to the bound
     "mlp": {"images": 256, "pairs": 300, "pixels": 28, "warm": 5, "steps": 40, "target": 1.25},
     "cpu": {"images": 32, "pairs": 16, "pixels": 224, "warm": 1, "steps": 1, "target": 1.05},
-    "cpu_in_batch": {"images": 32, "pairs": 32, "pixels": 224, "warm": 1, "steps": 1, "target": None},
     "cuda": {"images": 128, "pairs": 64, "pixels": 224, "warm": 10, "steps": 30, "target": 1.05},
 }
 HALF = {"use_cpu": False, "bf16": True}
@@ -64,10 +63,6 @@ CASES = {
     "mlp_divergence": {"model": "mlp", "size": "mlp", "settings": {"invariance_distance": "divergence"}},
     "mlp_every_4th": {"model": "mlp", "size": "mlp", "settings": {**PAIR, "correction_interval": 4}},
     **{name: {"model": name, "size": "cpu", "settings": {}} for name in list(MODELS)[1:5]},
-    **{
-        f"{name}_in_batch": {"model": name, "size": "cpu_in_batch", "settings": {**PAIR, "pair_source": "batch"}}
-        for name in ("resnet18_timm", "vit_tiny_hf")
-    },
     **{name: {"model": name, "size": "cuda", "settings": HALF} for name in ("resnet50", "vit_b16")},
     **{
         f"{name}_compiled": {"model": name, "size": "cuda", "settings": {**HALF, "torch_compile": True}}
@@ -92,20 +87,16 @@ class Images(Dataset):
         return found | {"labels": row % 2} if self.labelled else found
 
 
-def in_batch(case):
-    return CASES[case]["settings"].get("pair_source") == "batch"
-
-
 def work(case):
     """Images of the bound."""
     size = SIZES[CASES[case]["size"]]
-    return size["images"] + (1 if in_batch(case) else 2) * size["pairs"]
+    return size["images"] + 2 * size["pairs"]
 
 
 def data_of(case):
-    """Images, and pairs: with `pair_source="batch"` images with their counterparts."""
+    """Images, and pairs."""
     pixels = SIZES[CASES[case]["size"]]["pixels"]
-    return Images(pixels), Images(pixels, ("", "_b") if in_batch(case) else ("_a", "_b"))
+    return Images(pixels), Images(pixels, ("_a", "_b"))
 
 
 def with_norm_held(model):
@@ -136,12 +127,9 @@ def trainer_of(case, arm, folder, images, pairs, callback, **changes):
         **CASES[case]["settings"],
         **changes,
     }
-    given = {"args": IPGConfig(folder, **settings), "callbacks": [callback]}
+    given = {"args": IPGConfig(folder, **settings), "train_dataset": images, "callbacks": [callback]}
     model = MODELS[CASES[case]["model"]]()
-    if arm != "ipg":
-        return Trainer(with_norm_held(model), train_dataset=images, **given)
-    data = {"train_dataset": pairs} if in_batch(case) else {"train_dataset": images, "pair_dataset": pairs}
-    return IPGTrainer(model, **data, **given)
+    return IPGTrainer(model, pair_dataset=pairs, **given) if arm == "ipg" else Trainer(with_norm_held(model), **given)
 
 
 def seconds_a_step(case, arm, images, pairs, **changes):
@@ -182,7 +170,7 @@ def measured(case, rounds):
             "to_scaled_erm": ratio(found["ipg"], [share * value for value in found["erm"]]),
             "to_erm": ratio(found["ipg"], found["erm"]),
         }
-    return row | {"versions": report.versions(), "commit": report.commit(), "hardware": report.hardware()}
+    return row | {"versions": versions(), "commit": commit(), "hardware": hardware()}
 
 
 def main():
@@ -210,7 +198,7 @@ def main():
         for kind in ("wall", "cpu"):
             print(case, kind, json.dumps(record[case].get(kind)), flush=True)
         if options.write:
-            report.write_json(RECORD, record)
+            write_json(RECORD, record)
 
 
 if __name__ == "__main__":
