@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that was killed, or whose disk was full or damaged, ends as the run that was not: to the last bit, logs too.
-
-Run as a script, this file is the run: `python test_resume.py FOLDER KIND WORKERS [fast | slow | full BYTES]`.
-"""
+"""A run that was killed, or whose disk was full or damaged, ends as the run that was not: to the last bit, logs too."""
 
 import json
 import os
@@ -10,8 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +17,7 @@ import small
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_processes import Child
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
@@ -32,6 +28,7 @@ from transformers import (
 
 from ipg_hf import IPGTrainer
 from ipg_hf.checkpoints import newest_checkpoint, whole_or_removed
+from ipg_hf.pairs.checks import ONLY_SET
 
 STEPS, LOG, SAVE = 11, 3, 2
 RUNTIME = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "ipg/pair_wait"}
@@ -98,8 +95,8 @@ def run(folder, kind, workers, *callbacks, resume=None):
         learning_rate=1e-3,
         random_flip=True,
         random_crop_scale=0.5,
-        invariance_threshold=1e-3,
-        pair_num_workers=workers,
+        dataloader_num_workers=workers,
+        **(small.PAPER if kind == "raw" else {}) | small.SCALED,
     )
     trainer = IPGTrainer(
         small.vit(dropout=0.2),
@@ -116,11 +113,6 @@ def run(folder, kind, workers, *callbacks, resume=None):
         "positions": dict(trainer.progress.positions),
         "history": trainer.state.log_history,
     }
-
-
-def main(folder, kind, workers, how, size=0):
-    callbacks = {"fast": [], "slow": [Slow()], "full": [FullDisk(int(size))]}
-    run(folder, kind, int(workers), *callbacks[how])
 
 
 # ---- Its comparison ----
@@ -148,77 +140,74 @@ def check_equal(whole, resumed, resumed_at):
     assert whole["positions"] == resumed["positions"] == dict.fromkeys(whole["positions"], STEPS * 4)
     ours, theirs = history(resumed, resumed_at), history(whole, resumed_at)
     assert ours == theirs
-    assert sum("ipg/distance" in entry for entry in ours) == STEPS // LOG
+    assert sum(entry.get("ipg/loss_scale", 1) != 1 for entry in ours) == STEPS // LOG
     assert sum("loss" in entry for entry in ours) >= STEPS // LOG - 1
-
-
-def start(folder, kind, workers, *how):
-    command = [sys.executable, __file__, str(folder), kind, str(workers), *map(str, how)]
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    # a session of its own: its loader workers go with it
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
 def killed(folder, kind, workers, seed):
     """Kills a run at a random moment after its second checkpoint; returns the step of the last whole one."""
-    process = start(folder, kind, workers, "slow")
+    child = Child(folder, run, folder, kind, workers, Slow())
     deadline = time.monotonic() + 120
     while not (folder / f"checkpoint-{2 * SAVE}" / "trainer_state.json").exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(process.communicate()[1])
+        if child.poll() is not None or time.monotonic() > deadline:
+            os.killpg(child.pid, signal.SIGKILL)
+            pytest.fail(child.ended(10)[1])
         time.sleep(0.01)
     time.sleep(random.Random(seed).uniform(0, 0.5))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    os.killpg(child.pid, signal.SIGKILL)
+    assert child.ended(60)[0] == -signal.SIGKILL
     return int(newest_checkpoint(folder).rpartition("-")[2])
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("raw", 0), ("raw", 2), ("own", 2)])
-def test_a_killed_run_resumes_to_the_bit(tmp_path, kind, workers):
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """Kind -> the folder and the end of a run that nothing interrupts, without workers."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("raw", "own")}
+    return {kind: (folder, run(folder, kind, 0)) for kind, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", ["raw", "own"])
+def test_a_killed_run_resumes_to_the_bit(tmp_path, wholes, kind):
     folder = tmp_path / "killed"
-    at = killed(folder, kind, workers, seed=time.time_ns())
+    at = killed(folder, kind, 2, seed=time.time_ns())
     assert 2 * SAVE <= at < STEPS
-    check_equal(run(tmp_path / "whole", kind, workers), run(folder, kind, workers, resume=True), at)
+    # the workers of a stream share its rows out, so that their number changes the order
+    whole = wholes["own"][1] if kind == "own" else run(tmp_path / "whole", kind, 2)
+    check_equal(whole, run(folder, kind, 2, resume=True), at)
 
 
-def test_an_inexact_resume_is_seen(tmp_path, monkeypatch):
+def test_an_inexact_resume_is_seen(tmp_path, wholes):
     """The control: pairs drawn from the start again."""
-    whole = run(tmp_path, "raw", 0)
     checkpoint = tmp_path / f"checkpoint-{2 * SAVE}"
+    shutil.copytree(wholes["raw"][0] / checkpoint.name, checkpoint)
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_text())
     state["stateful_callbacks"]["PairProgress"]["attributes"]["positions"] = {}
     path.write_text(json.dumps(state))
     resumed = run(tmp_path, "raw", 0, resume=str(checkpoint))
-    assert small.differences(whole["weights"], resumed["weights"]) > 1e-5
+    assert small.differences(wholes["raw"][1]["weights"], resumed["weights"]) > 1e-5
 
 
-def test_every_checkpoint_of_a_run_resumes_to_the_bit(tmp_path):
-    """At the start, in the middle and at the end of an epoch (4 steps) and of a log window (3 steps)."""
-    whole = run(tmp_path / "whole", "own", 0)
-    for step in range(SAVE, STEPS, SAVE):
-        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
-        check_equal(whole, run(tmp_path / "resumed", "own", 0, resume=checkpoint), step)
+# at the start, in the middle and at the end of an epoch (4 steps) and of a log window (3 steps)
+@pytest.mark.parametrize(("kind", "step"), [*(("own", step) for step in range(SAVE, STEPS, SAVE)), ("raw", 3 * SAVE)])
+def test_every_checkpoint_of_a_run_resumes_to_the_bit(tmp_path, wholes, kind, step):
+    folder, whole = wholes[kind]
+    check_equal(whole, run(tmp_path, kind, 0, resume=str(folder / f"checkpoint-{step}")), step)
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path):
-    check_equal(run(tmp_path / "0", "own", 0), run(tmp_path / "2", "own", 2), None)
+def test_the_number_of_workers_changes_nothing(tmp_path, wholes):
+    check_equal(wholes["own"][1], run(tmp_path, "own", 2), None)
 
 
 @pytest.mark.parametrize("fails", ["model.safetensors", "optimizer.pt"])
-def test_a_full_disk_leaves_whole_checkpoints(tmp_path, fails):
-    whole = run(tmp_path / "whole", "own", 0)
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole" / f"checkpoint-{SAVE}").iterdir()}
+def test_a_full_disk_leaves_whole_checkpoints(tmp_path, wholes, fails):
+    source, whole = wholes["own"]
+    sizes = {path.name: path.stat().st_size for path in (source / f"checkpoint-{SAVE}").iterdir()}
     assert sizes["optimizer.pt"] > 1.5 * sizes["model.safetensors"]
     folder = tmp_path / "full"
-    process = start(
-        folder, "own", 0, "full", sizes[fails] // 2 if fails == "model.safetensors" else sizes[fails] - 1000
-    )
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
+    size = sizes[fails] // 2 if fails == "model.safetensors" else sizes[fails] - 1000
+    status, errors = Child(tmp_path, run, folder, "own", 0, FullDisk(size)).ended(120)
+    assert status == 1
     last = errors.strip().splitlines()[-1]
     assert last.startswith("OSError: could not save checkpoint-6, which was removed; those before it are whole.")
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
@@ -315,9 +304,8 @@ DAMAGES += [(name, damage) for name in ("trainer_state.json", "config.json") for
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    return folder, run(folder, "own", 0)
+def whole(wholes):
+    return wholes["own"]
 
 
 @pytest.fixture
@@ -355,7 +343,7 @@ def test_every_checkpoint_damaged(saved):
     cut(saved / "checkpoint-10" / "optimizer.pt")
     emptied(saved / "checkpoint-8" / "trainer_state.json")
     with pytest.raises(
-        ValueError, match=r"No whole .*Every one .*checkpoint-10: optimizer\.pt.*checkpoint-8: trainer_s"
+        ValueError, match=r"No valid .*All are damaged .*checkpoint-10: optimizer\.pt.*checkpoint-8: trainer_s"
     ):
         run(saved, "own", 0, resume=True)
 
@@ -403,9 +391,9 @@ def test_a_checkpoint_of_transformers_own_trainer_goes_on_with_a_warning(tmp_pat
     )
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert any("no position in the pairs" in record.getMessage() for record in caplog.records)
-    assert trainer.progress.positions == {"": 8}
+    assert trainer.progress.positions == {ONLY_SET: 8}
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert state["stateful_callbacks"]["PairProgress"]["attributes"]["positions"] == {"": 8}
+    assert state["stateful_callbacks"]["PairProgress"]["attributes"]["positions"] == {ONLY_SET: 8}
 
 
 def test_weights_that_a_checkpoint_lacks_are_an_error(tmp_path):
@@ -461,7 +449,3 @@ def test_the_best_model_is_loaded_whole(tmp_path):
     trainer.train()
     assert small.differences(seen[2], trainer.model.state_dict()) == 0
     assert small.differences(seen[4], seen[2]) > 0
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
