@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ipg_hf.data.files import held_out_pairs
 from ipg_hf.pairs.makers import encode_png, pairs_from_render
 
 COLUMNS = {"image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"}
@@ -187,3 +188,30 @@ def test_an_error_names_the_row_by_its_number_in_the_source():
     same = lambda row, color: colored(row, "red" if row is source[17] else color)  # noqa: E731
     with pytest.raises(ValueError, match="row 17 "):
         make(source, same)
+
+
+# ---- Held-out pairs: one object, two values of the attribute ----
+
+
+def test_held_out_pairs_never_show_two_labels():
+    """The first image of an object with each value and label: rows 0 and 3 of p1, rows 2 and 5 of p2."""
+    table = {
+        "image": [Image.new("RGB", (4, 4), (20 * row, 0, 0)) for row in range(9)],
+        "label": [0, 1, 1, 0, 0, 1, 0, 1, 0],
+        "attribute": [0, 1, 0, 1, 0, 1, 1, 0, 0],
+        "patient": ["p1", "p1", "p2", "p1", "p3", "p2", None, "p4", None],
+    }
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.ClassLabel(names=["benign", "malignant"]),
+        attribute=datasets.ClassLabel(names=["clear", "ruler"]),
+        patient=datasets.Value("string"),
+    )
+    pairs = held_out_pairs(datasets.Dataset.from_dict(table, features=features), "patient")
+    assert pairs["source_id"][:] == ["p1", "p2"]
+    assert pairs["label"][:] == [0, 1]
+    assert [[row[side].getpixel((0, 0))[0] for side in ("image_a", "image_b")] for row in pairs] == [[0, 60], [40, 100]]
+    # without the rows 2 and 3 no object has both values with one label
+    rest = datasets.Dataset.from_dict(table, features=features).select([0, 1, 4, 5, 6, 7, 8])
+    with pytest.raises(ValueError, match="'patient' occurs with both values of the attribute and one label"):
+        held_out_pairs(rest, "patient")

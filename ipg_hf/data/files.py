@@ -92,25 +92,25 @@ def held_out_pairs(dataset: datasets.Dataset, instance: str) -> datasets.Dataset
 
     Args:
         dataset: rows `image`, `label`, `attribute` and the column `instance`.
-        instance: column that names the object in an image. An object that occurs with both values makes one pair, of
-            its first image with each.
+        instance: column that names the object in an image. An object that occurs with both values makes one pair for
+            each of its labels, of its first image with each value. Rows without a name (`None`) make no pair.
 
     Raises:
         ValueError: there is no such pair.
     """
-    names, attributes = dataset[instance][:], np.asarray(dataset["attribute"][:])
+    columns = zip(*(dataset[name][:] for name in (instance, "label", "attribute")), strict=True)
     rows: list[dict[Any, int]] = [{}, {}]
-    for row, (name, value) in enumerate(zip(names, attributes, strict=True)):
-        if value in (0, 1):
-            rows[value].setdefault(name, row)
-    both = [name for name in rows[0] if name in rows[1]]
+    for row, (name, label, value) in enumerate(columns):
+        if value in (0, 1) and name is not None:
+            rows[value].setdefault((name, label), row)
+    both = [key for key in rows[0] if key in rows[1]]
     if not both:
         raise ValueError(
-            f"no value of {instance!r} occurs with both values of the attribute: there are no pairs. Name another "
-            "column, or none."
+            f"no value of {instance!r} occurs with both values of the attribute and one label: there are no pairs. "
+            "Name another column, or none."
         )
-    pairs = pairs_from_rows(dataset, *([side[name] for name in both] for side in rows), attribute="attribute")
-    return pairs.add_column("source_id", [str(name) for name in both])
+    pairs = pairs_from_rows(dataset, *([side[key] for key in both] for side in rows), attribute="attribute")
+    return pairs.add_column("source_id", [str(name) for name, _ in both])
 
 
 def _read_split(folder: Path, split: str) -> datasets.Dataset:
