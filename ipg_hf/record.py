@@ -23,6 +23,7 @@ import datasets
 import torch
 from transformers import Trainer
 
+from .metrics import WORST_GROUP
 from .pairs import ImageRows, check_pairs
 
 # the value of a setting that an old record does not have and that nothing else tells
@@ -36,26 +37,6 @@ NO_SETTINGS = re.compile(
     r"|push_to_hub|hub_\w+|trackio_\w+|\w+_token|local_rank|do_(train|eval|predict)|_\w+"
 )
 
-MAIN_SETTINGS = (
-    "learning_rate",
-    "optim",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "per_device_train_batch_size",
-    "max_steps",
-    "freeze_norm",
-)
-PAIR_SETTINGS = (
-    "alpha",
-    "invariance_threshold",
-    "max_loss_scale",
-    "invariance_distance",
-    "rationale_reduction",
-    "rationale_norm",
-    "per_device_pair_batch_size",
-    "pair_combination",
-)
-WORST_GROUP = ("eval_worst_group_accuracy", "eval_worst_group_mae")
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 
 
@@ -167,13 +148,12 @@ def trainer_record(trainer: Trainer) -> dict[str, Any]:
         for key, value in last.items()
         if key.startswith("eval_") and not key.endswith(TIMINGS)
     }
-    plain = "ipg" if getattr(trainer, "is_guided", False) else "erm"
     record = make_record(
         trainer,
         settings=resolved_settings(args),
         metrics={"evaluation": metrics} if metrics else {},
         seconds=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
-        method=getattr(trainer, "method", plain),  # a plain Trainer has no name of its method
+        method=trainer.method if hasattr(trainer, "method") else "erm",  # a plain Trainer has no such name
         base_model=hub_id(getattr(getattr(trainer.model, "config", None), "_name_or_path", None)),
     )
     return record | {"chosen_step": last.get("step", step)}
@@ -210,7 +190,10 @@ def course(history: Sequence[Mapping[str, Any]], points: int = 50) -> dict[str, 
         `worst_group_mae`), each in columns beside `step`, with four significant digits. What was not logged is left
         out.
     """
-    kept = {"guidance": ("ipg/divergence", "ipg/violated", "ipg/loss_scale"), "validation": WORST_GROUP}
+    kept = {
+        "guidance": ("ipg/divergence", "ipg/violated", "ipg/loss_scale"),
+        "validation": tuple(f"eval_{name}" for name in WORST_GROUP),
+    }
     found = {}
     for part, keys in kept.items():
         entries = [entry for entry in history if any(key in entry for key in keys)]

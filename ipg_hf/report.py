@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and the figure of a run, and pages with parts that are made."""
+"""Tables and the figure of a run, and pages with generated parts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-SUMMARY = {
-    "accuracy": "accuracy",
-    "worst_group_accuracy": "worst group",
-    "flip_rate": "flip rate",
-    "mae": "error (MAE)",
-    "worst_group_mae": "worst group",
-    "difference": "pairs' diff.",
-}
+from .metrics import METRICS
 
 
 def fill_marked(page: str, marker: str, made: Callable[..., str]) -> str:
-    """A page with each part between `<!-- MARKER: WORD ... -->` and `<!-- end -->` made anew by `made(*words)`."""
+    """A page with each part between `<!-- MARKER: WORD ... -->` and `<!-- end -->` made anew.
+
+    Args:
+        page: the text of the page.
+        marker: the word after `<!-- `.
+        made: called with the words of a marker, returns the text of its part.
+    """
     start = f"<!-- {marker}: "
     parts = page.split(start)
     for number, part in enumerate(parts[1:], 1):
@@ -28,19 +27,19 @@ def fill_marked(page: str, marker: str, made: Callable[..., str]) -> str:
 
 
 def summary_table(columns: Mapping[str, Mapping[str, float]], split: str = "test") -> str:
-    """A table of accuracy, worst group and flip rate, one column a model.
+    """A table with a row for each of `METRICS` that a model has, one column a model.
 
     Args:
         columns: model name -> metrics with the keys of `run.json`.
         split: the split that they were measured on, the table's title.
     """
+    found = [key for key in METRICS if any(key in metrics for metrics in columns.values())]
+    first = max(len(title) for title in [split, *(METRICS[key].title for key in found)])
     width = max(8, *(len(name) for name in columns)) + 2
-    lines = [f"{split:<14}" + "".join(f"{name:>{width}}" for name in columns)]
-    for key, title in SUMMARY.items():
-        if not any(key in metrics for metrics in columns.values()):
-            continue
+    lines = [f"{split:<{first}}" + "".join(f"{name:>{width}}" for name in columns)]
+    for key in found:
         cells = [f"{metrics[key]:.3f}" if key in metrics else "-" for metrics in columns.values()]
-        lines.append(f"{title:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
+        lines.append(f"{METRICS[key].title:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

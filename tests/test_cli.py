@@ -75,7 +75,7 @@ def test_evaluate_gives_the_test_metrics_of_the_record_again(trained, capsys):
     again = json.loads(output.read_text())["metrics"]
     recorded = json.loads((trained / "out" / "run.json").read_text())["metrics"]["test"]
     assert again == pytest.approx(recorded, abs=1e-6)
-    assert "worst group" in capsys.readouterr().out
+    assert "worst-group accuracy" in capsys.readouterr().out
 
 
 def test_the_plain_training_beside_it_differs_by_the_pairs_alone(trained):

@@ -70,6 +70,15 @@ def processes(record):
     return f"{first}\n\n{lines_of(titles, rows)}\n\n{note}"
 
 
+def pair_check(record):
+    """Seconds of the linter, by the format of the images."""
+    rows = [
+        [kind, f"{record['pairs']:,}", str(record["pixels"]), f"{found['seconds']:.0f}", f"{found['cpu_seconds']:.0f}"]
+        for kind, found in record["kinds"].items()
+    ]
+    return lines_of(("images", "pairs", "pixels", "seconds", "processor's seconds"), rows)
+
+
 def pair_wait(record):
     """Shares of the steps' time, in percent."""
     arms = list(next(iter(record.values()))["share"])
@@ -85,7 +94,7 @@ def pair_wait(record):
 
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait):
+    for make in (step, pair_memory, processes, pair_wait, pair_check):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
