@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are told to stop, or of whose processes one or all are killed, end as the run that is left alone.
+"""Runs that are asked to stop, or of whose processes one or all are killed, end as the run that is left alone.
 
-Run as a script, this file is the run: `python test_interruption.py FOLDER [slow] [jit] [resume] [full BYTES]`.
+Run as a script, this file is the run on two processes: `python test_interruption.py FOLDER [slow] [resume] [full]`.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +19,14 @@ import pytest
 import small
 import torch
 from safetensors.torch import load_file
+from small_processes import Child
 from test_resume import LOG, SAVE, STEPS, FullDisk, history
 from transformers import TrainerCallback, TrainerControl
 
 from ipg_hf import IPGTrainer, cli
-from ipg_hf.checkpoints import SaveAtStepEnd, newest_checkpoint
+from ipg_hf.callbacks import SaveAtStepEnd
+from ipg_hf.checkpoints import newest_checkpoint
+from ipg_hf.pairs.checks import ONLY_SET
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120  # seconds for a process to do what it is waited for
@@ -61,7 +65,7 @@ def run(folder, *callbacks, resume=None, slow=False, **settings):
     pairs = small.Recorded(small.pairs(10, dtype=torch.float64))
     settings = {"max_steps": STEPS, "logging_steps": LOG, "eval_strategy": "steps", "eval_steps": LOG} | settings
     settings = {"save_strategy": "steps", "save_steps": SAVE, "learning_rate": 1e-3} | settings
-    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "invariance_threshold": 0}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, **small.SCALED}
     trainer = IPGTrainer(
         small.vit(dropout=0.2).double(),
         small.config(folder, **settings),
@@ -74,18 +78,24 @@ def run(folder, *callbacks, resume=None, slow=False, **settings):
     return {
         "weights": small.weights(trainer.model),
         "optimizer": small.optimizer_state(trainer.model, trainer.optimizer),
-        "position": trainer.progress.positions[""],
+        "position": trainer.progress.positions[ONLY_SET],
         "drawn": list(pairs.drawn),
         "history": [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in trainer.state.log_history],
     }
 
 
+def slowly(folder, **settings):
+    run(folder, slow=True, **settings)
+
+
 def main(folder, *words):
-    rank = os.environ.get("RANK", "0")
-    callbacks = [FullDisk(int(words[-1]))] if "full" in words and rank == "0" else []
-    settings = {"enable_jit_checkpoint": True, "save_steps": 100} if "jit" in words else {}
-    result = run(folder, *callbacks, resume="resume" in words or None, slow="slow" in words, **settings)
-    torch.save(result, Path(folder) / f"result_{rank}.pt")
+    """With `full` the run is made twice: the second time the disk of the first process is full."""
+    folder, rank = Path(folder), os.environ["RANK"]
+    result = run(folder, resume="resume" in words or None, slow="slow" in words)
+    torch.save(result, folder / f"result_{rank}.pt")
+    if "full" in words:
+        size = (folder / "checkpoint-4" / "optimizer.pt").stat().st_size - 1000
+        run(folder / "full", *([FullDisk(size)] if rank == "0" else []))
 
 
 def check_equal(whole, resumed, *stops):
@@ -104,12 +114,11 @@ def check_equal(whole, resumed, *stops):
 # ---- Stopping it ----
 
 
-def start(folder, *words, processes=1):
+def start(folder, *words):
     for left in folder.glob("after_*"):
         left.unlink()
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
-    launcher = [] if processes == 1 else [*launcher, "--main_process_port", "0"]
-    return python(*launcher, __file__, folder, *words)
+    return python(*launcher, "--main_process_port", "0", __file__, folder, *words)
 
 
 def python(*words):
@@ -128,13 +137,22 @@ def ended(process, status):
 
 
 def wait_for(process, path):
+    """Waits until a run has written a file, and then for a random time."""
     deadline = time.monotonic() + LIMIT
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"ended or stuck before its time: {process.communicate()[1]}")
+            pytest.fail("ended or stuck before its time: " + stopped(process))
         time.sleep(0.01)
     time.sleep(random.Random(time.time_ns()).uniform(0, 0.3))
+
+
+def stopped(process):
+    """The error messages of a process that is killed."""
+    if isinstance(process, Child):
+        os.kill(process.pid, signal.SIGKILL)
+        return process.ended(LIMIT)[1]
+    process.kill()
+    return process.communicate()[1]
 
 
 def kill(folder, *ranks):
@@ -153,42 +171,43 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_of_two(tmp_path_factory):
+    """The folder, the ends and the error messages of a run on two processes, and of another whose disk is full."""
     folder = tmp_path_factory.mktemp("whole_of_two")
-    ended(start(folder, processes=2), 0)
-    return folder, [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
+    errors = ended(start(folder, "full"), 1)
+    return folder, [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)], errors
 
 
 # ---- SIGTERM ----
 
 
 def test_terminated_it_saves_at_the_end_of_the_step_where_asked_to(tmp_path, whole):
-    process = start(tmp_path, "slow", "jit")
-    wait_for(process, tmp_path / "after_2")
-    process.terminate()
-    ended(process, 0)
+    child = Child(tmp_path, partial(slowly, enable_jit_checkpoint=True, save_steps=100), tmp_path)
+    wait_for(child, tmp_path / "after_2")
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.ended(LIMIT)[0] == 0
     at = step_of(tmp_path)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{at}"] and 2 < at < STEPS
     check_equal(whole, run(tmp_path, resume=True), at)
 
 
 def test_terminated_it_leaves_the_last_checkpoint(tmp_path, whole):
-    process = start(tmp_path, "slow")
-    wait_for(process, tmp_path / f"after_{SAVE + 1}")
-    process.terminate()
-    ended(process, -signal.SIGTERM)
+    child = Child(tmp_path, slowly, tmp_path)
+    wait_for(child, tmp_path / f"after_{SAVE + 1}")
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.ended(LIMIT)[0] == -signal.SIGTERM
     at = step_of(tmp_path)
     assert SAVE <= at < STEPS
     check_equal(whole, run(tmp_path, resume=True), at)
 
 
-class Told(TrainerCallback):
+class Asked(TrainerCallback):
     """SIGTERM's wait ends at this event of this step."""
 
     def __init__(self, event, step):
         self.step = step
-        setattr(self, event, self.tell)
+        setattr(self, event, self.ask)
 
-    def tell(self, args, state, control, **kwargs):
+    def ask(self, args, state, control, **kwargs):
         if state.global_step == self.step and args.enable_jit_checkpoint:
             manager().is_checkpoint_requested = True
 
@@ -210,11 +229,11 @@ EPOCHS = {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy"
         ("on_optimizer_step", 5, 6, {**BEST, "greater_is_better": False}),
     ],
 )
-def test_wherever_in_a_step_it_is_told(tmp_path, whole, event, step, at, settings):
+def test_wherever_in_a_step_it_is_asked_to_stop(tmp_path, whole, event, step, at, settings):
     before = signal.getsignal(signal.SIGTERM)
     settings = {"save_steps": 100, **settings}
-    folder = tmp_path / "told"
-    run(folder, Told(event, step), enable_jit_checkpoint=True, **settings)
+    folder = tmp_path / "asked"
+    run(folder, Asked(event, step), enable_jit_checkpoint=True, **settings)
     assert signal.getsignal(signal.SIGTERM) is before
     assert step_of(folder) == at
     expected = run(tmp_path / "whole", **settings) if len(settings) > 1 else whole
@@ -239,7 +258,7 @@ def test_processes_stop_at_one_step(tmp_path):
 
 
 def test_two_processes_killed_together_and_then_one_of_them(tmp_path, whole_of_two):
-    process = start(tmp_path, "slow", processes=2)
+    process = start(tmp_path, "slow")
     wait_for(process, tmp_path / f"after_{SAVE + 1}")
     process.kill()
     kill(tmp_path, 0, 1)
@@ -247,7 +266,7 @@ def test_two_processes_killed_together_and_then_one_of_them(tmp_path, whole_of_t
     first = step_of(tmp_path)
     assert SAVE <= first < STEPS
 
-    process = start(tmp_path, "slow", "resume", processes=2)
+    process = start(tmp_path, "slow", "resume")
     wait_for(process, tmp_path / f"after_{first + 1}")
     kill(tmp_path, 1)
     ended(process, 1)
@@ -256,19 +275,19 @@ def test_two_processes_killed_together_and_then_one_of_them(tmp_path, whole_of_t
     at = step_of(tmp_path)
     assert first <= at < STEPS
 
-    ended(start(tmp_path, "resume", processes=2), 0)
+    ended(start(tmp_path, "resume"), 0)
     ends = [torch.load(tmp_path / f"result_{rank}.pt") for rank in (0, 1)]
     for expected, end in zip(whole_of_two[1], ends, strict=True):
         end["history"] = ends[0]["history"]  # the logs that are saved; the other's means may be rounded otherwise
         check_equal({**expected, "history": whole_of_two[1][0]["history"]}, end, first, at)
 
 
-def test_a_full_disk_under_two_processes(tmp_path, whole_of_two):
-    expected = whole_of_two[0] / "checkpoint-4"
-    process = start(tmp_path, "full", (expected / "optimizer.pt").stat().st_size - 1000, processes=2)
-    errors = ended(process, 1)
+def test_a_full_disk_under_two_processes(whole_of_two):
+    folder, _, errors = whole_of_two
+    expected = folder / "checkpoint-4"
     assert "OSError: could not save checkpoint-6, which was removed; those before it are whole." in errors
-    newest = Path(newest_checkpoint(tmp_path))
+    newest = Path(newest_checkpoint(folder / "full"))
+    assert newest.name == "checkpoint-4"
     assert {path.name for path in newest.iterdir()} == {path.name for path in expected.iterdir()}
     assert small.bit_equal(load_file(expected / "model.safetensors"), load_file(newest / "model.safetensors"))
 
@@ -286,7 +305,8 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
     process = python("-m", "ipg_hf.cli", *command, folder)
     wait_for(process, folder / "checkpoint-10" / "trainer_state.json")
     process.send_signal(signal.SIGINT)
-    assert "ipg train: interrupted." in ended(process, 130)
+    errors = ended(process, 130)
+    assert "ipg train: interrupted." in errors and "--resume_from_checkpoint last" in errors
     assert step_of(folder) < 40 and not (folder / "run.json").exists()
 
     assert cli.main([*command, str(folder), "--resume_from_checkpoint", "last"]) == 0
