@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 
 import pytest
 import yaml
+from small_suite import TINY
 from transformers import TrainingArguments
 
 from ipg_hf.baselines import METHODS
@@ -366,3 +367,42 @@ def test_the_launchers_page_names_tests_that_exist_and_the_recorded_memory():
         assert not name or f"def {name}(" in text, name
     measured = json.loads((RECIPES / "speed/pair_memory.json").read_text())["mebibytes"]
     assert measured["512"]["chunked"] < 1.5 * measured["32"]["chunked"]
+
+
+# ---- Scripts
+
+
+@pytest.fixture
+def elsewhere(script, tmp_path, monkeypatch):
+    """The scripts with folders of their own, and a recipe of a few steps."""
+    import pair_quality
+    import readability
+
+    for module in (pair_quality, readability):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    path = tmp_path / "digits/tiny.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump({**TINY, "learning_rate": 1e-2}))
+    return path, pair_quality, readability
+
+
+def test_pairs_are_spoiled_for_a_run_and_its_record_says_so(elsewhere, monkeypatch):
+    path, pair_quality, _ = elsewhere
+    monkeypatch.setitem(pair_quality.LEVELS, "mislabelled", (1.0,))
+    for _ in range(2):  # what has a record is not run again
+        pair_quality.run(path, 0, ["mislabelled"])
+    clean, spoiled = read_records(pair_quality.RECORDS / "pair_quality_digits.jsonl")
+    assert [clean["run"], spoiled["run"]] == ["tiny-none-0-seed0", "tiny-mislabelled-1-seed0"]
+    assert [run["settings"].pop("degrade_pairs") for run in (clean, spoiled)] == [{}, {"mislabelled": 1.0}]
+    assert clean["settings"] == spoiled["settings"] and clean["metrics"] != spoiled["metrics"]
+
+
+def test_features_are_probed_before_and_after_a_training(elsewhere):
+    path, _, readability = elsewhere
+    readability.run(path, 0)
+    (record,) = read_records(readability.RECORDS / "readability_digits.jsonl")
+    assert record["run"] == "tiny-seed0" and {*record["probes"]} == {"before", "after"}
+    assert record["probes"]["before"]["label"] != record["probes"]["after"]["label"]
+    again = read_records(RECORDS / "readability_digits.jsonl")[0]
+    assert {*again["probes"]["before"]} == {*record["probes"]["before"]}
