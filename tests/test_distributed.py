@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that share the batches take the steps of one that has them whole; run as a script, this file trains."""
+"""Processes that share the batches take the steps of one that has them whole."""
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import small
 import torch
 from safetensors.torch import load_file, save_file
+from small_processes import run_together
 from small_runs import TINY, record_of, write
 
 from ipg_hf import gradients
@@ -18,7 +16,6 @@ from ipg_hf.baselines import METHODS
 from ipg_hf.cli import main
 from ipg_hf.pairs import AdversarialPairs
 
-ROOT = Path(__file__).resolve().parent.parent
 # divisible by 2 and 3 processes and 3 micro-batches
 IMAGES, PAIRS, STEPS = 18, 6, 4
 ACCUMULATED = {"gradient_accumulation_steps": 3}
@@ -150,15 +147,15 @@ def run_command(folder, name):
     assert main(["train", "--config", str(folder / "recipe.yaml")]) == 0
 
 
+def run_all(folder, names):
+    torch.set_num_threads(1)
+    for name in names:
+        (folder / name).mkdir(exist_ok=True)
+        (run_command if name in COMMANDS else train)(folder / name, name)
+
+
 def launch(folder, processes, names):
-    command = [sys.executable]
-    if processes > 1:
-        config = str(ROOT / "recipes/accelerate/cpu_2.yaml")
-        command += ["-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-        command += ["--num_processes", str(processes)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, __file__, str(folder), *names], check=True, env=environment, timeout=400)
+    run_together(folder, processes, run_all, folder, names)
     return folder
 
 
@@ -248,14 +245,3 @@ def test_a_command_on_two_processes_does_what_it_does_on_one(one, two, name):
     for split in expected["metrics"]:
         del expected["metrics"][split]["loss"], record["metrics"][split]["loss"]  # Trainer's is of whole batches
         assert record["metrics"][split] == pytest.approx(expected["metrics"][split], abs=1e-3)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[2:]:
-        target = Path(sys.argv[1]) / name
-        target.mkdir(parents=True, exist_ok=True)
-        (run_command if name in COMMANDS else train)(target, name)
-    # torch's own threads may abort the interpreter's orderly end ("terminate called without an active exception")
-    sys.stdout.flush()
-    os._exit(0)

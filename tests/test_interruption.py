@@ -19,7 +19,7 @@ import pytest
 import small
 import torch
 from safetensors.torch import load_file
-from small_processes import Child
+from small_processes import Child, run_together
 from test_resume import LOG, SAVE, STEPS, FullDisk, history
 from transformers import TrainerCallback, TrainerControl
 
@@ -275,7 +275,7 @@ def test_two_processes_killed_together_and_then_one_of_them(tmp_path, whole_of_t
     at = step_of(tmp_path)
     assert first <= at < STEPS
 
-    ended(start(tmp_path, "resume"), 0)
+    run_together(tmp_path, 2, main, tmp_path, "resume")
     ends = [torch.load(tmp_path / f"result_{rank}.pt") for rank in (0, 1)]
     for expected, end in zip(whole_of_two[1], ends, strict=True):
         end["history"] = ends[0]["history"]  # the logs that are saved; the other's means may be rounded otherwise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 on two processes takes the step that one process takes; run as a script, this file is the trainings.
+"""FSDP2 on two processes takes the step that one process takes; run as a script, this file is their trainings.
 
 accelerate offers FSDP on accelerators alone, while PyTorch's runs on the CPU with gloo: the script says that its
 devices are several of a kind, and gives a CPU mesh. All the rest is what `accelerate launch` sets up.
@@ -12,8 +12,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
+from accelerate import ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from small_processes import run_together
+from torch.distributed.tensor import DTensor
+
+from ipg_hf import IPGTrainer, heads
+from ipg_hf.pairs import AdversarialPairs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = {"invariance_distance": "rationale", "max_loss_scale": float("inf")}
@@ -41,14 +49,6 @@ RESUMED = "default"
 
 
 def train(folder, name, processes, resume=None):
-    import small
-    from accelerate import ParallelismConfig, PartialState
-    from accelerate.utils import DistributedType
-    from torch.distributed.tensor import DTensor
-
-    from ipg_hf import IPGTrainer, heads
-    from ipg_hf.pairs import AdversarialPairs
-
     case, _, control = name.partition("; ")
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = BLOCKS.get(case, "ViTLayer")  # as the launcher's file sets it
     sharded = {"parallelism_config": ParallelismConfig(dp_shard_size=processes)} if processes > 1 else {}
@@ -79,7 +79,7 @@ def train(folder, name, processes, resume=None):
         heads._whole = lambda value: value.full_tensor() if isinstance(value, DTensor) else value
     trainer.train(resume_from_checkpoint=resume)
     heads._whole = whole
-    final = Path(folder) / ("resumed" if resume else "final")
+    final = folder / ("resumed" if resume else "final")
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
         (final / "log.json").write_text(json.dumps(small.logged(trainer)))
@@ -87,15 +87,20 @@ def train(folder, name, processes, resume=None):
         (final / "kinds.json").write_text(json.dumps(kinds))
 
 
-def launch(folder, cases, processes):
+def train_all(folder, names, processes):
+    torch.set_num_threads(1)
+    for name in names:
+        train(folder / name, name, processes)
+
+
+def launch(folder, names):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable]
-    if processes > 1:
-        config = folder.parent / f"{folder.name}.yaml"
-        config.write_text(f"{(ROOT / 'recipes/accelerate/fsdp2.yaml').read_text()}\nuse_cpu: true\n")
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    subprocess.run([*command, __file__, str(folder), str(processes), *cases], check=True, env=environment, timeout=300)
+    config = folder.parent / f"{folder.name}.yaml"
+    config.write_text(f"{(ROOT / 'recipes/accelerate/fsdp2.yaml').read_text()}\nuse_cpu: true\n")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", __file__, str(folder), *names]
+    subprocess.run(command, check=True, env=environment, timeout=300)
     return folder
 
 
@@ -111,12 +116,14 @@ def logs(folder):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("one"), CASES, 1)
+    folder = tmp_path_factory.mktemp("one")
+    run_together(folder, 1, train_all, folder, CASES, 1)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), [*CASES, CONTROL], 2)
+    return launch(tmp_path_factory.mktemp("two"), [*CASES, CONTROL])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,12 +150,9 @@ def test_a_gradient_that_stays_on_its_process_differs(one, two):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    where, number = Path(sys.argv[1]), int(sys.argv[2])
-    for name in sys.argv[3:]:
-        train(str(where / name), name, number)
-    if number > 1:
-        train(str(where / RESUMED), RESUMED, number, resume=str(where / RESUMED / "checkpoint-2"))
+    where = Path(sys.argv[1])
+    train_all(where, sys.argv[2:], 2)
+    train(where / RESUMED, RESUMED, 2, resume=str(where / RESUMED / "checkpoint-2"))
     # torch's own threads may abort the interpreter's orderly end ("terminate called without an active exception")
     sys.stdout.flush()
     os._exit(0)
