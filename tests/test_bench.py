@@ -472,9 +472,9 @@ def test_memory_is_kept_as_the_user_has_set_it(tmp_path, monkeypatch):
     before, run = dict(os.environ), seed_runs(load_suite(write(tmp_path)), "a", {})[0]
     process = _start(run, tmp_path / "one", 2)
     process.join(120)
-    told = json.loads((tmp_path / "one/log.txt").read_text())
-    assert told["memory"] == {**KEEP_MEMORY, "MALLOC_TOP_PAD_": "4096"} and os.environ == before
-    assert told["config"] == str(tmp_path / "one/recipe.yaml") and told["rest"] == [True, commit()]
+    seen = json.loads((tmp_path / "one/log.txt").read_text())
+    assert seen["memory"] == {**KEEP_MEMORY, "MALLOC_TOP_PAD_": "4096"} and os.environ == before
+    assert seen["config"] == str(tmp_path / "one/recipe.yaml") and seen["rest"] == [True, commit()]
 
 
 def test_a_draw_that_diverges_is_the_worst_and_the_suite_goes_on(tmp_path, capsys):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a suite, from its records alone: methods, settings over a grid, the course of the guidance."""
+"""Figures of a suite, made of its records: methods, settings over a grid, the divergence over the training."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_comparison(suite: Suite) -> list[Path]:
 
 
 def draw_methods(suite: Suite, rows: Sequence[Row], path: Path) -> None:
-    """Draws the worst group on the test set: a dot for each seed, mean and 95 % t-interval for each method, as PNG."""
+    """Draws the worst group on the test set as a PNG: a dot for each seed, mean and 95 % t-interval for each method."""
     metric = worst_group(rows)
     figure = _figure(6.4, 1.2 + 0.42 * len(rows))
     axes = figure.subplots()
@@ -89,13 +89,16 @@ def draw_methods(suite: Suite, rows: Sequence[Row], path: Path) -> None:
 
 
 def _look(number: int) -> dict[str, str]:
-    """Color and marker of the n-th of at most fifty methods: colors come again after ten, with another marker."""
+    """Color and marker of the n-th of at most fifty methods; after ten, the colors repeat with another marker."""
     return {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5]}
 
 
 def draw_costs(suite: Suite, rows: Sequence[Row], path: Path) -> None:
-    """Draws the worst group on the test set (mean and sample standard deviation over seeds) against the median seconds
-    of a training, a mark for each method, as PNG; says so where the runs were made on more than one kind of machine."""
+    """Draws the worst group on the test set against the median seconds of a training as a PNG, a mark for each method.
+
+    Bars are one sample standard deviation over seeds. The axis says so where the runs were made on several kinds of
+    machines.
+    """
     metric = worst_group(rows)
     figure = _figure(7.6, 4.2)
     axes = figure.subplots()
@@ -115,7 +118,7 @@ def draw_costs(suite: Suite, rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_lines(suite: Suite, rows: Sequence[Row], path: Path) -> None:
-    """Draws the worst group on the test set over a grid of one key, as PNG.
+    """Draws the worst group on the test set over a grid of one key, as a PNG.
 
     For each method a line of the means over seeds in a band of one sample standard deviation to each side (none for one
     seed); dashed and level for a method outside the grid.
@@ -149,7 +152,7 @@ def draw_lines(suite: Suite, rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_maps(suite: Suite, rows: Sequence[Row], path: Path) -> None:
-    """Draws the worst group on the test set over a grid of two keys, as PNG.
+    """Draws the worst group on the test set over a grid of two keys, as a PNG.
 
     For each method of the grid a map: in each cell mean and sample standard deviation over seeds, colored by the mean.
     A method outside the grid is a line of text below.
@@ -200,8 +203,10 @@ def guided_records(rows: Sequence[Row]) -> list[tuple[str, list[Mapping[str, Any
 
 
 def draw_guidance(suite: Suite, guided: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Draws the divergence of the pair batches against the threshold, and the share of steps in which it was above, as
-    PNG: over the training, a column for each method, a line for each seed (means between two log lines).
+    """Draws the divergence of the pair batches, and the share of steps in which it was above the threshold, as a PNG.
+
+    The figure has a column for each method and a line for each seed, over the steps of the training. A point is the
+    mean since the log line before.
 
     Args:
         suite: the suite.
@@ -239,7 +244,7 @@ def draw_guidance(suite: Suite, guided: Sequence[tuple[str, Sequence[Mapping[str
 
 
 def _save_worst_groups(figure: Any, axes: Any, suite: Suite, metric: str, path: Path) -> None:
-    """What the figures with the worst group upwards share."""
+    """Labels, limits and legend of the figures with the worst group on the vertical axis."""
     axes.set_ylabel(f"{METRICS[metric].title}, test: mean ± sd")
     axes.set_ylim(*((-0.02, 1.02) if _is_higher(metric) else (0, None)))
     _title(figure, suite)
@@ -265,9 +270,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _places(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
-    """Where the values of a key stand on an axis, and whether that is logarithmic: they are more than a decade apart.
+    """The places of a key's values on an axis, and whether the axis is logarithmic.
 
-    Words stand side by side, and so do numbers with an infinite one among them.
+    It is logarithmic where the values are more than a decade apart. Words have equal distances, and so have numbers
+    with an infinite one among them.
     """
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     if not numbers or not all(map(math.isfinite, values)):
@@ -287,6 +293,6 @@ def _label(suite: Suite, row: Row) -> str:
 
 
 def _name_and_seeds(suite: Suite, name: str, rows: Sequence[Row]) -> str:
-    """A method with what is missing of its runs."""
+    """The name of a method, with the number of its runs where some are missing."""
     done, planned = sum(len(one.records) for one in rows), len(rows) * len(suite.seeds)
     return name if done == planned else f"{name} ({done} of {planned} runs)"

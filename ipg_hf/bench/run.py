@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runs of a suite: each a process of its own, as by `ipg train`; what has a record is not run again."""
+"""Makes the runs of a suite, each in a process of its own. A run that has a record is not repeated."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def bench(
     output_dir: str | None = None,
     keep_models: bool = False,
 ) -> None:
-    """Runs what a suite still lacks, and renders its table and figure.
+    """Makes the runs that have no record yet, and the table and figures of the suite.
 
     Args:
-        path: the suite's file.
-        methods: of the suite, those to run; by default all.
-        seeds: of the suite, those to run; by default all.
-        jobs: runs at a time; more than one have one thread each.
-        only: one of the three stages.
-        output_dir: where runs work; by default `outputs/bench-<suite>`.
-        keep_models: keep what a run leaves there; by default it is removed when its record is written.
+        path: file of the suite.
+        methods: names of the methods to run; by default all.
+        seeds: seeds to run; by default all of the suite.
+        jobs: number of runs at a time; with more than one, each has one thread.
+        only: name of one of the three stages.
+        output_dir: folder in which the runs work; by default `outputs/bench-<suite>`.
+        keep_models: keep the folder of each run; by default it is removed when the record is written.
 
     Raises:
         RecipeError: the suite, a method or a seed cannot be used; a record was made with other settings; a run failed.
@@ -84,7 +84,7 @@ def bench(
     folder = Path(output_dir or f"outputs/bench-{suite.path.stem}")
     if only in (None, "tune"):
         tried = [draw_runs(suite, name) for name in wanted]
-        # round by round, so that what a stop leaves compares
+        # round by round: after a stop all methods have as many draws
         execute([run for part in zip(*tried, strict=True) for run in part], jobs, folder, keep_models)
     if only in (None, "run"):
         execute(_compared(suite, wanted, seeds or suite.seeds), jobs, folder, keep_models)
@@ -99,22 +99,22 @@ def _compared(suite: Suite, methods: Sequence[str], seeds: Sequence[int]) -> lis
         if choice is None:
             raise RecipeError(f"{name} has draws without a record: its settings are not chosen. Run --only tune first.")
         runs += [run for point in points(suite, name) for run in seed_runs(suite, name, choice[1], point)]
-    # seed by seed, so that what a stop leaves compares
+    # seed by seed: after a stop all methods have the same seeds
     return [run for seed in suite.seeds if seed in seeds for run in runs if run.settings["seed"] == seed]
 
 
 def execute(runs: Sequence[Run], jobs: int, folder: Path, keep_models: bool = False) -> None:
-    """Makes the records that are missing.
+    """Makes the runs that have no record.
 
     Args:
-        runs: in the order in which they start.
-        jobs: how many at a time.
-        folder: each run works in a folder of its name in it; what an earlier attempt left there is begun again. With
-            `preload`, the transformed images of a seed stay in it until the last run with that seed has ended.
-        keep_models: keep these folders.
+        runs: the runs, in the order in which they start.
+        jobs: number of runs at a time.
+        folder: each run works in a folder of its name in this folder, and begins anew what an earlier attempt left
+            there. With `preload`, the transformed images of a seed stay until the last run with that seed has ended.
+        keep_models: keep the folders of the runs.
 
     Raises:
-        RecipeError: a run failed; those beside it are brought to their end before.
+        RecipeError: a run failed. Runs at the same time have ended before.
     """
     made = {record["run"] for path in {run.records for run in runs} for record in read_records(path)}
     waiting = [run for run in runs if run.name not in made]
@@ -165,8 +165,8 @@ def _images(folder: Path, run: Run) -> Path:
 
 @cache
 def _processes() -> BaseContext:
-    """Processes that are forked from one that has imported the library, which takes longer than a short run, and has
-    done nothing else; new interpreters where to fork after imports is not safe."""
+    """How processes start: forked from a process that has only imported the library, which takes longer than a short
+    run; as new interpreters on systems where forking after imports is not safe."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -189,15 +189,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None:
-    """What `ipg train --config FILE` does, in a process of its own, with what is printed in a file.
+    """Does what `ipg train --config FILE` does, in a process of its own, and writes its output to a file.
 
-    A draw that diverges leaves a record without metrics: that is what these settings come to.
+    A draw that diverges leaves a record without metrics.
 
     Args:
-        config: the recipe.
-        log: the file.
-        on_one_thread: whether other runs go on beside it.
-        code: the commit that is imported; the folder may move on during the suite.
+        config: path of the recipe.
+        log: path of the file for the output.
+        on_one_thread: whether other runs go on at the same time.
+        code: commit of the code that was imported; the source tree may change during the suite.
     """
     multiprocessing.set_start_method(None, force=True)  # of worker processes: this run's, not the server's
     with open(log, "wb") as file:
@@ -237,7 +237,7 @@ def _failure(run: Run, status: int, log: Path) -> str:
 
 @contextmanager
 def _ended(going: list[tuple[Run, BaseProcess]]) -> Iterator[None]:
-    """Ends the processes that are left when the block is left, by an interrupt or SIGTERM too."""
+    """At the end of the block, ends the processes that still run; also after an interrupt or SIGTERM."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A suite: methods on one benchmark under one protocol, as a YAML file; its runs and their records."""
+"""A suite: a YAML file that names the methods to compare on one benchmark; its runs and their records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..names import nearest
 from ..recipe import Recipe, RecipeError, parse_settings, read_yaml
 from ..record import NOT_RECORDED, read_records, resolved_settings
 
-# set for each run by itself; in a suite they would undo the protocol
+# settings that ipg bench gives each run; in a suite they would break the protocol
 OWN = (
     "seed",
     "output_dir",
@@ -151,8 +151,8 @@ def load_suite(path: str | Path) -> Suite:
 def draws(suite: Suite, method: str) -> list[dict[str, Any]]:
     """The settings that tuning tries for a method.
 
-    Draw k of a key depends on the seed, the key and its range alone: methods share the draws of a range that they
-    share, and more draws, methods or keys leave those there are as they were.
+    Draw k of a key depends only on the seed, the key and its range. So methods with the same range get the same draws,
+    and further draws, methods or keys change none of the others.
 
     Returns:
         `tuning.draws` dicts of key -> value, numbers with three significant digits.
@@ -169,7 +169,7 @@ def draws(suite: Suite, method: str) -> list[dict[str, Any]]:
 
 
 def draw_runs(suite: Suite, method: str) -> list[Run]:
-    """The tuning runs of a method; they do not read the test set. None without tuning."""
+    """The tuning runs of a method, which do not read the test set; an empty list without tuning."""
     if suite.tuning is None:
         return []
     own = {"seed": suite.tuning.seed, "measure_test": False}
@@ -180,7 +180,7 @@ def draw_runs(suite: Suite, method: str) -> list[Run]:
 
 
 def points(suite: Suite, method: str) -> list[dict[str, Any]]:
-    """The points of the grid at which a method is run; without a grid, or outside it, one without a key."""
+    """The points of the grid at which a method is run; one point without a key where the grid does not vary it."""
     if method in suite.ungridded:
         return [{}]
     return [dict(zip(suite.grid, values, strict=True)) for values in product(*suite.grid.values())]
@@ -225,7 +225,7 @@ def chosen(
 
 
 def validation_score(record: Mapping[str, Any]) -> float:
-    """What tuning makes high: worst-group accuracy, or the negative of the worst-group error; -inf if it diverged."""
+    """The score that tuning maximises: worst-group accuracy or minus the worst-group error; -inf of a diverged run."""
     metrics = record["metrics"].get("validation", {})  # none of a run that diverged
     for name in WORST_GROUP:
         if name in metrics and not math.isnan(metrics[name]):

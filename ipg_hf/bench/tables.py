@@ -77,7 +77,7 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
-    """The differences of two methods on the seeds that both have; `None` where there are none."""
+    """The differences of two methods on the seeds that both have; `None` where they share no seed."""
     seeds = [seed for seed in ours if seed in theirs]
     return t_interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
 
@@ -206,7 +206,7 @@ def _cells(suite: Suite, row: Row, rows: Sequence[Row], metrics: Sequence[str]) 
 
 
 def _differences(suite: Suite, row: Row, rows: Sequence[Row]) -> dict[str, tuple[str | None, Interval | None]]:
-    """Of the worst group at one point of the grid: to each reference, and to the best other method."""
+    """Differences of the worst group at one point of the grid: to each reference, and to the best other method."""
     metric = worst_group(rows)
     worst = {other.name: other.values(metric) for other in rows if other.point in (row.point, {})}
     sign = 1 if METRICS[metric].direction == "higher" else -1
@@ -223,7 +223,7 @@ def _differences(suite: Suite, row: Row, rows: Sequence[Row]) -> dict[str, tuple
 
 
 def progress(suite: Suite, row: Row) -> str:
-    """How many of the seeds have run, or what there is of the tuning."""
+    """How many of the seeds have run; before the first, how many draws of the tuning."""
     if row.records:
         done, planned = len(row.records), len(suite.seeds)
         return str(done) if done == planned else f"{done} of {planned}"
@@ -233,7 +233,7 @@ def progress(suite: Suite, row: Row) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, "-" of no value."""
+    """Mean and sample standard deviation; "-" without a value."""
     if not values:
         return "-"
     around = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
