@@ -94,6 +94,24 @@ def no_bias(num_labels=2):
     return Wrapped(nn.Sequential(nn.Flatten(), nn.Sequential(first, nn.GELU()), nn.Linear(8, num_labels, bias=False)))
 
 
+def distinguishing(model, image_size=SIZE, kernels=10, noise=0.0):
+    """The model with larger kernels, noise in its parameters, and batch norm that has seen random images.
+
+    Fresh models of its kind give all images one output, on which nothing about pairs could be shown.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(kernels if parameter.dim() == 4 else 1).add_(noise * torch.randn(parameter.shape))
+        for layer in layers:
+            layer.momentum = 1.0
+        model(torch.randn(16, 3, image_size, image_size))
+    for layer in layers:
+        layer.momentum = 0.1
+        layer.running_var.clamp_(min=0.01)  # smaller ones would make gradients of thousands
+    return model
+
+
 def deit_with_teacher(num_labels=2):
     torch.manual_seed(0)
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -104,7 +122,8 @@ def deit_with_teacher(num_labels=2):
 def levit_with_teacher(num_labels=2, image_size=SIZE):
     torch.manual_seed(0)
     stages = {"hidden_sizes": [16, 24, 32], "num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
-    return LevitForImageClassificationWithTeacher(LevitConfig(image_size=image_size, **stages, num_labels=num_labels))
+    config = LevitConfig(image_size=image_size, **stages, num_labels=num_labels)
+    return distinguishing(LevitForImageClassificationWithTeacher(config), image_size)
 
 
 def crossvit(num_labels=2):
@@ -126,12 +145,17 @@ def perceiver(num_labels=2):
         attention_probs_dropout_prob=0.0,
         num_labels=num_labels,
     )
-    return Wrapped(PerceiverForImageClassificationConvProcessing(config))
+    return Wrapped(distinguishing(PerceiverForImageClassificationConvProcessing(config), kernels=1, noise=0.1))
 
 
 def lcnet(num_labels=2):
     torch.manual_seed(0)
-    return PPLCNetForImageClassification(PPLCNetConfig(num_labels=num_labels, scale=0.25, hidden_dropout_prob=0.0))
+    # one block a stage: kernel, channels in and out, stride, squeeze-excite
+    blocks = [[[3, 16 if stage == 0 else 32, 32, 1, stage == 4]] for stage in range(5)]
+    config = PPLCNetConfig(
+        num_labels=num_labels, scale=0.25, hidden_dropout_prob=0.0, block_configs=blocks, class_expand=16
+    )
+    return distinguishing(PPLCNetForImageClassification(config))
 
 
 def rows(n, num_labels=2, seed=0, dtype=torch.float32, attribute=False):

@@ -76,6 +76,7 @@ def test_what_a_network_keeps_at_inference_does_not_reach_the_next_correction(tm
         levit = nn.Sequential(nn.Upsample(scale_factor=4), small.levit_with_teacher(image_size=64))
         evaluated = small.rows(8, dtype=torch.float64)
         settings = {"eval_dataset": evaluated, "eval_strategy": "steps", "eval_steps": every, "freeze_norm": True}
+        settings["learning_rate"] = 1e-4
         run, around = descending(tmp_path, build=lambda levit=levit: small.Wrapped(levit), max_steps=3, **settings)
         run.train()
         assert corrected(around) == [True] * 3
