@@ -9,6 +9,7 @@ from test_cli import write
 
 from ipg_hf.cli import main
 from ipg_hf.data import LOADERS
+from ipg_hf.metrics import METRICS
 
 
 @pytest.fixture
@@ -47,10 +48,13 @@ def test_pairs_with_a_model(tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+MARKED = ["red-marked", "green-marked"]
+
+
 def test_several_pair_sets_and_their_makers(tmp_path, capsys):
     makers = {
         "color": {"maker": "recolor", "change": "channels"},
-        "mark": {"maker": "overlay", "overlay": "mark", "size": 0.1875, "attribute": "attribute"},
+        "mark": {"maker": "overlay", "overlay": "mark", "size": 0.1875, "attribute": "attribute", "present": MARKED},
     }
     folder = tmp_path / "out"
     config = write(tmp_path / "recipe.yaml", output_dir=str(folder), dataset="marked_digits", pairs=makers)
@@ -94,7 +98,7 @@ def test_a_regression_by_a_recipe(tmp_path, capsys):
     test = json.loads((folder / "run.json").read_text())["metrics"]["test"]
     assert {"mae", "worst_group_mae", "difference", "divergence"} <= set(test)
     assert "flip_rate" not in test and "accuracy" not in test
-    assert "worst group" in capsys.readouterr().out
+    assert METRICS["worst_group_mae"].title in capsys.readouterr().out
     assert main(["evaluate", str(folder), "--config", config]) == 0
     assert "above/green" in capsys.readouterr().out
 
