@@ -191,17 +191,17 @@ def test_an_overlay_may_be_an_image_or_a_function():
 
 def test_overlay_pairs_leaves_out_images_that_have_the_overlay_already():
     source = photos(8)
-    clean = overlay_pairs(source, attribute="attribute")
+    clean = overlay_pairs(source, attribute="attribute", present="water")
     assert clean["source_id"][:] == [0, 1, 4, 5]
-    assert len(list(overlay_pairs(source.to_iterable_dataset(), attribute="attribute"))) == 4
+    assert len(list(overlay_pairs(source.to_iterable_dataset(), attribute="attribute", present="water"))) == 4
     for wrong in ({"overlay": "stamp"}, {"size": 0}, {"opacity": 2}, {"attribute": "marked"}):
-        with pytest.raises(ValueError, match=r"unknown|not valid|no column"):
+        with pytest.raises(ValueError, match=r"'stamp' is neither mark|not valid|no column"):
             overlay_pairs(source, **wrong)
 
 
 def test_overlay_pairs_fills_the_overlay_of_images_that_have_it_already():
     source = photos(8)
-    settings = {"overlay": "mark", "size": 0.25, "attribute": "attribute", "fill_present": True}
+    settings = {"overlay": "mark", "size": 0.25, "attribute": "attribute", "present": "water", "fill_present": True}
     pairs = overlay_pairs(source, **settings)
     assert pairs["source_id"][:] == list(range(8))
     for row, of in zip(pairs, source, strict=True):
@@ -215,7 +215,7 @@ def test_overlay_pairs_fills_the_overlay_of_images_that_have_it_already():
     streamed = list(overlay_pairs(source.to_iterable_dataset(), **settings))
     assert equal(streamed, pairs)
     for wrong in (
-        {"attribute": None},
+        {"attribute": None, "present": None},
         {"random_position": True},
         {"overlay": lambda image, rng: image},
     ):

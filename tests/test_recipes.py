@@ -323,6 +323,10 @@ def test_every_recipe_has_records_of_its_settings():
         for record in records(dataset):
             recipe, args, given = parsed(RECIPES / dataset / f"{record['run'].rsplit('-seed', 1)[0]}.yaml")
             wanted = json.loads(json.dumps(resolved_settings(recipe, args)))
+            # the pairs of the records were made before the value that means "has the overlay" had to be named
+            for options in wanted["pairs"].values():
+                if isinstance(options, dict):
+                    options.pop("present", None)
             # defaults of transformers may change, and so may those of a corrective update that there is not
             corrects = recipe.method in ("ipg", "ablation")
             unrelated = {entry.name for entry in fields(TrainingArguments if corrects else IPGConfig)}

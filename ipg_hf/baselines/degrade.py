@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ..pairs.makers import encode_image, image_column
+from ..pairs.images import read_image, stored_images
+from ..pairs.makers import check_columns, encode_image, image_column, known_values
 
 KINDS = ("mislabelled", "unoriented", "residual")
+MIXABLE = ("L", "LA", "RGB", "RGBA")
 
 
 def degrade_pairs(
@@ -39,20 +41,25 @@ def degrade_pairs(
 
     Raises:
         ValueError: a share is outside [0, 1]; mislabelling without a column `label` or with one label alone; two images
-            that are to be mixed differ in size or mode.
+            that are to be mixed cannot be read, differ in size or mode, or have another mode than L, LA, RGB or RGBA.
     """
     for name, share in zip(KINDS, (mislabelled, unoriented, residual), strict=True):
         if not 0 <= share <= 1:
             raise ValueError(f"{name}={share} is not valid: it must be a share from 0 to 1.")
     count = len(pairs)
-    raw = pairs.with_format(None).cast_column("image_a", datasets.Image(decode=False))
-    raw = raw.cast_column("image_b", datasets.Image(decode=False))
-    labels = np.asarray(raw["label"][:]) if "label" in raw.column_names else np.zeros(count, dtype=np.int64)
+    check_columns(pairs, ("image_a", "image_b"))
+    raw = stored_images(pairs.with_format(None), ("image_a", "image_b"))
+    labels = known_values(raw, "label") if "label" in raw.column_names else np.zeros(count, dtype=np.int64)
     sides = [list(raw["image_a"]), list(raw["image_b"])]
     if residual:
         partner = _partners(labels, np.random.default_rng((seed, 10)), same=True)
         originals = sides[1]
-        sides[1] = [_mixed(originals[row], originals[partner[row]], residual, row) for row in range(count)]
+        mode = pairs.features["image_b"].mode
+
+        def image(row: int) -> Image.Image:
+            return read_image(originals[row], f"image_b of row {row}", mode)
+
+        sides[1] = [_mixed(image(row), image(partner[row]), residual, row) for row in range(count)]
     if mislabelled:
         if len(np.unique(labels)) < 2:
             raise ValueError(f"mislabelled={mislabelled} needs a column `label` with at least two labels.")
@@ -79,12 +86,16 @@ def _partners(labels: np.ndarray, rng: np.random.Generator, *, same: bool) -> np
     return partner
 
 
-def _mixed(one: Mapping, other: Mapping, share: float, row: int) -> dict[str, bytes | None]:
-    first, second = (datasets.Image().decode_example(value) for value in (one, other))
+def _mixed(first: Image.Image, second: Image.Image, share: float, row: int) -> dict[str, bytes | None]:
     if first.size != second.size or first.mode != second.mode:
         raise ValueError(
             f"residual={share} mixes images of one size and mode, but row {row} has {first.mode} of {first.size} and "
             f"its partner {second.mode} of {second.size} pixels."
+        )
+    if first.mode not in MIXABLE:
+        raise ValueError(
+            f"residual={share} mixes images of the modes {', '.join(MIXABLE)}, but row {row} has {first.mode}: convert "
+            'the images of both sides, image.convert("RGB").'
         )
     return {"bytes": encode_image(Image.blend(first, second, share)), "path": None}
 

@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes pairs by editing images: other colours, an overlay, or another background.
 
-The draws of a row depend on the seed and the row's number alone. A stream gives a stream of pairs.
+The draws of a row depend on the seed and the row's number alone. A stream gives a stream of pairs. The pairs of a
+map-style set are kept in the cache folder of `datasets`, under a hash of the images, the settings and the code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from .makers import check_choice, check_columns, draw_rows, encode_image
+from .images import check_depth, file_of, read_image, stored_images
+from .makers import check_choice, check_columns, draw_rows, encode_image, map_cached
 
 Recoloring = Literal["hue", "channels", "gray"]
 Overlay = Literal["mark", "frame", "text", "watermark", "ruler"]
 Edit = Callable[[Image.Image, Mapping[str, Any], np.random.Generator], tuple[Image.Image, Image.Image]]
+
+ABSENT_PRESENT = {("0", "1"), ("false", "true"), ("no", "yes"), ("without", "with"), ("absent", "present")}
 
 FILL_MARGIN = 9  # pixels, odd: masks are not exact at their edges, and the fill would copy rests of the foreground
 FILL_BLUR = 6.0  # pixels
@@ -43,9 +50,9 @@ def recolor_pairs(
         change: `"hue"` turns the hue; `"channels"` exchanges colour channels; `"gray"` removes the colour.
         amount: degrees by which the hue turns. `None` draws 60 to 300 degrees for each image.
         order: for `"channels"`: the channel from which red, green and blue are taken. `"grb"` exchanges red and green.
-        attribute: column of a binary attribute that the change turns into its other value (with `"channels"`, red
-            digits become green and green ones red). The image with the value 0 becomes side a, so the pairs are
-            oriented.
+        attribute: column of an attribute of two values that the change turns into each other (with `"channels"`, red
+            digits become green and green ones red). The image with the first value becomes side a, so the pairs are
+            oriented. Texts are put in alphabetical order.
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
             uses all. A stream must have `None`.
         seed: non-negative seed of all draws.
@@ -55,31 +62,48 @@ def recolor_pairs(
         source) and, if the source has it, `label`. Without `attribute`, side a is the original image.
 
     Raises:
-        ValueError: `change` or `order` is unknown; a column is missing; an image does not change (it is grey already).
+        ValueError: `change` or `order` is unknown; a column is missing; an image cannot be read or does not change (it
+            is grey already); the attribute of a row is none of its first two values.
     """
     check_choice("change", change, get_args(Recoloring))
     if len(order) != 3 or not set(order) <= set("rgb"):
         raise ValueError(f"order={order!r} must be three of the letters r, g and b, for example 'grb'.")
 
+    source = _with_features(source)
+    names, ids = _attribute_ids(source, attribute) if attribute else (None, {})
+
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         other = _recolored(image, change, amount if amount is not None else rng.uniform(60, 300), order)
-        return (other, image) if attribute is not None and row[attribute] else (image, other)
+        if attribute is None:
+            return image, other
+        if ids.get(row[attribute]) not in (0, 1):
+            raise ValueError(f"{attribute}={row[attribute]!r} is none of the two values {[*ids][:2]}: drop the row.")
+        return (other, image) if ids[row[attribute]] else (image, other)
 
-    feature = source.features.get(attribute) if attribute and source.features else None
-    names = feature or datasets.ClassLabel(names=["0", "1"] if attribute else ["original", "recolored"])
-    return _edited(source, edit, names, needs=[attribute] if attribute else [], num_pairs=num_pairs, seed=seed)
+    return _edited(
+        source,
+        edit,
+        names or datasets.ClassLabel(names=["original", "recolored"]),
+        needs=[attribute] if attribute else [],
+        num_pairs=num_pairs,
+        seed=seed,
+        facts=["recolor", change, amount, order, attribute, ids],
+    )
 
 
 def overlay_pairs(
     source: Any,
     *,
-    overlay: Overlay | Image.Image | Callable[[Image.Image, np.random.Generator], Image.Image] = "text",
+    overlay: Overlay | str | os.PathLike | Image.Image | Callable[[Image.Image, np.random.Generator], Image.Image] = (
+        "text"
+    ),
     text: str = "SAMPLE",
     size: float = 0.2,
     opacity: float = 1.0,
     color: tuple[int, int, int] = (255, 255, 255),
     random_position: bool = False,
     attribute: str | None = None,
+    present: Any = None,
     fill_present: bool = False,
     num_pairs: int | None = None,
     seed: int = 0,
@@ -94,14 +118,17 @@ def overlay_pairs(
             - `"text"`: the text in the lower left corner.
             - `"watermark"`: the text over the whole image, slanted.
             - `"ruler"`: a scale along the lower edge.
-            - a PIL image with transparency: scaled to `size`, in the upper left corner.
-            - a function of (image, generator) that returns the changed image.
+            - a PIL image with transparency, or the path of such an image: scaled to `size`, in the upper left corner.
+            - a function of (image, generator) that returns the changed image. No hash can tell what a function does, so
+              these pairs are made anew at each start. `save_to_disk` keeps them.
         text: the text of `"text"` and `"watermark"`.
         size: size of the overlay as a share of the shorter side of the image, in (0, 1]. For a frame, its width.
         opacity: opacity of the overlay, in (0, 1].
         color: red, green and blue of the overlay, 0 to 255.
         random_position: put a mark, a text or an image at a position that is drawn for each image.
-        attribute: column that is not 0 for images that have the overlay already. These images are left out.
+        attribute: column that says which images have the overlay already. These images are left out.
+        present: the value of `attribute` that means "has the overlay", or a list of such values: names or numbers. It
+            may be left out if the column has the values 0 and 1, or names that say it, such as "no" and "yes".
         fill_present: use images that have the overlay already. Side b is the image as it is. On side a the area of the
             overlay is filled from the pixels around it. If the overlay occurs with one label only, this gives pairs of
             all labels. It needs `attribute` and an overlay at a fixed position.
@@ -114,31 +141,65 @@ def overlay_pairs(
         `source_id` (number of the row in the source) and, if the source has it, `label`.
 
     Raises:
-        ValueError: `overlay` is unknown; `size` or `opacity` is out of range; a column is missing; the overlay does not
-            change an image; `fill_present` without `attribute`, with a function or with a random position.
+        ValueError: `overlay` is unknown; `size` or `opacity` is out of range; a column is missing; it is not known
+            which value of `attribute` means that an image has the overlay; an image cannot be read; the overlay does
+            not change an image; `fill_present` without `attribute`, with a function or with a random position.
     """
-    if isinstance(overlay, str):
-        check_choice("overlay", overlay, get_args(Overlay))
+    if isinstance(overlay, (str, os.PathLike)) and overlay not in get_args(Overlay):
+        if not os.path.isfile(overlay):
+            raise ValueError(
+                f"overlay={str(overlay)!r} is neither {', '.join(get_args(Overlay))} nor the path of a picture: name "
+                "one of them."
+            )
+        overlay = read_image({"bytes": None, "path": str(overlay)}, "the overlay")
+    if isinstance(overlay, Image.Image):
+        check_depth(overlay, "the overlay")
+        overlay = overlay.convert("RGBA")
+    elif not isinstance(overlay, str) and not callable(overlay):
+        raise ValueError(
+            f"overlay is a {type(overlay).__name__}: give one of {', '.join(get_args(Overlay))}, a picture, its path, "
+            "or a function."
+        )
+    if present is not None and attribute is None:
+        raise ValueError(f"present={present!r} is a value of a column: name the column too, attribute=...")
     for name, value in (("size", size), ("opacity", opacity)):
         if not 0 < value <= 1:
             raise ValueError(f"{name}={value} is not valid: it must be in (0, 1].")
     if fill_present and (attribute is None or callable(overlay) or random_position):
         raise ValueError("fill_present=True needs attribute=..., and an overlay (no function) at a fixed position.")
 
+    source = _with_features(source)
+    has_overlay = _presence(source, attribute, present) if attribute else None
+
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         if callable(overlay):
-            return image, overlay(image.copy(), rng)
+            changed = overlay(image.copy(), rng)
+            if not isinstance(changed, Image.Image):
+                raise ValueError(
+                    f"the overlay function returned a {type(changed).__name__}: it must return the changed image."
+                )
+            return image, changed
         place = tuple(rng.random(2)) if random_position else None
         stamp = _stamp(overlay, image.size, text, size, tuple(color), place)
-        if fill_present and row[attribute]:
+        if fill_present and has_overlay(row[attribute]):
             return _filled(image, np.asarray(stamp.getchannel("A")) > 0), image
         alpha = stamp.getchannel("A").point(lambda value: round(value * opacity))
         stamp.putalpha(alpha)
         return image, Image.alpha_composite(image.convert("RGBA"), stamp).convert("RGB")
 
-    names = datasets.ClassLabel(names=["without", "with"])
-    which = {"needs": [attribute]} if fill_present else {"needs": [], "leave_out": attribute}
-    return _edited(source, edit, names, **which, num_pairs=num_pairs, seed=seed)
+    kind = hashlib.sha256(overlay.tobytes()).hexdigest() if isinstance(overlay, Image.Image) else overlay
+    shape = overlay.size if isinstance(overlay, Image.Image) else None
+    settings = ["overlay", kind, shape, text, size, opacity, tuple(color), random_position]
+    return _edited(
+        source,
+        edit,
+        datasets.ClassLabel(names=["without", "with"]),
+        needs=[attribute] if attribute else [],
+        leave_out=None if fill_present or attribute is None else lambda row: has_overlay(row[attribute]),
+        num_pairs=num_pairs,
+        seed=seed,
+        facts=None if callable(overlay) else [*settings, attribute, present, fill_present],
+    )
 
 
 def background_pairs(
@@ -161,9 +222,10 @@ def background_pairs(
             sequences of PIL images. By default they are the images of the source with attribute 0 and 1, their
             foreground filled from the pixels around it (our reading; photographs without a foreground are better). In
             this case 16 backgrounds are drawn, and the one is used whose filled part the new foreground hides best.
-        mask: column of masks: images of one channel, 0 background and 255 foreground. They are resized to the image.
-        attribute: column of a binary attribute, the kind of background. It is used if `backgrounds` is not given, and
-            by `keep_own`.
+        mask: column of masks: grey images, 0 background and 255 foreground. If a mask has two values only, 0 and
+            another, the other is the foreground (0 and 1, say). They are resized to the image.
+        attribute: column of an attribute of two values, the kind of background. Texts are put in alphabetical order.
+            It is used if `backgrounds` is not given, and by `keep_own`.
         soft_edge: radius in pixels of the Gaussian blur of the mask's edge; 0 or more.
         keep_own: use the image itself, unchanged, as the side of its own kind of background. Only the other side is
             composed. Then the sides also differ in what composing leaves behind at the edges.
@@ -176,49 +238,110 @@ def background_pairs(
         source) and, if the source has it, `label`. The foreground has the same position on both sides.
 
     Raises:
-        ValueError: a column is missing; a mask is empty or covers the whole image; one side has no backgrounds; with
-            `keep_own`, an attribute is neither 0 nor 1.
+        ValueError: a column is missing; an image cannot be read; a mask is empty, covers the whole image or is no mask;
+            one side has no backgrounds; with `keep_own`, an attribute is none of its first two values.
     """
     if soft_edge < 0:
         raise ValueError(f"soft_edge={soft_edge} is not valid: it must be 0 or more pixels.")
-    feature = source.features.get(attribute) if source.features else None
+    source = _with_features(source)
+    names, ids = datasets.ClassLabel(names=["0", "1"]), {}
+    if attribute in (source.column_names or []):
+        names, ids = _attribute_ids(source, attribute)
     if backgrounds is None:
         check_columns(source, ["image", mask, attribute])
-        values = np.asarray(source[attribute][:]) if isinstance(source, datasets.Dataset) else None
-        if values is None or not {0, 1} <= set(values.tolist()):
+        is_stream = isinstance(source, datasets.IterableDataset)
+        values = np.array([] if is_stream else [ids.get(value, -1) for value in source.with_format(None)[attribute][:]])
+        if not {0, 1} <= set(values.tolist()):
             raise ValueError(
-                f"without `backgrounds` the source must be map-style, with {attribute!r} both 0 and 1. Give "
-                "backgrounds=(images for side a, images for side b)."
+                f"without `backgrounds` the source must be map-style, with {attribute!r} both 0 and 1 (or two "
+                "texts). Give backgrounds=(images for side a, images for side b)."
             )
-        own = source.select_columns(["image", mask])
-        backgrounds = tuple(own.select(np.flatnonzero(values == value)) for value in (0, 1))
-    for side, images in zip("ab", backgrounds, strict=True):
-        if not len(images):
-            raise ValueError(f"there are no backgrounds for side {side}: give at least one image.")
-
-    shapes = [_coarse(images[mask]) if mask in getattr(images, "column_names", []) else None for images in backgrounds]
+        pools = [_Backgrounds(source, np.flatnonzero(values == value), "the source", mask) for value in (0, 1)]
+    else:
+        if len(backgrounds) != 2:
+            raise ValueError(
+                f"backgrounds has {len(backgrounds)} entries: give (images for side a, images for side b)."
+            )
+        pools = [
+            _Backgrounds(images, None, f"the backgrounds for side {side}")
+            for side, images in zip("ab", backgrounds, strict=True)
+        ]
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         alpha = _alpha(row[mask], image.size, soft_edge)
         sides = []
-        if keep_own and row[attribute] not in (0, 1):
-            raise ValueError(f"keep_own=True needs {attribute!r} to be 0 or 1, but it is {row[attribute]!r}.")
-        for value, (images, filled) in enumerate(zip(backgrounds, shapes, strict=True)):
-            if keep_own and row[attribute] == value:
+        if keep_own and ids.get(row[attribute]) not in (0, 1):
+            raise ValueError(
+                f"keep_own=True needs {attribute!r} to be {' or '.join(map(repr, [*ids][:2]))}, but it is {row[attribute]!r}."
+            )
+        for value, pool in enumerate(pools):
+            if keep_own and ids[row[attribute]] == value:
                 sides.append(image)
                 continue
-            drawn = rng.integers(len(images), size=1 if filled is None else CANDIDATES)
-            shows = 0 if filled is None else (filled[drawn] & ~_coarse([row[mask]])).sum((1, 2)).argmin()
-            found = images[int(drawn[shows])]
-            if isinstance(found, Mapping):
-                found = fill_foreground(found["image"], found[mask]) if mask in found else found["image"]
-            fitted = ImageOps.fit(found.convert("RGB"), image.size, Image.Resampling.BICUBIC)
+            drawn = rng.integers(len(pool), size=1 if pool.mask is None else CANDIDATES)
+            shows = 0 if pool.mask is None else (pool.filled[drawn] & ~_coarse(row[mask])).sum((1, 2)).argmin()
+            fitted = ImageOps.fit(pool.read(int(drawn[shows])), image.size, Image.Resampling.BICUBIC)
             sides.append(Image.composite(image, fitted, alpha))
         return sides[0], sides[1]
 
-    names = feature if isinstance(feature, datasets.ClassLabel) else datasets.ClassLabel(names=["0", "1"])
-    needs = [mask, attribute] if keep_own else [mask]
-    return _edited(source, edit, names, needs=needs, num_pairs=num_pairs, seed=seed)
+    facts = ["background", mask, attribute, ids, soft_edge, keep_own, [pool.stored for pool in pools]]
+    return _edited(
+        source,
+        edit,
+        names,
+        masks=[mask],
+        needs=[attribute] if keep_own else [],
+        num_pairs=num_pairs,
+        seed=seed,
+        facts=facts if all(isinstance(pool.stored, datasets.Dataset) for pool in pools) else None,
+    )
+
+
+class _Backgrounds:
+    """The backgrounds of one side.
+
+    Args:
+        images: a `datasets.Dataset` with the column `image`, or a sequence of PIL images.
+        rows: the rows of the set that are used. By default all.
+        title: name of the set, for messages.
+        mask: column of masks of foregrounds that are filled. By default the images have no foreground.
+    """
+
+    def __init__(self, images: Any, rows: np.ndarray | None, title: str, mask: str | None = None):
+        self.mask, self.title, self.modes = mask, title, {}
+        self.rows = np.arange(len(images)) if rows is None else rows
+        if not len(self.rows):
+            raise ValueError(f"there are no images in {title}: give at least one image.")
+        self.stored = images
+        if isinstance(images, datasets.Dataset):
+            columns = ["image", *([mask] if mask else [])]
+            check_columns(images, columns)
+            self.stored = stored_images(images.with_format(None).select_columns(columns), columns).select(self.rows)
+            self.modes = {name: images.features[name].mode for name in columns}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, number: int) -> Image.Image:
+        """Reads a background as RGB, its foreground filled."""
+        value, where = self.stored[number], f"of row {self.rows[number]} of {self.title}"
+        value = value if isinstance(value, Mapping) else {"image": value}
+        image = read_image(value["image"], f"the image {where}", self.modes.get("image")).convert("RGB")
+        if self.mask is None:
+            return image
+        mask = read_mask(value[self.mask], f"the mask {where}", self.modes[self.mask], image)
+        try:
+            return fill_foreground(image, mask)
+        except ValueError as failure:
+            raise ValueError(f"the image {where}: {failure}") from failure
+
+    @cached_property
+    def filled(self) -> np.ndarray:
+        """Returns where the foregrounds are: bool (n, COARSE, COARSE)."""
+        masks = self.stored[self.mask]
+        places = (f"the mask of row {row} of {self.title}" for row in self.rows)
+        mode = self.modes[self.mask]
+        return np.stack([_coarse(read_mask(v, where, mode)) for v, where in zip(masks, places, strict=True)])
 
 
 def fill_foreground(image: Image.Image, mask: Image.Image) -> Image.Image:
@@ -252,53 +375,168 @@ def _filled(image: Image.Image, inside: np.ndarray) -> Image.Image:
 def _edited(
     source: Any,
     edit: Edit,
-    names: datasets.ClassLabel,
+    names: Any,
     *,
-    needs: Sequence[str],
+    facts: Sequence[Any] | None,
+    masks: Sequence[str] = (),
+    needs: Sequence[str] = (),
+    leave_out: Callable[[Mapping[str, Any]], bool] | None = None,
     num_pairs: int | None,
     seed: int,
-    leave_out: str | None = None,
 ) -> Any:
-    """Makes a pair of each row with `edit`, except rows whose column `leave_out` is not 0."""
-    check_columns(source, ["image", *needs, *([leave_out] if leave_out else [])])
+    """Makes a pair of each row with `edit`.
+
+    Args:
+        source: the set of images.
+        edit: a function of an RGB image, its row and a generator that returns both sides.
+        names: feature of the attribute.
+        facts: what the pairs depend on beside the rows, for the name of the cached file. `None`: no hash can tell.
+        masks: columns of masks. `edit` gets them in the mode L.
+        needs: other columns that `edit` or `leave_out` reads.
+        leave_out: whether a row makes no pair.
+        num_pairs: number of pairs. `None` makes all.
+        seed: seed of the draws.
+    """
+    images = ["image", *masks]
+    check_columns(source, [*images, *needs])
     stream = isinstance(source, datasets.IterableDataset)
     if stream and num_pairs is not None:
         raise ValueError("a stream has no length: num_pairs needs a map-style set. Use source.take(n).")
-    columns = source.column_names
-    features = datasets.Features({"image_a": datasets.Image(), "image_b": datasets.Image()})
-    if "label" in columns:
-        features["label"] = source.features["label"] if source.features else datasets.Value("int64")
-    features |= {"attribute_a": names, "attribute_b": names, "source_id": datasets.Value("int64")}
+    columns, features = source.column_names, source.features
+    modes = {name: getattr(features[name], "mode", None) for name in images}
+    needed = [name for name in dict.fromkeys((*images, *needs, "label")) if name in columns]
+    stored = stored_images(source.with_format(None).select_columns(needed), images)
+    made = datasets.Features({"image_a": datasets.Image(), "image_b": datasets.Image()})
+    made |= {"label": features["label"]} if "label" in columns else {}
+    made |= {"attribute_a": names, "attribute_b": names, "source_id": datasets.Value("int64")}
 
     def pair(row: dict[str, Any], number: int) -> dict[str, Any]:
-        image = row["image"] if row["image"].mode == "RGB" else row["image"].convert("RGB")
-        a, b = edit(image, row, np.random.default_rng((seed, 5, number)))
+        where = f"row {number}{file_of(row['image'])}"
+        file = read_image(row["image"], f"the image of row {number}")
+        image = file if modes["image"] in (None, file.mode) else file.convert(modes["image"])
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        read = {name: read_mask(row[name], f"the mask of row {number}", modes[name], image) for name in masks}
+        try:
+            a, b = edit(image, {**row, **read}, np.random.default_rng((seed, 5, number)))
+        except ValueError as failure:
+            raise ValueError(f"{where}: {failure}") from failure
         if a.size != b.size or a.mode != b.mode or ImageChops.difference(a, b).getbbox() is None:
             raise ValueError(
-                f"the two sides of row {number} are equal, or differ in size or mode ({a.mode} {a.size}, {b.mode} "
+                f"the two sides of {where} are equal, or differ in size or mode ({a.mode} {a.size}, {b.mode} "
                 f"{b.size}): the edit must change every image. Leave out rows that it does not change."
             )
+        sides = [a, b]
+        if not stream:
+            # an unchanged image keeps its file (a JPEG, say): it is smaller, and recognised as a training image
+            own = row["image"] if image is file else None
+            sides = [own if own and side is image else {"bytes": encode_image(side), "path": None} for side in sides]
         label = {"label": row["label"]} if "label" in row else {}
-        return {"image_a": a, "image_b": b, **label, "attribute_a": 0, "attribute_b": 1, "source_id": number}
+        values = {"attribute_a": 0, "attribute_b": 1, "source_id": number}
+        return {"image_a": sides[0], "image_b": sides[1], **label, **values}
 
     if stream:
-        source = source.filter(lambda value: not value, input_columns=leave_out) if leave_out else source
-        return source.map(pair, with_indices=True, remove_columns=columns, features=features)
-    rows = np.flatnonzero(np.asarray(source[leave_out][:]) == 0) if leave_out else np.arange(len(source))
+
+        def pairs(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            kept = [
+                (row, number) for row, number in zip(rows, numbers, strict=True) if not (leave_out and leave_out(row))
+            ]
+            found = [pair(row, number) for row, number in kept]
+            return {name: [row[name] for row in found] for name in made}
+
+        options = {"batched": True, "batch_size": 1, "with_indices": True}
+        return stored.map(pairs, **options, remove_columns=needed, features=made)
+    rows = np.arange(len(source))
+    if leave_out:
+        values = stored.select_columns(list(needs))
+        rows = rows[[not leave_out(row) for row in values]]
     rows = rows[draw_rows(len(rows), num_pairs, seed=seed, of="source rows")]
-    needed = [name for name in dict.fromkeys(("image", *needs, "label")) if name in columns]
-    chosen = source.with_format(None).select_columns(needed).select(rows)
-    stored = chosen.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    return map_cached(
+        stored.select(rows),
+        lambda row, place: pair(row, int(rows[place])),
+        None if facts is None else [*facts, modes, rows.tolist(), seed],
+        remove_columns=needed,
+        features=made,
+    )
 
-    def numbered(row: Mapping[str, Any], place: int) -> dict[str, Any]:
-        made = pair(row, int(rows[place]))
-        for name in ("image_a", "image_b"):
-            # an unchanged image keeps its file (a JPEG, say): it is smaller, and recognised as a training image
-            is_own = made[name] is row["image"]
-            made[name] = stored[place]["image"] if is_own else {"bytes": encode_image(made[name]), "path": None}
-        return made
 
-    return chosen.map(numbered, with_indices=True, remove_columns=needed, features=features, desc="Making pairs")
+def _with_features(source: Any) -> Any:
+    """Returns a stream whose features are unknown with the features of its first rows."""
+    is_unknown = isinstance(source, datasets.IterableDataset) and source.features is None
+    return source._resolve_features() if is_unknown else source
+
+
+def _attribute_ids(source: Any, attribute: str) -> tuple[Any, dict[Any, int]]:
+    """Returns the feature of an attribute in a pair set, and the id of each of its values."""
+    feature = _attribute_feature(source, attribute)
+    if isinstance(feature, datasets.ClassLabel):
+        return feature, {number: number for number in range(feature.num_classes)}
+    if feature.dtype == "bool":
+        return datasets.ClassLabel(names=["False", "True"]), {False: 0, True: 1}
+    if not _is_text(feature):
+        return feature, {0: 0, 1: 1}
+    if isinstance(source, datasets.IterableDataset):
+        raise ValueError(
+            f"the values of {attribute!r} are texts, and a stream does not tell which there are: cast the column, "
+            f"cast_column({attribute!r}, datasets.ClassLabel(names=[...]))."
+        )
+    names = sorted({value for value in source.with_format(None)[attribute][:] if value is not None})
+    if len(names) != 2:
+        raise ValueError(f"{attribute!r} must have two values, but has {names}: drop the rows of the others.")
+    return datasets.ClassLabel(names=names), {name: number for number, name in enumerate(names)}
+
+
+def _presence(source: Any, attribute: str, present: Any) -> Callable[[Any], bool]:
+    """Returns a function that says whether a value of `attribute` means that the image has the overlay."""
+    feature = _attribute_feature(source, attribute)
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    is_list = isinstance(present, Collection) and not isinstance(present, str)
+    wanted = [*present] if is_list else [] if present is None else [present]
+    known: Collection[Any] | None = range(len(names)) if names else None
+    if known is None and not isinstance(source, datasets.IterableDataset):
+        known = sorted({value for value in source.with_format(None)[attribute][:] if not _is_missing(value)})
+    if not wanted and (tuple(name.lower() for name in names) not in ABSENT_PRESENT if names else _is_text(feature)):
+        raise ValueError(
+            f"the column {attribute!r} has the values {names or known or 'of a text'}: name the one that means that an "
+            "image has the overlay already, for example "
+            f"present={(names or known or ['with'])[-1]!r}."
+        )
+    wanted = [names.index(value) if names and value in names else value for value in wanted]
+    for value in wanted if known is not None else ():
+        if value not in known:
+            raise ValueError(f"present={present!r} is no value of {attribute!r}, which has {names or known}: name one.")
+    allowed = None if wanted else {0, 1}
+    wanted = wanted or [1]
+
+    def has_overlay(value: Any) -> bool:
+        if _is_missing(value) or (names and value == -1) or (allowed and value not in allowed):
+            raise ValueError(
+                f"{attribute}={value!r} does not say whether an image has the overlay: drop the rows, or name all "
+                "values that mean it, present=[...]."
+            )
+        return value in wanted
+
+    for value in known if known is not None and not names else ():
+        has_overlay(value)
+    return has_overlay
+
+
+def _attribute_feature(source: Any, attribute: str) -> Any:
+    check_columns(source, [attribute])
+    feature = source.features[attribute]
+    if not isinstance(feature, (datasets.ClassLabel, datasets.Value)):
+        raise ValueError(
+            f"the column {attribute!r} is a {type(feature).__name__}: an attribute has one name or number a row."
+        )
+    return feature
+
+
+def _is_text(feature: Any) -> bool:
+    return feature.dtype in ("string", "large_string")
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value
 
 
 def _recolored(image: Image.Image, change: Recoloring, degrees: float, order: str) -> Image.Image:
@@ -370,19 +608,65 @@ def _watermark(ground: Image.Image, text: str, height: int, color: tuple[int, in
     return ground
 
 
+def read_mask(value: Any, where: str, mode: str | None = None, image: Image.Image | None = None) -> Image.Image:
+    """Reads a mask in the mode L: 0 background, 255 foreground.
+
+    If a mask has two values only, 0 and another, the other is the foreground.
+
+    Args:
+        value: an encoded mask, or a PIL image.
+        where: what the mask is, for messages.
+        mode: the mode of its `datasets.Image` feature.
+        image: the image of the mask.
+
+    Raises:
+        ValueError: the mask is missing or cannot be read; it has colours, values above 255, or small values that are
+            not two; it lies on its side, as if its image had been turned.
+    """
+    mask = read_image(value, where, mode, deep=True)
+    where += file_of(value)
+    if image is not None and _lies_on_its_side(mask.size, image.size):
+        raise ValueError(
+            f"{where} has {mask.width}×{mask.height} pixels and its image {image.width}×{image.height}: one of them is "
+            "turned. Turn the mask as the EXIF orientation of the image says."
+        )
+    if mask.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
+        mask = mask.convert("RGB")
+    values = np.asarray(mask)
+    if values.ndim == 3:
+        if mask.mode in ("RGBA", "LA") and values[..., -1].min() < 255:
+            raise ValueError(f"{where} has transparent pixels: store it as a grey image, mask.getchannel('A').")
+        values = values[..., :1] if mask.mode == "LA" else values[..., :3]
+        if (values != values[..., :1]).any():
+            raise ValueError(f"{where} has colours: store it as a grey image, 0 background and 255 foreground.")
+        values = values[..., 0]
+    found = np.unique(values)
+    if len(found) == 2 and found[0] == 0:
+        return Image.fromarray(np.uint8(255 * (values > 0)))
+    if not (found[0] >= 0 and found[-1] <= 255) or (found[-1] < 128 and found[-1] > 0):
+        raise ValueError(
+            f"the values of {where} run from {found[0]} to {found[-1]}: a mask must have 0 for the background and 255 "
+            "for the foreground, or two values, 0 and another."
+        )
+    return Image.fromarray(np.uint8(np.rint(values)))
+
+
+def _lies_on_its_side(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether an image has the shape of another one that was turned by 90 degrees, and not its own."""
+    shape, own = np.log(size[0] / size[1]), np.log(other[0] / other[1])
+    return abs(shape + own) < 0.02 < abs(shape - own)
+
+
 def _alpha(mask: Image.Image, size: tuple[int, int], soft_edge: float) -> Image.Image:
-    alpha = mask.convert("L")
-    alpha = alpha if alpha.size == size else alpha.resize(size, Image.Resampling.BILINEAR)
+    alpha = mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
     low, high = alpha.getextrema()
     if high < 128 or low > 127:
         raise ValueError(
-            f"a mask {'has no foreground' if high < 128 else 'covers the whole image'}: leave its row out."
+            f"the mask {'has no foreground' if high < 128 else 'covers the whole image'}: leave its row out."
         )
     return alpha.filter(ImageFilter.GaussianBlur(soft_edge)) if soft_edge else alpha
 
 
-def _coarse(masks: Iterable[Image.Image]) -> np.ndarray:
-    """Shrinks n masks: bool (n, COARSE, COARSE), true where a mask has foreground."""
-    return np.stack(
-        [np.asarray(mask.convert("L").resize((COARSE, COARSE), Image.Resampling.BOX)) > 32 for mask in masks]
-    )
+def _coarse(mask: Image.Image) -> np.ndarray:
+    """Shrinks a mask: bool (COARSE, COARSE), true where it has foreground."""
+    return np.asarray(mask.resize((COARSE, COARSE), Image.Resampling.BOX)) > 32

@@ -3,17 +3,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.fingerprint import generate_random_fingerprint, get_temporary_cache_files_directory
+from filelock import FileLock
 from PIL import Image
+
+from .images import image_content
 
 CHUNK = 1000  # rows per Arrow chunk: a chunk of binary values has at most 2 GiB
 READ_CHUNK = 32  # decoded rows in memory at a time: they may be photographs
@@ -200,6 +209,68 @@ def encode_image(image: Image.Image | np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def map_cached(
+    source: datasets.Dataset, function: Callable, facts: Sequence[Any] | None, **options: Any
+) -> datasets.Dataset:
+    """Maps the rows of a set, and keeps the result on disk under a hash of all that it depends on.
+
+    `datasets` hashes a function of an importable module by its name, and would return the rows of an older version.
+
+    Args:
+        source: rows with encoded images.
+        function: a function of a row and its number that returns the new row.
+        facts: what the function depends on beside the row and the code of this package: plain values, and sets with
+            encoded images. `None`: no hash can tell. Then the result is kept until the process ends.
+        **options: further arguments of `Dataset.map`.
+    """
+    folder = None if facts is None else _cache_folder()
+    name = generate_random_fingerprint() if folder is None else content_hash(source, *facts)
+    file = f"{folder or get_temporary_cache_files_directory()}/cache-{name}.arrow"
+    options |= {"new_fingerprint": name, "cache_file_name": file, "desc": "Making pairs"}
+    with FileLock(f"{file}.lock"):  # the first of several processes makes the rows, and the others read them
+        return source.map(function, with_indices=True, **options)
+
+
+def content_hash(*facts: Any) -> str:
+    """Hashes plain values, sets with encoded images, and the code that makes pairs. An image file counts by its path,
+    size and time of change."""
+    content = hashlib.sha256(_code())
+    for fact in facts:
+        sets = [fact] if isinstance(fact, datasets.Dataset) else fact if isinstance(fact, list) else []
+        if not sets or not all(isinstance(entry, datasets.Dataset) for entry in sets):
+            content.update(f"{fact!r}\n".encode())
+            continue
+        for entry in sets:
+            content.update(f"{len(entry)} rows of {entry.features!r}\n".encode())
+            table = entry.with_format("arrow")
+            for start in range(0, len(entry), CHUNK):
+                for column in (chunk := table[start : start + CHUNK]).column_names:
+                    is_image = isinstance(entry.features[column], datasets.Image)
+                    for value in chunk[column].to_pylist():
+                        content.update(image_content(value) if is_image else f"{value!r}\n".encode())
+    return content.hexdigest()
+
+
+@cache
+def _code() -> bytes:
+    """The source of the modules that make pairs, and the versions of the packages that they use."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    versions = [f"{name} {version(name)}\n".encode() for name in ("datasets", "numpy", "pillow", "scipy")]
+    return b"".join([*versions, *(file.read_bytes() for file in files)])
+
+
+def _cache_folder() -> Path | None:
+    """The folder that keeps pairs from one process to the next; `None` if nothing is to be kept, or cannot be."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "pairs"
+    if not datasets.is_caching_enabled():
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raises ValueError if the option `name` has a value that is not one of `choices`."""
     choices = [*choices]
@@ -213,6 +284,19 @@ def check_columns(source: Any, wanted: Iterable[str]) -> None:
     for name in wanted:
         if name not in names:
             raise ValueError(f"the source has no column {name!r}, only {names}: rename_column gives it one.")
+
+
+def known_values(source: datasets.Dataset, column: str) -> np.ndarray:
+    """Returns the values of a column. Raises ValueError if a value is unknown: None, NaN, or -1 of a ClassLabel."""
+    values = source.with_format(None)[column][:]
+    unknown = -1 if isinstance(source.features[column], datasets.ClassLabel) else None
+    missing = [row for row, value in enumerate(values) if value is None or value != value or value == unknown]
+    if missing:
+        raise ValueError(
+            f"row {missing[0]} has no {column} ({values[missing[0]]!r}), as {len(missing)} of {len(values)} rows: drop "
+            f"them, or give them a {column}."
+        )
+    return np.asarray(values)
 
 
 def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import datasets
 import numpy as np
 import torch
+from datasets.utils import tqdm
 from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,7 +17,8 @@ from transformers.utils import logging
 from ..heads import find_head
 from ..inference import inference
 from ..models import forward_inputs
-from .makers import check_choice, check_columns, draw_rows, encode_image
+from .images import read_image, stored_images
+from .makers import check_choice, check_columns, draw_rows, encode_image, known_values, map_cached
 from .sources import pairs_from_rows
 from .transforms import ImageRows
 
@@ -82,7 +84,7 @@ def match_pairs(
     if max_per_group is not None and max_per_group < 1:
         raise ValueError(f"max_per_group={max_per_group} must be at least 1, or None for all images.")
     plain = source.with_format(None)
-    labels, values = (np.asarray(plain[name][:]) for name in ("label", attribute))
+    labels, values = (known_values(plain, name) for name in ("label", attribute))
     first, second = _values(source.features[attribute], values, attribute, attributes)
     rng = np.random.default_rng((seed, 7))
     drawn = {}
@@ -103,8 +105,8 @@ def match_pairs(
     if match_on == "features":
         if max_per_group is not None:
             rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
-        chosen = plain.select(rows)
-        features = _standardised(extract_features(chosen, model, processor, head=head, batch_size=batch_size))
+        features = extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size)
+        features = _standardised(features)
     matches, chance = [], []
     for a, b in drawn.values():
         count = min(len(a), len(b))
@@ -132,7 +134,13 @@ def match_pairs(
 
 @torch.no_grad()
 def extract_features(
-    source: datasets.Dataset, model: nn.Module, processor: Any, *, head: str | None = None, batch_size: int = 64
+    source: datasets.Dataset,
+    model: nn.Module,
+    processor: Any,
+    *,
+    rows: np.ndarray | None = None,
+    head: str | None = None,
+    batch_size: int = 64,
 ) -> np.ndarray:
     """Computes the features of images: what enters the classifier head of a model.
 
@@ -140,6 +148,7 @@ def extract_features(
         source: a set with the column `image`.
         model: an image classifier.
         processor: the image processor of the model.
+        rows: numbers of the N rows to use. `None` uses all.
         head: path of the model's head, if `find_head` does not find it by itself.
         batch_size: number of images in a forward.
 
@@ -147,11 +156,13 @@ def extract_features(
         float32, shape (N, D).
     """
     main = forward_inputs(model)[0]
-    batches = DataLoader(ImageRows(source, processor, {"image": main}), batch_size, generator=torch.Generator())
+    rows = range(len(source)) if rows is None else rows.tolist()
+    images = ImageRows(source, processor, {"image": main})
+    batches = DataLoader(images, batch_size, sampler=rows, generator=torch.Generator())
     device, parts = next(model.parameters()).device, []
     found = None
     with inference(model):
-        for batch in batches:
+        for batch in tqdm(batches, desc="Features"):
             batch = {name: values.to(device) for name, values in batch.items()}
             found = found or find_head(model, head, batch)
             parts.append(found.run(model, batch)[1].float().cpu())
@@ -194,9 +205,17 @@ def _values(feature: Any, values: np.ndarray, column: str, wanted: tuple[Any, An
 def _fitted(pairs: datasets.Dataset, size: tuple[int, int]) -> datasets.Dataset:
     """Scales the images of the pairs to (width, height) and crops them at the centre."""
 
-    def fitted(row: dict[str, Any]) -> dict[str, Any]:
-        sides = {name: row[name].convert("RGB") for name in ("image_a", "image_b")}
-        images = {name: ImageOps.fit(image, size, Image.Resampling.BICUBIC) for name, image in sides.items()}
-        return {name: {"bytes": encode_image(image), "path": None} for name, image in images.items()}
+    modes = {name: pairs.features[name].mode for name in ("image_a", "image_b")}
+    rows = {"image_a": pairs["source_id"][:], "image_b": pairs["source_id_b"][:]}
 
-    return pairs.map(fitted, features=pairs.features, desc="Cropping pairs")
+    def fitted(row: dict[str, Any], number: int) -> dict[str, Any]:
+        sides = {}
+        for name, mode in modes.items():
+            image = read_image(row[name], f"the image of row {rows[name][number]}", mode).convert("RGB")
+            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+            sides[name] = {"bytes": encode_image(image), "path": None}
+        return sides
+
+    facts = ["match", size, modes, rows]
+    features = datasets.Features({**pairs.features, **dict.fromkeys(modes, datasets.Image())})
+    return map_cached(stored_images(pairs, modes), fitted, facts, features=features)

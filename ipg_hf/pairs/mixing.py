@@ -9,8 +9,10 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.utils import tqdm
 
-from .makers import dataset_of, encode_image, image_column
+from .images import read_image, stored_images
+from .makers import check_columns, dataset_of, encode_image, image_column
 
 SIDES = ("image_a", "image_b")
 CACHED_IMAGES = 512  # decoded images in memory
@@ -37,7 +39,7 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
 
     Raises:
         ValueError: `pairs` is a stream or has fewer than two rows; `num_pairs` is below the number in `pairs`; `grid`
-            is out of range; two images that should be mixed differ in size.
+            is out of range; an image that should be mixed cannot be read; two of them differ in size.
     """
     if not isinstance(pairs, datasets.Dataset):
         raise ValueError(
@@ -53,19 +55,19 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
         )
     if grid < 2:
         raise ValueError(f"grid={grid} is not valid: it must be at least 2 cells along each axis.")
-    raw = pairs.with_format(None)
-    for side in SIDES:
-        raw = raw.cast_column(side, datasets.Image(decode=False))
+    check_columns(pairs, SIDES)
+    raw = stored_images(pairs.with_format(None), SIDES)
     files = {side: list(raw[side]) for side in SIDES}
 
     @lru_cache(CACHED_IMAGES)
     def image(side: str, row: int) -> np.ndarray:
-        return np.asarray(datasets.Image().decode_example(files[side][row]).convert("RGB"))
+        image = read_image(files[side][row], f"{side} of pair {row}", pairs.features[side].mode)
+        return np.asarray(image.convert("RGB"))
 
     partners = _possible_partners(raw)
     rows = np.arange(num_pairs) % count
     sides: dict[str, list[Any]] = {side: list(files[side]) for side in SIDES}
-    for number in range(count, num_pairs):
+    for number in tqdm(range(count, num_pairs), desc="Mixing pairs"):
         rng = np.random.default_rng((seed, 13, number))
         row = int(rows[number])
         partner, cells = _partner(row, partners[row], rng), rng.random((grid, grid)) < 0.5
