@@ -222,8 +222,8 @@ def test_load_files_reads_parquet_files(folder):
     assert len(data.test) == 8
     assert len(data.pairs) == 3
     assert data.pairs["attribute_b"][:] == [1, 1, 1]
-    assert len(data.test_pairs) == 2
-    row = data.test_pairs[1]
+    assert data.test_pairs["source_id"][:] == ["0", "0", "1", "1"]  # an object of two kinds: a pair of each
+    row = data.test_pairs[2]
     assert (array(row["image_a"]) == array(picture(4))).all()
     assert (array(row["image_b"]) == array(picture(6))).all()
     assert load_files(data_dir=str(folder), label="kind", attribute="place", pairs=None).pairs is None

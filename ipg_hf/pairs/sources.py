@@ -15,9 +15,15 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .classes import coded, common_names, is_class_label, is_text, numbered, sorted_names
 from .makers import draw_rows, draw_swap
 
-SUFFIXES = frozenset(Image.registered_extensions())
+# what PIL writes only, and what it knows but cannot read by itself
+UNREADABLE = ("MPEG", "BUFR", "GRIB", "HDF5", "WMF")
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in UNREADABLE
+)
+TABLES = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def pairs_from_columns(
@@ -48,11 +54,13 @@ def pairs_from_columns(
 
     Returns:
         A set with the columns `image_a`, `image_b`, `source_id` (that of the source, else the row's number; a stream
-        has it only if its source has) and, if the source has them, `label`, `attribute_a`, `attribute_b`.
+        has it only if its source has) and, if the source has them, `label`, `attribute_a`, `attribute_b`. Except in a
+        stream, columns of texts become ClassLabels, and the two attributes have the same one.
 
     Raises:
-        ValueError: a column is missing or has no images; the source has fewer rows than `num_pairs`; a stream with
-            `num_pairs` or `oriented=False`, which need the number of rows.
+        ValueError: a column is missing or has no images; a label or an attribute of texts is missing in a row; the
+            source has fewer rows than `num_pairs`; a stream with `num_pairs` or `oriented=False`, which need the number
+            of rows.
     """
     names = list(source.column_names or [])
     wanted = {"image_a": column_a, "image_b": column_b, "label": label}
@@ -68,7 +76,7 @@ def pairs_from_columns(
     source = source.rename_columns({name: target for target, name in found.items() if name != target})
     for side in ("image_a", "image_b"):
         feature = (source.features or {}).get(side)
-        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
+        if is_text(feature):
             source = source.cast_column(side, datasets.Image())
         elif feature is not None and not isinstance(feature, datasets.Image):
             raise ValueError(
@@ -80,6 +88,7 @@ def pairs_from_columns(
                 "a stream has no length: num_pairs and oriented=False need a map-style set. Use source.take(n)."
             )
         return source
+    source = _with_names(_with_names(source, ["label"]), ["attribute_a", "attribute_b"])
     rows = draw_rows(len(source), num_pairs, seed=seed, of="source rows")
     if "source_id" not in source.column_names:
         source = source.add_column("source_id", np.arange(len(source)))
@@ -109,36 +118,75 @@ def pairs_from_rows(
 
 
 def pairs_from_table(path: str | os.PathLike, *, column_a: str = "image_a", column_b: str = "image_b", **options: Any):
-    """Makes a pair set from a CSV file, a Parquet file or a folder of Parquet files.
+    """Makes a pair set from a CSV, JSON Lines or Parquet file, or a folder of Parquet files.
 
     Args:
         path: the file or folder. Relative paths of images are relative to the folder.
         column_a: column of side a: images, or paths of image files.
         column_b: column of side b: images, or paths of image files.
-        **options: further arguments of [`pairs_from_columns`]. A label column of strings becomes a ClassLabel.
+        **options: further arguments of [`pairs_from_columns`].
 
     Raises:
-        ValueError: the file is missing or of another type; an image path does not exist (the message names the row);
-            [`pairs_from_columns`] refuses the table.
+        ValueError: the file is missing, of another type, not UTF-8 or damaged; an image path does not exist (the
+            message names the row); [`pairs_from_columns`] refuses the table.
     """
     path = Path(path)
-    kind = "parquet" if path.is_dir() else {".csv": "csv", ".parquet": "parquet"}.get(path.suffix.lower())
-    if not path.exists() or kind is None:
-        raise ValueError(f"{path} is not there, or is no .csv file, .parquet file or folder of Parquet files.")
-    files = sorted(map(str, path.rglob("*.parquet"))) if path.is_dir() else [str(path)]
+    if not path.is_dir() and (not path.exists() or path.suffix.lower() not in TABLES):
+        raise ValueError(f"{path} is not there, or is no {' or '.join(TABLES)} file and no folder of Parquet files.")
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} has no Parquet files.")
-    source = datasets.load_dataset(kind, data_files=files, split="train")
+    source = read_table(files)
     folder = path if path.is_dir() else path.parent
     for column in {column_a, column_b} & {*source.column_names}:
-        feature = source.features[column]
-        if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-            source = _with_paths(source, column, folder)
-    label = options.get("label") or "label"
-    feature = source.features.get(label)
-    if isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string"):
-        source = source.cast_column(label, datasets.ClassLabel(names=sorted(set(source[label][:]))))
+        if is_text(source.features[column]):
+            source = with_paths(source, column, folder, str(path))
     return pairs_from_columns(source, column_a, column_b, **options)
+
+
+def read_table(files: Sequence[Path]) -> datasets.Dataset:
+    """Reads tables of one type as one set: CSV, JSON Lines or Parquet, in UTF-8.
+
+    In a CSV file, an empty field alone is a missing value: `None` and `NA` are texts.
+
+    Args:
+        files: at least one file. The suffix of the first is the type of all.
+
+    Raises:
+        ValueError: a file is not UTF-8, is damaged or has no rows, or the files have different columns. The message
+            names the file.
+    """
+    kind = TABLES[files[0].suffix.lower()]
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    for file in files:
+        if kind != "parquet":
+            _check_utf8(file)
+        elif file.stat().st_size == 0:
+            raise ValueError(f"{file} is empty: copy it again.")
+    names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    try:
+        return datasets.load_dataset(kind, data_files=[*map(str, files)], split="train", **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, NotImplementedError) as failure:
+        cause: BaseException = failure
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise ValueError(f"{names} cannot be read as {kind.upper()}: {reason}") from failure
+
+
+def _check_utf8(file: Path) -> None:
+    with open(file, "rb") as lines:
+        number = 0
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as failure:
+                raise ValueError(
+                    f"{file} is not UTF-8 (line {number}, byte {line[failure.start]:#x}): save it in UTF-8; in a "
+                    "spreadsheet choose the type 'CSV UTF-8'."
+                ) from failure
+    if number == 0:
+        raise ValueError(f"{file} is empty: it needs a line of column names and rows.")
 
 
 def pairs_from_folders(
@@ -198,20 +246,37 @@ def pairs_from_folders(
     features: dict[str, Any] = {"image_a": datasets.Image(), "image_b": datasets.Image()}
     if "." not in labels:
         columns["label"] = [labels[i] for i in rows]
-        features["label"] = datasets.ClassLabel(names=sorted(set(labels)))
+        features["label"] = datasets.ClassLabel(names=sorted_names(set(labels)))
     columns |= {"attribute_a": [0] * len(rows), "attribute_b": [1] * len(rows), "source_id": [names[i] for i in rows]}
     features |= {"attribute_a": feature, "attribute_b": feature, "source_id": datasets.Value("string")}
     pairs = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return _swapped(pairs, None if oriented else draw_swap(len(rows), seed))
 
 
+def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Lists the files in a folder and its sub-folders: those with the suffix of an image, and the others.
+
+    Hidden files and folders, whose names begin with a dot, and folders that begin with two underscores are left out, as
+    `imagefolder` does.
+    """
+    images, others, visited = [], [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in visited else [name for name in folders if not name.startswith((".", "__"))]
+        files = [] if real in visited else files
+        visited.add(real)
+        for name in files:
+            if not name.startswith("."):
+                path = Path(place, name)
+                (images if path.suffix.lower() in SUFFIXES else others).append(path)
+    return sorted(images), sorted(others)
+
+
 def _images_in(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder.")
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES:
-            continue
+    for path in image_files(folder)[0]:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise ValueError(f"{name!r} is twice in {folder}: {found[name].name} and {path.name}. Remove one.")
@@ -221,17 +286,42 @@ def _images_in(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _with_paths(source: datasets.Dataset, column: str, folder: Path) -> datasets.Dataset:
+def with_paths(source: datasets.Dataset, column: str, folder: Path, where: str) -> datasets.Dataset:
+    """Makes images of a column of paths. The columns keep their order.
+
+    Args:
+        source: the set.
+        column: the column of paths.
+        folder: what relative paths are relative to.
+        where: what the set is, for the message.
+
+    Raises:
+        ValueError: a path is missing or is no file. The message names the row.
+    """
     paths = [folder / value if value else None for value in source[column][:]]
     for row, path in enumerate(paths):
         if path is None or not path.is_file():
-            raise ValueError(f"row {row} names {path} in the column {column!r}, which is no file: correct the path.")
-    features = datasets.Features({**source.features, column: datasets.Image()})
+            raise ValueError(
+                f"{where}: row {row} names {path} in the column {column!r}, which is no file: correct the path."
+            )
     images = datasets.Dataset.from_dict(
         {column: list(map(str, paths))}, features=datasets.Features({column: datasets.Image()})
     )
-    source = datasets.concatenate_datasets([source.remove_columns(column), images], axis=1)
-    return source.select_columns(list(features))
+    order = source.column_names
+    return datasets.concatenate_datasets([source.remove_columns(column), images], axis=1).select_columns(order)
+
+
+def _with_names(source: datasets.Dataset, columns: Sequence[str]) -> datasets.Dataset:
+    """Makes ClassLabels of columns of texts, or of ClassLabels that differ: one for all of the columns."""
+    columns = [name for name in columns if name in source.column_names]
+    kinds = [source.features[name] for name in columns]
+    if not all(is_text(kind) or is_class_label(kind) for kind in kinds):
+        return source
+    read = {name: coded(source, name, f"the column {name!r}") for name in columns}
+    names = common_names(read)
+    for name, column in read.items():
+        source = numbered(source, name, column, names)
+    return source
 
 
 def _swapped(pairs: datasets.Dataset, swap: np.ndarray | None) -> datasets.Dataset:

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers the classes of several sets by their names, so that a number means the same class in each set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .makers import dataset_of
+
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+SHOWN = 10  # names in a message
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A column of classes.
+
+    Args:
+        ids: number of the class of each row, shape (n,).
+        names: the name of each number.
+        is_declared: whether the names and their order come from a ClassLabel.
+    """
+
+    ids: np.ndarray
+    names: list[str]
+    is_declared: bool
+
+    @property
+    def used(self) -> set[str]:
+        """The names that rows have."""
+        return {self.names[number] for number in np.unique(self.ids)}
+
+
+def is_class_label(feature: Any) -> bool:
+    """Whether a column has named classes."""
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column has texts."""
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Sorts names of classes: as numbers if all of them are numbers, else as texts."""
+    names = sorted(names)
+    return sorted(names, key=float) if all(map(NUMBER.fullmatch, names)) else names
+
+
+def shown(names: Iterable[Any]) -> str:
+    """The first names of a list, for a message."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(repr, names[:SHOWN])) + more
+
+
+def values_of(dataset: datasets.Dataset, column: str) -> pa.Array:
+    """The stored values of a column, one a row."""
+    table = dataset.select_columns([column]).with_format("arrow")[:]
+    return table.column(0).combine_chunks()
+
+
+def check_filled(values: pa.Array, where: str) -> None:
+    """Raises a ValueError if a value is missing (None, NaN or an empty text). It names the first such row."""
+    missing = pc.is_null(values, nan_is_null=True)
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        missing = pc.or_(missing, pc.equal(pc.fill_null(values, ""), ""))
+    rows = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
+    if len(rows):
+        raise ValueError(
+            f"{where} is missing in {len(rows)} of {len(values)} rows, the first is row {rows[0]}: fill it in, or drop "
+            "these rows."
+        )
+
+
+def coded(dataset: datasets.Dataset, column: str, where: str) -> Coded:
+    """Reads a column of classes: a ClassLabel, texts, whole numbers or truth values.
+
+    Args:
+        dataset: the set.
+        column: the column.
+        where: what the column is, for messages.
+
+    Raises:
+        ValueError: the column has other values, a value is missing, or a number is not one of its ClassLabel.
+    """
+    feature, values = dataset.features[column], values_of(dataset, column)
+    if not isinstance(feature, (datasets.Value, datasets.ClassLabel)):
+        raise ValueError(
+            f"{where} is a {type(feature).__name__}, but must be one class a row: a ClassLabel, a text or a whole "
+            "number."
+        )
+    check_filled(values, where)
+    if is_class_label(feature):
+        ids, names = values.to_numpy(zero_copy_only=False).astype(np.int64), list(feature.names)
+        wrong = np.flatnonzero((ids < 0) | (ids >= len(names)))
+        if len(wrong):
+            raise ValueError(
+                f"{where} is {ids[wrong[0]]} in row {wrong[0]} ({len(wrong)} of {len(ids)} rows), which is none of its "
+                f"{len(names)} classes: the rows have no class. Drop them, or name another split or column."
+            )
+        return Coded(ids, names, True)
+    if pa.types.is_floating(values.type):
+        whole = pc.all(pc.equal(pc.floor(values), values)).as_py()
+        if whole is False:
+            value = next(value for value in values.to_pylist() if value != int(value))
+            raise ValueError(
+                f"{where} has numbers like {value}, but must be names or whole numbers: make groups of it."
+            )
+        values = values.cast(pa.int64())
+    if not (is_text(feature) or pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
+        raise ValueError(f"{where} is of type {values.type}, but must be names or whole numbers.")
+    encoded = values.dictionary_encode()
+    names = encoded.dictionary.to_pylist()
+    names = [str(name).lower() if isinstance(name, bool) else str(name) for name in names]
+    return Coded(encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), names, False)
+
+
+def common_names(columns: Mapping[str, Coded]) -> list[str]:
+    """The names of all columns in one order: that of the first ClassLabel, then the others, sorted."""
+    declared = next((column.names for column in columns.values() if column.is_declared), [])
+    used = set().union(*(column.used for column in columns.values()))
+    return [*declared, *sorted_names(used - set(declared))]
+
+
+def numbered(dataset: datasets.Dataset, column: str, read: Coded, names: Sequence[str]) -> datasets.Dataset:
+    """Stores a column of classes as a ClassLabel of the given names. The columns keep their order.
+
+    Args:
+        dataset: the set.
+        column: the column.
+        read: the classes of the column. `names` must have all that rows use.
+        names: names of the ClassLabel, in its order.
+    """
+    if read.is_declared and read.names == [*names]:
+        return dataset
+    number = {name: position for position, name in enumerate(names)}
+    ids = np.array([number.get(name, -1) for name in read.names], np.int64)[read.ids]
+    return with_column(dataset, column, pa.array(ids), datasets.ClassLabel(names=[*names]))
+
+
+def with_column(dataset: datasets.Dataset, column: str, values: pa.Array, feature: Any) -> datasets.Dataset:
+    """Replaces the values of a column. The columns keep their order, and no image is copied."""
+    new, order = dataset_of({column: (values, feature)}), dataset.column_names
+    return datasets.concatenate_datasets([dataset.remove_columns(column), new], axis=1).select_columns(order)
+
+
+def match_labels(dataset: Any, names: Sequence[str], where: str, column: str = "label") -> Any:
+    """Numbers the classes of a column as another set does, by name.
+
+    Args:
+        dataset: a `datasets.Dataset`. Any other set, or a set without the column, is returned unchanged. So is a column
+            of whole numbers that are no names of classes: they are numbers of classes already.
+        names: the names of the other set, in its order.
+        where: what the set is, for the message.
+        column: the column.
+
+    Raises:
+        ValueError: a row has a class that is not in `names`.
+    """
+    if not isinstance(dataset, datasets.Dataset) or column not in dataset.column_names:
+        return dataset
+    read = coded(dataset, column, f"the {column} of {where}")
+    unknown = read.used - {*names}
+    if unknown and not read.is_declared and not is_text(dataset.features[column]):
+        return dataset
+    if unknown:
+        raise ValueError(
+            f"{where} has the {column} {shown(sorted_names(unknown))}, but the training set has only {shown(names)}: "
+            "give both the same names."
+        )
+    return numbered(dataset, column, read, names)
