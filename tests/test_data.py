@@ -298,7 +298,7 @@ def test_missing_images_give_an_error_that_says_how_to_get_them(tmp_path, monkey
             monkeypatch.setenv("IPG_DATA", folder)
         with pytest.raises(FileNotFoundError) as caught:
             load_colored_mnist()
-        for part in ("mnist.npz", "IPG_DATA", "ylecun/mnist", "recipes/digits/ipg_vit_tiny.yaml", folder or "not set"):
+        for part in ("mnist.npz", "IPG_DATA", "ylecun/mnist", "recipes/digits/ipg_resnet.yaml", folder or "not set"):
             assert part in str(caught.value)
 
 

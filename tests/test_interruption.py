@@ -296,7 +296,7 @@ def test_a_full_disk_under_two_processes(whole_of_two):
 
 
 def test_an_interrupted_command_goes_on(tmp_path, capsys):
-    recipe = str(ROOT / "recipes/digits/ipg_vit_tiny.yaml")
+    recipe = str(ROOT / "recipes/digits/ipg_pair_vit_tiny.yaml")
     settings = {"max_steps": 40, "num_pairs": 64, "per_device_pair_batch_size": 32, "warmup_steps": 5}
     settings |= {"logging_steps": 5, "eval_steps": 10, "save_steps": 10, "disable_tqdm": True}
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]

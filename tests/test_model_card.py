@@ -318,7 +318,7 @@ def test_the_card_of_a_run_says_what_its_record_says():
 NO_STATEMENTS = re.compile(r"arXiv [\d.]+|abs/[\d.]+|Source: .*|A pair: .*?\. Number|## Citation[\s\S]*|ipg_hf 0.2.0")
 
 
-@pytest.mark.parametrize("name", ["digits-ipg-vit-tiny.md", "marked-digits-ipg-pair-makers-resnet.md"])
+@pytest.mark.parametrize("name", ["digits-ipg-pair-vit-tiny.md", "marked-digits-ipg-pair-makers-resnet.md"])
 def test_every_number_in_a_card_is_compared(name):
     """The negative control: with any other digit somewhere, the card contradicts its record."""
     sources, made = published()
@@ -353,7 +353,7 @@ def test_every_number_in_a_card_is_compared(name):
 )
 def test_words_in_a_card_are_compared(said, other):
     sources, made = published()
-    text, (record, others, erm) = made["digits-ipg-vit-tiny.md"], sources["digits-ipg-vit-tiny.md"]
+    text, (record, others, erm) = made["digits-ipg-pair-vit-tiny.md"], sources["digits-ipg-pair-vit-tiny.md"]
     assert text.count(said) == 1 and contradictions(text.replace(said, other), record, others, erm)
 
 

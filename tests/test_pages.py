@@ -112,7 +112,7 @@ def test_the_findings_are_short():
 
 def test_the_readme_has_the_two_commands_of_a_newcomer():
     lines = [line for block in blocks(README, "bash") for line in block.splitlines()]
-    assert "pip install . && ipg train --config recipes/digits/ipg_vit_tiny.yaml --compare erm" in lines
+    assert "pip install . && ipg train --config recipes/digits/ipg_resnet.yaml --compare erm" in lines
     assert 'pip install ".[test]" && python -m pytest -n 2 -q' in lines
 
 

@@ -33,7 +33,7 @@ IMAGES = ("img_align_celeba/img_align_celeba", "img_align_celeba", "Img/img_alig
 WAYS = (
     "Give the folder of CelebA (img_align_celeba, list_attr_celeba and list_eval_partition as .csv or .txt) as "
     f"data_dir. Or connect to the internet and give no data_dir: the Hub set {HUB_SET} (about 12 GB) is loaded. A "
-    "benchmark that needs no download: recipes/digits/ipg_vit_tiny.yaml."
+    "benchmark that needs no download: recipes/digits/ipg_resnet.yaml."
 )
 
 

@@ -233,7 +233,7 @@ def _load_arrays(data_dir: str | None, images: Images) -> dict[str, np.ndarray]:
         f"Put {images.file} (uint8 arrays xtr (60000, 28, 28), ytr (60000,), xte (10000, 28, 28), yte (10000,)) into a "
         f"folder and name the folder as data_dir or in the environment variable {VARIABLE}. Or connect to the internet "
         f"and give no data_dir: the Hub set {images.hub_set} is loaded. A benchmark that needs no download: "
-        "recipes/digits/ipg_vit_tiny.yaml."
+        "recipes/digits/ipg_resnet.yaml."
     )
     folder = find_folder(data_dir, ["."], [images.file], ways)
     return _read_file(folder / images.file, images) if folder else _load_hub_arrays(images, ways)

@@ -39,7 +39,7 @@ SHARES = (0.6, 0.2, 0.2)  # shares of the backgrounds for the pairs of training,
 WAYS = (
     f"Give the folder of Waterbirds with its {TABLE} (WILDS' waterbirds_v1.0 or group DRO's "
     f"waterbird_complete95_forest2water2) as data_dir. Or connect to the internet and give no data_dir: the Hub set "
-    f"{HUB_SET} is loaded. A benchmark that needs no download: recipes/digits/ipg_vit_tiny.yaml."
+    f"{HUB_SET} is loaded. A benchmark that needs no download: recipes/digits/ipg_resnet.yaml."
 )
 
 

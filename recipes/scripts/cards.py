@@ -20,7 +20,7 @@ RECIPES = Path(__file__).resolve().parent.parent
 CARDS = RECIPES.parent / "model_cards"
 # dataset -> recipe of a model that somebody would publish -> recipe of its plain training
 PUBLISHED = {
-    "digits": {"ipg_vit_tiny": "erm_vit_tiny", "ipg_resnet": "erm_resnet", "ipg_paper_resnet": "erm_resnet"},
+    "digits": {"ipg_pair_vit_tiny": "erm_vit_tiny", "ipg_resnet": "erm_resnet", "ipg_paper_resnet": "erm_resnet"},
     "colored_mnist": {"ipg_mlp": "erm_mlp", "ipg_fashion_mlp": "erm_fashion_mlp"},
     "scenes": {"ipg_lite0": "erm_lite0"},
     "marked_digits": {"ipg_pair_makers_resnet": "erm_resnet"},

@@ -155,6 +155,7 @@ RECIPES = {
         "ipg_default_resnet": "ipg_resnet",
         "ipg_resnet": "ipg_pair_resnet",
         "ipg_mean_resnet": "ipg_paper_resnet",
+        "ipg_vit_tiny": "ipg_pair_vit_tiny",
         "ipg_adversarial_resnet": "ipg_pair_adversarial_resnet",
         "ipg_300_vit_tiny": "ipg_pair_300_vit_tiny",
         "erm_dfr_resnet": "dfr_resnet",

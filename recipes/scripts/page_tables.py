@@ -433,7 +433,7 @@ def ablations() -> str:
         ),
         "ColoredMNIST: `ipg_paper`, sides swapped at random": ("colored_mnist", "ablation_unoriented_mean_mlp"),
         "ColoredMNIST: `ipg_pair`, a ViT with the MLP's settings": ("colored_mnist", "ipg_pair_vit_tiny"),
-        "digits: `ipg_pair`, ViT": ("digits", "ipg_vit_tiny"),
+        "digits: `ipg_pair`, ViT": ("digits", "ipg_pair_vit_tiny"),
         "digits: `ipg_pair`, ViT, 300 pairs instead of 997": ("digits", "ipg_pair_300_vit_tiny"),
     }
     lines = [[title, cell(name, row), lowest(name, row)] for title, (name, row) in rows.items()]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs recipes over seeds and appends the record of each run; what has a record is not run again.
 
-Launch: python recipes/scripts/run.py recipes/digits/ipg_vit_tiny.yaml --seeds 0 1 2 3 4
+Launch: python recipes/scripts/run.py recipes/digits/ipg_pair_vit_tiny.yaml --seeds 0 1 2 3 4
 
 A record is the run `<recipe>-seed<n>` in `recipes/records/<dataset>.jsonl`; the models go to `outputs/`.
 """
