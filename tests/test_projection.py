@@ -197,7 +197,8 @@ def test_pairs_that_were_not_trained_with_are_projected_out(tmp_path):
     facts = record["baseline"]
     assert record["method"] == "project" and facts["pairs"] == 40 and facts["rank"] == 1
     assert 0.5 < facts["variance_removed"] <= 1 and 0 < facts["weight_removed"] < 1
-    assert record["data"]["pair_sets"] == {}
+    assert record["data"]["pair_sets"]["pairs"]["pairs"] == 40 and plain["data"]["pair_sets"] == {}
+    assert {*record["course"]} == {"validation"}  # no guidance: they took no part in the training
     changed = {name for name in weights if not torch.equal(weights[name], before[name])}
     assert changed == {"classifier.weight"}
     for split in ("validation", "test"):
