@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import partial
 from inspect import signature
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from transformers import (
 
 from .baselines import METHODS
 from .config import IPGConfig
-from .data import LOADERS, About, Benchmark
+from .data import LOADERS, About, Benchmark, load_hub
 from .models import load_image_classifier
 from .moved import moved_settings, split_moved_flags
 from .names import nearest
@@ -41,6 +42,7 @@ from .pairs import (
     recolor_pairs,
 )
 from .pairs.checks import ONLY_SET, named_sets
+from .pairs.classes import match_labels
 
 # makers of the training images, and of files
 MAKERS: dict[str, Callable] = {
@@ -65,7 +67,8 @@ class Recipe:
     """The data, the model and the method of a run; the settings of the training are those of the method's config.
 
     Args:
-        dataset: name of a benchmark in `ipg_hf.data.LOADERS`; `"files"` is a folder of your own.
+        dataset: name of a benchmark in `ipg_hf.data.LOADERS`; `"files"` is a folder of your own, `"user/name"` a set on
+            the Hub.
         dataset_options: further arguments of its loader.
         data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
         num_pairs: number of training pairs; `None` is the benchmark's own number.
@@ -94,7 +97,7 @@ class Recipe:
         overwrite_output_dir: remove the run that the output folder holds.
     """
 
-    dataset: str = field(default="digits", metadata={"help": f"A benchmark: {', '.join(LOADERS)}."})
+    dataset: str = field(default="digits", metadata={"help": f"A benchmark: {', '.join(LOADERS)}; or a Hub id."})
     dataset_options: dict | str | None = field(default=None, metadata={"help": "Arguments of its loader, as JSON."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the data files (else IPG_DATA, the Hub)."})
     num_pairs: int | None = field(default=None, metadata={"help": "Number of training pairs."})
@@ -117,7 +120,7 @@ class Recipe:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run in the output folder."})
 
     def __post_init__(self):
-        if self.dataset not in LOADERS:
+        if self.dataset not in LOADERS and "/" not in self.dataset:
             raise RecipeError(f"dataset={self.dataset!r} is unknown.{nearest(self.dataset, LOADERS)}")
         for name in MAPPINGS:
             value = getattr(self, name) or {}
@@ -143,7 +146,7 @@ class Recipe:
     def load_data(self, seed: int) -> Benchmark:
         """Loads the benchmark; `seed` drives what it draws."""
         defaults = {"data_dir": self.data_dir, "num_pairs": self.num_pairs, "oriented_pairs": self.oriented_pairs}
-        data = _called(LOADERS[self.dataset], self.dataset_options, seed=seed, **defaults)
+        data = _called(self._loader(), self.dataset_options, seed=seed, **defaults)
         if self.pairs:
             if "maker" in self.pairs:
                 pairs = self._make_pairs(self.pairs, data, seed)
@@ -162,6 +165,14 @@ class Recipe:
             data = replace(data, pairs=mixed if isinstance(data.pairs, dict) else mixed[ONLY_SET])
         return data
 
+    def _loader(self) -> Callable[..., Benchmark]:
+        """The loader of the benchmark, or of the Hub set where `dataset` is no benchmark's name."""
+        if self.dataset in LOADERS:
+            return LOADERS[self.dataset]
+        if os.path.isdir(self.dataset):
+            raise RecipeError(f"dataset={self.dataset!r} is a folder: set dataset: files and data_dir: {self.dataset}.")
+        return partial(load_hub, self.dataset)
+
     def _make_pairs(self, options: Any, data: Benchmark, seed: int) -> Any:
         options = dict(options) if isinstance(options, Mapping) else {"maker": options}
         name = options.pop("maker", None)
@@ -169,7 +180,9 @@ class Recipe:
             raise RecipeError(f"pairs: maker={name!r} is unknown.{nearest(str(name), MAKERS)}")
         maker, defaults = MAKERS[name], {"seed": seed, "num_pairs": self.num_pairs}
         if name in FROM_FILES:
-            return _called(maker, options, **defaults, oriented=self.oriented_pairs)
+            pairs = _called(maker, options, **defaults, oriented=self.oriented_pairs)
+            names = data.label_names
+            return match_labels(pairs, names, f"the pair set of maker {name}") if names else pairs
         if name == "adversarial":
             return _called(maker, options, data.train)
         if name == "match" and options.get("match_on", "features") == "features":
@@ -310,12 +323,16 @@ def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaul
     known = [*signature(function).parameters][len(args) :]
     for name in options:
         if name not in known and "options" not in known:
-            raise RecipeError(f"{function.__name__} has no option {name!r}.{nearest(name, known)}")
+            raise RecipeError(f"{_title(function)} has no option {name!r}.{nearest(name, known)}")
     defaults = {name: value for name, value in defaults.items() if name in known or "options" in known}
     try:
         return function(*args, **{**defaults, **options})
     except TypeError as failure:
-        raise RecipeError(f"{function.__name__}: {failure}.") from failure
+        raise RecipeError(f"{_title(function)}: {failure}.") from failure
+
+
+def _title(function: Callable) -> str:
+    return (function.func if isinstance(function, partial) else function).__name__
 
 
 def settings_help() -> str:

@@ -12,7 +12,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import datasets
-from transformers import AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
+from transformers import AutoConfig, AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import report
@@ -26,6 +26,7 @@ from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import ONLY_SET, named_sets
+from .pairs.classes import model_names, order_of_base, order_of_model
 from .recipe import Recipe, RecipeError
 from .record import commit as current_commit
 from .record import hub_id, make_record, resolved_settings, write_json
@@ -60,6 +61,7 @@ def train(
         check_can_push(args)  # before another run is removed, and before hours of training
     resume = _prepare_output(recipe, args)
     data = data or recipe.load_data(args.data_order_seed)
+    data = _in_order_of_base(data, recipe.model_name_or_path)
     record, trainer = _train_one(recipe, args, given, data, resume, commit)
     split = "test" if recipe.measure_test else "validation"
     columns = {recipe.method: record["metrics"][split]}
@@ -78,6 +80,17 @@ def train(
     if pushed:
         print(f"pushed to {pushed.repo_url}")
     return record
+
+
+def _in_order_of_base(data: Benchmark, base: str | None) -> Benchmark:
+    """The benchmark with its classes numbered as those of the model that is fine-tuned, if that has the same ones."""
+    if base is None or data.label_names is None:
+        return data
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except OSError:
+        return data  # loading the model says what is wrong
+    return data.with_labels(order_of_base(data.label_names, config, base))
 
 
 def _without_method(args: IPGConfig, method: str, output_dir: str) -> IPGConfig:
@@ -140,6 +153,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
     data = recipe.load_data(args.data_order_seed)
     model, processor = load_trained(name, recipe, data)
+    data = data.with_labels(model_names(model.config) or data.label_names)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no"}
     args = replace(_without_method(args, recipe.method, gettempdir()), **unsaved)
@@ -155,11 +169,16 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
 
 
 def load_trained(name: str, recipe: Recipe, data: Benchmark) -> tuple[Any, Any]:
-    """A saved model and its image processor, for the labels of a benchmark."""
+    """A saved model and its image processor, for the labels of a benchmark.
+
+    Raises:
+        ValueError: the model does not have the classes of the benchmark.
+    """
     model = load_image_classifier(name)
-    names = getattr(data.train.features["label"], "names", ["a number"])
-    if model.config.num_labels != len(names):
-        raise RecipeError(f"{name} has {model.config.num_labels} labels, {recipe.dataset} has {len(names)}: {names}.")
+    if data.label_names is not None:
+        order_of_model(data.label_names, model.config, name)
+    elif model.config.num_labels != 1:
+        raise RecipeError(f"{name} has {model.config.num_labels} labels, but those of {recipe.dataset} are numbers.")
     return model, AutoImageProcessor.from_pretrained(name)
 
 
@@ -218,8 +237,14 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
 
 
 def _metrics(data: Benchmark) -> GroupMetrics | GroupErrors:
-    is_class = isinstance(data.train.features["label"], datasets.ClassLabel)
-    return GroupMetrics(train_dataset=data.train) if is_class else GroupErrors(data.train)
+    if data.label_names is None:
+        return GroupErrors(data.train)
+    metrics = GroupMetrics(train_dataset=data.train)
+    evaluated = next((part for part in (data.validation, data.test) if "attribute" in part.column_names), None)
+    if evaluated is not None and "attribute" not in data.train.column_names:  # which training does not read
+        names = list(evaluated.features["attribute"].names)
+        metrics.settings |= {"attribute_names": names, "num_attributes": len(names)}
+    return metrics
 
 
 def _silence(trainer: IPGTrainer) -> None:

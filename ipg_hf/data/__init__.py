@@ -9,7 +9,7 @@ from .celeba import load_celeba
 from .colored_mnist import ColoredMnistMLPConfig, ColoredMnistMLPForImageClassification, load_colored_mnist
 from .digit_variants import load_marked_digits, load_stroke_mass
 from .digits import load_digits
-from .files import load_files
+from .files import load_files, load_hub
 from .scenes import load_scenes
 from .waterbirds import load_waterbirds
 
@@ -36,6 +36,7 @@ __all__ = [
     "load_colored_mnist",
     "load_digits",
     "load_files",
+    "load_hub",
     "load_marked_digits",
     "load_scenes",
     "load_stroke_mass",

@@ -158,9 +158,12 @@ def describe(dataset: str, options: Mapping[str, Any] | None = None) -> About:
     """Returns the facts of a benchmark that is loaded with the given options.
 
     Args:
-        dataset: name of the benchmark in `ABOUT`.
+        dataset: name of the benchmark in `ABOUT`, or the id of a set on the Hub.
         options: options of its loader.
     """
+    if dataset not in ABOUT:
+        shortcut = ABOUT["files"].shortcut
+        return About(dataset, None, shortcut, None, None, None, source=f"the Hub set {dataset}", hub_set=dataset)
     about = ABOUT[dataset]
     for name, given, changes in VARIANTS:
         if name == dataset and all(str((options or {}).get(key)) == value for key, value in given.items()):

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
+
+from ..pairs.adversarial import AdversarialPairs
+from ..pairs.classes import is_class_label, match_labels
 
 
 @dataclass(frozen=True)
@@ -13,10 +18,10 @@ class Benchmark:
     """The data sets of one benchmark.
 
     Args:
-        train: rows `image`, `label` and `attribute`. The attribute is the spurious one and a ClassLabel. The label is a
-            ClassLabel, or a float in a regression.
-        validation: rows with the columns of `train`, for choosing settings and checkpoints.
-        test: rows with the columns of `train`, for reporting.
+        train: rows `image`, `label` and, where it is known, `attribute`. The attribute is the spurious one and a
+            ClassLabel. The label is a ClassLabel, or a float in a regression.
+        validation: rows with these columns, for choosing settings and checkpoints.
+        test: rows with these columns, for reporting.
         pairs: training pairs, rows `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b` and `source_id`. A dict
             of pair sets if there are several spurious attributes. `None` if the pairs must be made first.
         validation_pairs: pairs of images of `validation`, for the flip rate. A dict if there are several spurious
@@ -31,3 +36,27 @@ class Benchmark:
     pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
     validation_pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
     test_pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes, in their order; None in a regression."""
+        kind = self.train.features["label"]
+        return list(kind.names) if is_class_label(kind) else None
+
+    def with_labels(self, names: Sequence[str]) -> Benchmark:
+        """The benchmark with its classes numbered in the order of other names, by name.
+
+        Args:
+            names: names of classes, those of the benchmark and perhaps more. Not used in a regression.
+        """
+        if self.label_names is None or self.label_names == [*names]:
+            return self
+
+        def matched(value: Any, where: str) -> Any:
+            if isinstance(value, dict):
+                return {name: matched(part, f"{where} ({name})") for name, part in value.items()}
+            if isinstance(value, AdversarialPairs):
+                return replace(value, source=matched(value.source, where))
+            return match_labels(value, names, where)
+
+        return Benchmark(**{name: matched(value, name) for name, value in vars(self).items()})

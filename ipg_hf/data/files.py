@@ -32,7 +32,7 @@ from ..pairs.classes import (
     with_column,
 )
 from ..pairs.images import is_deep, read_image
-from ..pairs.sources import TABLES, image_files, pairs_from_columns, pairs_from_rows, read_table, with_paths
+from ..pairs.sources import TABLES, image_files, is_encoded, pairs_from_columns, pairs_from_rows, read_table, with_paths
 from .benchmark import Benchmark
 
 logger = logging.getLogger(__name__)
@@ -469,8 +469,7 @@ def _as_images(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
     kind = dataset.features["image"]
     if isinstance(kind, datasets.Image):
         return dataset
-    is_bytes = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
-    if is_bytes or (isinstance(kind, dict) and {*kind} == {"bytes", "path"}):
+    if is_encoded(kind):
         return dataset.cast_column("image", datasets.Image())
     found = kind.dtype if isinstance(kind, datasets.Value) else type(kind).__name__
     raise ValueError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .makers import dataset_of
+
+logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 SHOWN = 10  # names in a message
@@ -178,3 +181,66 @@ def match_labels(dataset: Any, names: Sequence[str], where: str, column: str = "
             "give both the same names."
         )
     return numbered(dataset, column, read, names)
+
+
+def model_names(config: Any) -> list[str] | None:
+    """The names of a model's classes in their order; None if it has the names `LABEL_0`, ... that say nothing."""
+    known = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
+    names = [known[number] for number in sorted(known)]
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def order_of_model(names: Sequence[str], config: Any, place: str) -> list[str]:
+    """The order in which data must number its classes for a trained model to be measured.
+
+    Args:
+        names: the names of the data's classes, in their order.
+        config: the model's config.
+        place: the model's name, for messages.
+
+    Raises:
+        ValueError: the model does not have all classes of the data, or it has no names and another number of classes.
+    """
+    own = model_names(config)
+    if own is None:
+        if config.num_labels != len(names):
+            raise ValueError(f"{place} has {config.num_labels} labels, the data has {len(names)}: {shown(names)}.")
+        logger.warning(
+            f"{place} has no names of classes: its outputs are taken in the order of the data's, {shown(names)}. If it "
+            "has another, set id2label and label2id in its config.json."
+        )
+        return [*names]
+    unknown = [name for name in names if name not in own]
+    if unknown:
+        raise ValueError(
+            f"{place} has the labels {shown(own)}, but not the data's {shown(unknown)}: give the data the names of the "
+            "model, or the model those of the data (id2label and label2id in its config.json)."
+        )
+    return own
+
+
+def order_of_base(names: Sequence[str], config: Any, place: str) -> list[str]:
+    """The order in which data must number its classes to train a model on, so that its head keeps what it knows.
+
+    Args:
+        names: the names of the data's classes, in their order.
+        config: the model's config. A head for another number of classes is replaced by the training.
+        place: the model's name, for messages.
+
+    Raises:
+        ValueError: the model has as many classes, of which some have names of the data's and others have not.
+    """
+    own = model_names(config)
+    if own is None or len(own) != len(names) or own == [*names]:
+        return [*names]
+    if {*own} == {*names}:
+        logger.info(f"the data's classes are numbered as those of {place}: {shown(own)}.")
+        return own
+    if {*own} & {*names}:
+        raise ValueError(
+            f"{place} has the labels {shown(own)}, the data has {shown(names)}: the head would be trained on from "
+            "classes of other names. Give the classes that are the same one name, in the data or in the model's "
+            "config.json."
+        )
+    logger.warning(f"the head of {place}, for {shown(own)}, is trained on from there for {shown(names)}.")
+    return [*names]

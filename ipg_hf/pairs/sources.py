@@ -76,7 +76,7 @@ def pairs_from_columns(
     source = source.rename_columns({name: target for target, name in found.items() if name != target})
     for side in ("image_a", "image_b"):
         feature = (source.features or {}).get(side)
-        if is_text(feature):
+        if is_text(feature) or is_encoded(feature):
             source = source.cast_column(side, datasets.Image())
         elif feature is not None and not isinstance(feature, datasets.Image):
             raise ValueError(
@@ -251,6 +251,12 @@ def pairs_from_folders(
     features |= {"attribute_a": feature, "attribute_b": feature, "source_id": datasets.Value("string")}
     pairs = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return _swapped(pairs, None if oriented else draw_swap(len(rows), seed))
+
+
+def is_encoded(feature: Any) -> bool:
+    """Whether a column has encoded images that `datasets.Image` can read: bytes, or `{"bytes": ..., "path": ...}`."""
+    is_bytes = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+    return is_bytes or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
