@@ -252,6 +252,17 @@ def test_the_trainer_fits_half_of_every_group_and_leaves_the_other_half_to_measu
     }
 
 
+def test_pairs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="dfr trains without pairs"):
+        DFRTrainer(
+            small.vit(),
+            small.config(tmp_path, DFRConfig),
+            train_dataset=small.grouped(24),
+            eval_dataset=small.grouped(48),
+            pair_dataset=small.pairs(4),
+        )
+
+
 def test_a_training_that_is_stopped_is_not_fitted(tmp_path):
     plain, run = build(tmp_path, IPGTrainer, StopAt()), build(tmp_path, DFRTrainer, StopAt())
     plain.train()

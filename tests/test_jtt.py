@@ -74,6 +74,12 @@ def test_the_errors_of_the_first_model_over_every_row_are_repeated(tmp_path):
     assert args.max_steps == 1 and run.state.global_step == 1 and run.method == "jtt"
 
 
+def test_pairs_are_refused(tmp_path):
+    args = small.config(tmp_path, JTTConfig)
+    with pytest.raises(ValueError, match="jtt trains without pairs"):
+        JTTTrainer(small.vit(), args, train_dataset=small.grouped(24), pair_dataset=small.pairs(4))
+
+
 def test_a_first_model_without_an_error_is_said(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(JTTTrainer, "predict", None)  # the first training is not one of the two
     rows = small.grouped(16)

@@ -76,6 +76,8 @@ class DFRTrainer(IPGTrainer):
 
     def __init__(self, *positional: Any, **named: Any):
         super().__init__(*positional, **named)
+        if self.is_guided:
+            raise ValueError("dfr trains without pairs: leave pair_dataset out.")
         check_whole(self)
         head = find_head(self.model, self.head_path)
         check_head(head)

@@ -70,6 +70,8 @@ class JTTTrainer(IPGTrainer):
 
     def __init__(self, *positional: Any, **named: Any):
         super().__init__(*positional, **named)
+        if self.is_guided:
+            raise ValueError("jtt trains without pairs: leave pair_dataset out.")
         stored = self.train_dataset.dataset if isinstance(self.train_dataset, ImageRows) else self.train_dataset
         if not isinstance(stored, datasets.Dataset) or not isinstance(
             stored.features.get("label"), datasets.ClassLabel
