@@ -23,6 +23,7 @@ from .config import IPGConfig
 from .hub.card import model_card
 from .models import load_image_classifier
 from .pairs.checks import ONLY_SET, named_sets
+from .pairs.classes import model_names
 from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
@@ -148,6 +149,8 @@ def write_audit(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) ->
     data = recipe.load_data(args.data_order_seed)
     places = named_models([place for place in (options.model, options.against) if place])
     models = {name: (place, *load_trained(place, recipe, data)) for name, place in places.items()}
+    first = next(iter(models.values()))[1]
+    data = data.with_labels(model_names(first.config) or data.label_names)
     settings = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "device": args.device}
     settings |= {"split": options.split, "dataset": recipe.dataset, "seed": args.data_order_seed}
     result, pictures = audit(models, data, **settings)

@@ -240,10 +240,8 @@ def _metrics(data: Benchmark) -> GroupMetrics | GroupErrors:
     if data.label_names is None:
         return GroupErrors(data.train)
     metrics = GroupMetrics(train_dataset=data.train)
-    evaluated = next((part for part in (data.validation, data.test) if "attribute" in part.column_names), None)
-    if evaluated is not None and "attribute" not in data.train.column_names:  # which training does not read
-        names = list(evaluated.features["attribute"].names)
-        metrics.settings |= {"attribute_names": names, "num_attributes": len(names)}
+    if data.attribute_names is not None:  # the training set may lack the attribute, which training does not read
+        metrics.settings |= {"attribute_names": data.attribute_names, "num_attributes": len(data.attribute_names)}
     return metrics
 
 

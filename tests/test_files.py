@@ -606,3 +606,21 @@ def test_a_recipe_takes_a_hub_set(monkeypatch, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(f"dataset: {tmp_path}\n")
     assert main(["pairs", "check", "--config", str(tmp_path / "recipe.yaml")]) == 2
     assert f"set dataset: files and data_dir: {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("without", [("train",), SPLITS])
+def test_an_audit_of_data_without_the_attribute(tmp_path, recipe, capsys, without):
+    for split in without:
+        for path in sorted((tmp_path / "data" / split).glob("*/*/*.png")):
+            path.rename(path.parents[1] / path.name)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    models = [trained(tmp_path / name, names) for name, names in (("m", ("bee", "ant")), ("n", ("ant", "bee")))]
+    assert main(["evaluate", models[0], "--config", recipe(), "--report", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    found = {f"{group['label']}/{group['attribute']}": group["accuracy"] for group in report["models"][0]["groups"]}
+    values = ["x", "y"] if without == ("train",) else ["any"]
+    assert found == {f"{name}/{value}": float(name == "bee") for name in ("bee", "ant") for value in values}
+    arguments = ["--against", models[1], "--config", recipe(), "--report", str(tmp_path / "both")]
+    assert main(["evaluate", models[0], *arguments]) == 2
+    assert "orders its labels ['ant', 'bee'], the data ['bee', 'ant']" in capsys.readouterr().err

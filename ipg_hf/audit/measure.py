@@ -23,6 +23,7 @@ from ..metrics import METRICS, GroupMetrics, group_counts
 from ..models import forward_inputs
 from ..pairs import ImageRows
 from ..pairs.checks import named_sets
+from ..pairs.classes import model_names, shown
 from ..pairs.preview import ShownPair, shown_pairs
 from ..record import commit, versions
 from ..seeding import seeded
@@ -87,8 +88,8 @@ def audit(
 
     Args:
         models: name -> (folder or Hub id, classifier, image processor). A second model is compared with the first.
-        data: the benchmark. Its labels are classes. Probes are fitted on validation if the split is test, and on test
-            if the split is validation.
+        data: the benchmark. Its labels are classes. Without an attribute, a group is a class. Probes are fitted on
+            validation if the split is test, and on test if the split is validation.
         split: `"test"` or `"validation"`.
         dataset: name of the benchmark, for the report.
         seed: seed of the bootstrap and of the rows that are drawn, not negative.
@@ -109,6 +110,7 @@ def audit(
             f"an audit counts right and wrong classes, but the labels of {dataset or 'this benchmark'} are numbers "
             "(a regression): ipg evaluate without --report gives the errors by group."
         )
+    data = _with_attribute(data)
     for place, model, _ in models.values():
         _check_order(place, getattr(model, "config", None), kind.names)
     held_out = {k: v for k, v in named_sets(getattr(data, f"{split}_pairs")).items() if v is not None}
@@ -118,6 +120,8 @@ def audit(
         name: _measure(model, processor, sets, held_out, **settings) for name, (_, model, processor) in models.items()
     }
     metrics = GroupMetrics(data.train)
+    if "attribute" not in data.train.column_names:  # training does not read it
+        metrics.settings |= {"attribute_names": data.attribute_names, "num_attributes": len(data.attribute_names)}
     truth = {
         key: tuple(np.asarray(part[column][:], np.int64) for column in ("label", "attribute"))
         for key, part in sets.items()
@@ -160,13 +164,26 @@ def named_models(places: Sequence[str]) -> dict[str, str]:
 
 
 def _check_order(place: str, config: Any, names: Sequence[str]) -> None:
-    known = getattr(config, "id2label", None) or {}
-    own = [known.get(number) for number in range(len(names))]
-    if own != [*names] and {*own} == {*names}:
+    own = model_names(config)
+    if own is not None and own != [*names]:
         raise ValueError(
-            f"{place} orders its labels {own}, the data {[*names]}: every answer would be counted as another. Give the "
-            "data's ClassLabel the model's order (cast_column), or the model's head and id2label the data's."
+            f"{place} orders its labels [{shown(own)}], the data [{shown(names)}]: answers would be counted as others. "
+            "Give the data's ClassLabel the names and the order of the model (cast_column), or the model's head and "
+            "id2label those of the data."
         )
+
+
+def _with_attribute(data: Benchmark) -> Benchmark:
+    """The benchmark with one value of the attribute, "any", for all images, if validation or test has no attribute."""
+    if all("attribute" in part.column_names for part in (data.validation, data.test)):
+        return data
+    kind = datasets.ClassLabel(names=["any"])
+    parts = {}
+    for name in ("train", "validation", "test"):
+        part = getattr(data, name)
+        part = part.remove_columns([column for column in ("attribute",) if column in part.column_names])
+        parts[name] = part.add_column("attribute", np.zeros(len(part), np.int64)).cast_column("attribute", kind)
+    return replace(data, **parts)
 
 
 # ---- Forwards ----
@@ -261,10 +278,10 @@ def _accuracies(
     shape = tuple(map(len, names))
     counts = group_counts(labels, attributes, *shape)
     right = group_counts(labels, attributes, *shape, weights=logits.argmax(1) == labels)
-    groups = []
+    groups, sizes = [], metrics.settings["train_group_counts"]
     for label, attribute in np.argwhere(counts > 0):
         part = _share(int(right[label, attribute]), int(counts[label, attribute]), "accuracy")
-        trained = int(metrics.settings["train_group_counts"][label, attribute])
+        trained = None if sizes is None else int(sizes[label, attribute])
         groups.append({"label": names[0][label], "attribute": names[1][attribute], **part, "n_train": trained})
     return {
         "metrics": {name: summary[name] for name in METRICS if name in summary},
@@ -277,9 +294,9 @@ def _accuracies(
 
 
 def _adjusted(summary: Mapping[str, float], groups: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    trained = sum(group["n_train"] for group in groups)
     if "adjusted_accuracy" not in summary:
         return None
+    trained = sum(group["n_train"] for group in groups)
     low, high = combined_interval(
         *([group[key] for group in groups] for key in ("count", "n")),
         [group["n_train"] / trained for group in groups],

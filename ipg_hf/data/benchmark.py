@@ -43,6 +43,12 @@ class Benchmark:
         kind = self.train.features["label"]
         return list(kind.names) if is_class_label(kind) else None
 
+    @property
+    def attribute_names(self) -> list[str] | None:
+        """The names of the attribute's values; None if no split has a ClassLabel of the attribute."""
+        kinds = [part.features.get("attribute") for part in (self.train, self.validation, self.test)]
+        return next((list(kind.names) for kind in kinds if is_class_label(kind)), None)
+
     def with_labels(self, names: Sequence[str]) -> Benchmark:
         """The benchmark with its classes numbered in the order of other names, by name.
 
