@@ -487,9 +487,12 @@ def test_held_out_pairs_that_are_not():
     assert "'held_out'" in of_code(findings, "evaluation-image").message
 
 
-def test_evaluation_sets_with_faults_of_their_own():
+def test_evaluation_images_that_cannot_be_used():
     broken = images_of([{"bytes": b"no", "path": None}, None, *map(stored, photographs(3, 9))], label=[0, 1, 0, 1, 0])
-    assert problems(check_pairs(as_dataset(columns_of()), evaluation={"test": broken, "none": broken.select([])})) == {}
+    findings = check_pairs(as_dataset(columns_of()), evaluation={"test": broken, "none": broken.select([])})
+    assert problems(findings) == {"evaluation-unreadable": []}
+    (finding,) = (finding for finding in findings if finding.severity != "info")
+    assert finding.message.startswith("2 of 5 rows of 'test' have images that cannot be used, first row 0: cannot")
 
 
 def test_label_shares():

@@ -286,13 +286,18 @@ def test_unreadable_images(tmp_path):
     assert shown(tmp_path, pairs).source == first.source  # no address in memory
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_8_bits(tmp_path, mode):
+    gray = np.asarray(Image.fromarray(photograph(0)).convert("L"))
+    deep = Image.fromarray(gray.astype({"I;16": np.uint16, "F": np.float32}[mode]))
+    assert deep.mode == mode
+    (pair,) = shown(tmp_path, pair_set([(photograph(1), encoded(deep, "TIFF"))])).pairs
+    assert len(pair["images"]) == 1 and f"the mode {mode} has more than 8 bits a channel" in pair["text"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK"])
 def test_modes(tmp_path, mode):
-    sides = [Image.fromarray(photograph(i)) for i in range(2)]
-    if mode == "I;16":
-        sides = [Image.fromarray(np.asarray(side.convert("L")).astype(np.uint16)) for side in sides]
-    else:
-        sides = [side.convert(mode) for side in sides]
+    sides = [Image.fromarray(photograph(i)).convert(mode) for i in range(2)]
     assert {side.mode for side in sides} == {mode}
     page = shown(tmp_path, pair_set([[encoded(side, "TIFF") for side in sides]]))
     assert [image.shape for image in page.pairs[0]["images"]] == [(40, 60, 3)] * 3

@@ -370,7 +370,6 @@ def test_every_other_set_is_left_alone():
     for dataset in (
         [{"image": 1}],
         pairs.with_transform(lambda batch: batch),
-        pairs.with_format("torch"),
         with_inputs,
         pairs.remove_columns("image_b"),
         pairs.select_columns("label"),
@@ -379,6 +378,15 @@ def test_every_other_set_is_left_alone():
         None,
     ):
         assert inputs_of(dataset) is dataset
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "arrow"])
+def test_a_format_changes_nothing_of_raw_images(form):
+    for dataset in (raw_images(), raw_pairs()):
+        plain, formatted = inputs_of(dataset), inputs_of(dataset.with_format(form))
+        for ours, theirs in zip(formatted.__getitems__(range(N)), plain.__getitems__(range(N)), strict=True):
+            assert ours.keys() == theirs.keys() and ours["label"] == theirs["label"]
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs if name != "label")
 
 
 def plain_stream(dataset):

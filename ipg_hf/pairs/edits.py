@@ -153,7 +153,7 @@ def overlay_pairs(
             )
         overlay = read_image({"bytes": None, "path": str(overlay)}, "the overlay")
     if isinstance(overlay, Image.Image):
-        check_depth(overlay, "the overlay")
+        check_depth(overlay.mode, "the overlay")
         overlay = overlay.convert("RGBA")
     elif not isinstance(overlay, str) and not callable(overlay):
         raise ValueError(
@@ -272,7 +272,8 @@ def background_pairs(
         sides = []
         if keep_own and ids.get(row[attribute]) not in (0, 1):
             raise ValueError(
-                f"keep_own=True needs {attribute!r} to be {' or '.join(map(repr, [*ids][:2]))}, but it is {row[attribute]!r}."
+                f"keep_own=True needs {attribute!r} to be {' or '.join(map(repr, [*ids][:2]))}, but it is "
+                f"{row[attribute]!r}."
             )
         for value, pool in enumerate(pools):
             if keep_own and ids[row[attribute]] == value:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def stored_images(source: Any, columns: Iterable[str]) -> Any:
@@ -44,33 +47,54 @@ def read_image(value: Any, where: str, mode: str | None = None, *, deep: bool = 
     Raises:
         ValueError: there is no image, it cannot be decoded, or it has more than 8 bits a channel.
     """
-    where += file_of(value)
-    if value is None or (isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is None):
-        raise ValueError(f"{where} is missing (None): drop the row, or give it an image.")
-    if not isinstance(value, (Mapping, Image.Image)):
-        raise ValueError(
-            f"{where} is a {type(value).__name__}, not an image: cast the column, cast_column(name, datasets.Image())."
-        )
+    where = _named(value, where)
     try:
         image = datasets.Image().decode_example(value)
         image.load()
     except Exception as failure:
-        # the message of an unknown format holds an address in memory
-        unknown = isinstance(failure, UnidentifiedImageError)
-        reason = "the format is not one that PIL knows" if unknown else str(failure) or type(failure).__name__
-        raise ValueError(
-            f"{where} cannot be read as an image ({reason}): replace the image, or drop the row."
-        ) from failure
+        raise _unreadable(where, failure) from failure
     if not deep:
-        check_depth(image, where)
+        check_depth(image.mode, where)
     return image if mode in (None, image.mode) else image.convert(mode)
 
 
-def check_depth(image: Image.Image, where: str) -> None:
-    """Raises a ValueError if an image has more than 8 bits a channel, which conversions cut off at 255."""
-    if is_deep(image.mode):
+def image_kind(value: Any, where: str, mode: str | None = None) -> tuple[tuple[int, int], str]:
+    """Returns size and mode of an image as `datasets` would decode it, from the header of its file alone.
+
+    Args:
+        value: an encoded image.
+        where: what the image is, for messages.
+        mode: the mode of its `datasets.Image` feature.
+
+    Raises:
+        ValueError: there is no image, its header cannot be read, or it has more than 8 bits a channel.
+    """
+    where = _named(value, where)
+    try:
+        with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as image:
+            size, own = upright_size(image), image.mode
+    except Exception as failure:
+        raise _unreadable(where, failure) from failure
+    check_depth(own, where)
+    return size, mode or own
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Returns the size that an image will have when it is decoded and turned as its EXIF orientation says.
+
+    Args:
+        image: an image that was opened and not decoded.
+    """
+    # a PNG's own getexif would decode the pixels; a TIFF's size is turned already
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return image.size[::-1] if orientation in SIDEWAYS and image.format != "TIFF" else image.size
+
+
+def check_depth(mode: str, where: str) -> None:
+    """Raises a ValueError if images of a PIL mode have more than 8 bits a channel: conversions cut them off at 255."""
+    if is_deep(mode):
         raise ValueError(
-            f"{where} has the mode {image.mode!r}, more than 8 bits a channel, and would become white or black: scale "
+            f"{where} has the mode {mode!r}, more than 8 bits a channel, and would become white or black: scale "
             "its values to 0..255 and store it in 8 bits, Image.fromarray(array.astype('uint8'))."
         )
 
@@ -96,3 +120,24 @@ def image_content(value: Mapping[str, Any] | None) -> bytes:
         return f"{value['path']}\n".encode()
     facts = os.stat(value["path"])
     return f"{os.path.abspath(value['path'])} {facts.st_size} {facts.st_mtime_ns}\n".encode()
+
+
+def _named(value: Any, where: str) -> str:
+    """Returns `where` with the name of the file. Raises a ValueError if there is no image."""
+    where += file_of(value)
+    if value is None or (isinstance(value, Mapping) and value.get("bytes") is None and value.get("path") is None):
+        raise ValueError(
+            f"{where} cannot be read as an image: there is none (None). Drop the row, or give it an image."
+        )
+    if not isinstance(value, (Mapping, Image.Image)):
+        raise ValueError(
+            f"{where} is a {type(value).__name__}, not an image: cast the column, cast_column(name, datasets.Image())."
+        )
+    return where
+
+
+def _unreadable(where: str, failure: Exception) -> ValueError:
+    # the message of an unknown format holds an address in memory
+    unknown = isinstance(failure, UnidentifiedImageError)
+    reason = "cannot identify the format" if unknown else str(failure) or type(failure).__name__
+    return ValueError(f"{where} cannot be read as an image: {reason}. Replace the image, or drop the row.")

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from ..guidance import ProblemType
+from .images import file_of, upright_size
 from .scores import LABELS, SIDES, raw_images, score_pairs
 from .transforms import ImageRows
 
@@ -56,6 +57,7 @@ CODES = {
     "modes-differ": ("warning", "Convert all images to one mode: image.convert('RGB')."),
     "label-missing": ("warning", "Give these rows a label, or drop the column."),
     "attribute-missing": ("warning", "Give these rows both attribute values, or drop the columns."),
+    "evaluation-unreadable": ("warning", "Replace these images, or drop their rows: a measurement would stop there."),
     "few-pairs": ("warning", "Make more pairs: a model becomes invariant to what they show."),
     "one-label": ("warning", "Make pairs of the other labels too: invariance may not carry over to them."),
     "held-out-worse": ("warning", "The pairs do not generalise: make more of them, and more different ones."),
@@ -133,7 +135,8 @@ def check_pairs(
         found += _check_pixels(whole) + _check_partners(whole, seed)
         found += [] if is_swapped else _check_orientation(whole, seed)
     for name in [] if fast else others:
-        found += _check_leaks(whole, name, _look_at(others[name], np.arange(len(others[name]))))
+        theirs = _look_at(others[name], np.arange(len(others[name])))
+        found += _check_readable(name, theirs) + _check_leaks(whole, name, theirs)
     if len(whole) and model is not None:
         sets = {"pairs": raw.select(whole["row"])}
         if held_out is not None:
@@ -198,7 +201,9 @@ def _look(record: np.void, values: Sequence[Any]) -> None:
         if a is not b and (a["digest"] == b["digest"] or a["pixels"].shape != b["pixels"].shape):
             images = a, b = [_decoded(value) for value in values]  # reducing may have hidden a difference, or made one
     except Exception as failure:
-        record["failure"] = str(failure) or type(failure).__name__
+        missing = [value for value in values if value is None or (value["bytes"] is None and value["path"] is None)]
+        files = "".join(file for file in map(file_of, values) if file not in str(failure))
+        record["failure"] = "there is no image" if missing else (str(failure) or type(failure).__name__) + files
         return
     for name in ("size", "mode", "digest", "sharpness", "thumb"):
         record[name] = [image[name] for image in images]
@@ -212,7 +217,7 @@ def _look(record: np.void, values: Sequence[Any]) -> None:
 def _decoded(value: Any, enough: int | None = None) -> dict[str, Any]:
     """The pixels of an encoded image, uint8 (H, W, 3), and what is kept of it."""
     with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as image:
-        size, mode = image.size, image.mode
+        size, mode = upright_size(image), image.mode
         image.draft(None, (enough, enough) if enough else None)
         ImageOps.exif_transpose(image, in_place=True)
         image = image if image.mode == "RGB" else image.convert("RGB")
@@ -348,6 +353,19 @@ def _check_orientation(whole: np.ndarray, seed: int) -> list[Finding]:
         return _found("sides-swapped", f"differ the other way round than most ({what})", rows, swapped)
     severity = "warning" if swapped.any() or count >= SURE_PAIRS else "info"
     return _found("sides-unoriented", f"the sides show no common direction: {what}", rows[swapped], severity=severity)
+
+
+def _check_readable(name: str, looks: np.ndarray) -> list[Finding]:
+    """Findings about images of another set that no measurement can use."""
+    deep = np.isin(looks["mode"], DEEP).any(1)
+    bad = looks[deep | (looks["failure"] != "")]
+    if not len(bad):
+        return []
+    why = bad[0]["failure"] or f"more than 8 bits a channel, mode {bad[0]['mode'][0]}"
+    what = (
+        f"{len(bad)} of {len(looks)} rows of {name!r} have images that cannot be used, first row {bad[0]['row']}: {why}"
+    )
+    return _found("evaluation-unreadable", what)
 
 
 def _check_leaks(whole: np.ndarray, name: str, other: np.ndarray) -> list[Finding]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from ..html import rendered, write_files
+from .images import file_of, is_deep
 from .transforms import ImageRows
 
 SIDES = ("image_a", "image_b")
@@ -275,11 +276,14 @@ def _decoded(value: Mapping[str, Any] | None, mode: str | None) -> Image.Image |
     if value is None:
         return "there is no image"
     try:
-        return datasets.Image(mode=mode).decode_example(value)
+        image = datasets.Image(mode=mode).decode_example(value)
+        deep = f"the mode {image.mode} has more than 8 bits a channel{file_of(value)}"
+        return deep if is_deep(image.mode) else image
     except UnidentifiedImageError:  # the message holds an address in memory, which differs between runs
         return f"not an image that PIL knows ({value['path'] or str(len(value['bytes'])) + ' bytes'})"
     except Exception as failure:
-        return f"{type(failure).__name__}: {failure}"
+        text = f"{type(failure).__name__}: {failure}"
+        return text if (value["path"] or "") in text else text + file_of(value)
 
 
 def _pictured(sides: Sequence[Image.Image | str]) -> tuple[list[Image.Image | None], list[str], str, float]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ..seeding import seeded
+from .images import check_depth, image_content, read_image, stored_images
 
 PRELOAD_CHUNK = 512
 TRANSFORMING = ("transformers", "torch", "torchvision", "timm", "pillow")
@@ -74,6 +75,9 @@ class ImageRows(torch.utils.data.Dataset):
         self.keep = [name for name in keep if name in dataset.column_names]
         # other columns (masks, say) would be decoded for nothing
         self.dataset = dataset.with_format(None).select_columns([*self.columns, *self.keep])
+        images = {name: feature for name, feature in self.dataset.features.items() if name in self.columns}
+        self.modes = {name: feature.mode for name, feature in images.items() if isinstance(feature, datasets.Image)}
+        self.stored = stored_images(self.dataset, self.modes)
         self.processor = processor
         self.random_flip = random_flip
         self.random_crop_scale = random_crop_scale
@@ -110,7 +114,7 @@ class ImageRows(torch.utils.data.Dataset):
         else:
             rows = [key[1] if isinstance(key, tuple) else key for key in keys]
             places = [key[0] if isinstance(key, tuple) else (self._epoch.item(), key) for key in keys]
-            table = self._transformed(self.dataset[rows], places)
+            table = self._transformed(self._decoded(self.stored[rows], rows), places)
         return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
 
     def columns_of(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, Tensor]:
@@ -126,13 +130,25 @@ class ImageRows(torch.utils.data.Dataset):
             numbers: place of each row in the stream.
 
         Raises:
-            ValueError: the images of a row differ in size. (The rows of a stream are not checked before training.)
+            ValueError: an image cannot be read, or the images of a row differ in size. (The rows of a stream are not
+                checked before training.)
         """
+        batch = self._decoded(batch, numbers)
         for number, images in zip(numbers, zip(*(batch[name] for name in self.columns), strict=True), strict=True):
             sizes = [image.size for image in images]
             if len({*sizes}) > 1:
                 raise ValueError(f"the sides of a pair must have one size, but they have {sizes} in row {number}.")
         return self._transformed(batch, numbers)
+
+    def _decoded(self, batch: Mapping[str, list], numbers: Sequence[int]) -> dict[str, list]:
+        images = {
+            name: [
+                read_image(value, f"{name} of row {number}", self.modes.get(name))
+                for number, value in zip(numbers, batch[name], strict=True)
+            ]
+            for name in self.columns
+        }
+        return {**batch, **images}
 
     def _transformed(self, batch: dict[str, list], places: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
         if self.is_random:
@@ -171,9 +187,9 @@ class ImageRows(torch.utils.data.Dataset):
         path = None if folder is None else Path(folder) / f"{self._content_hash()}.safetensors"
         if path is not None and path.is_file():
             return load_file(path) | kept
-        images = self.dataset.select_columns([*self.columns])
-        chunks = (images[start : start + PRELOAD_CHUNK] for start in range(0, len(self), PRELOAD_CHUNK))
-        tables = [self._inputs(chunk) for chunk in chunks]
+        images = self.stored.select_columns([*self.columns])
+        chunks = [range(len(self))[start : start + PRELOAD_CHUNK] for start in range(0, len(self), PRELOAD_CHUNK)]
+        tables = [self._inputs(self._decoded(images[rows.start : rows.stop], rows)) for rows in chunks]
         inputs = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,10 +203,10 @@ class ImageRows(torch.utils.data.Dataset):
         facts = [type(self.processor).__name__, self.processor.to_dict(), versions, self.columns]
         content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name in self.columns:
-            stored = self.dataset.cast_column(name, datasets.Image(decode=False))
+            stored = self.stored.select_columns([name])
             for start in range(0, len(self), PRELOAD_CHUNK):
                 for image in stored[start : start + PRELOAD_CHUNK][name]:
-                    content.update(_image_content(image))
+                    content.update(image_content(image))
         return content.hexdigest()
 
 
@@ -199,14 +215,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _image_content(stored: Mapping[str, Any]) -> bytes:
-    """What identifies a stored image: its bytes after their number, or path, size and time of change of its file."""
-    if stored["bytes"] is not None:
-        return len(stored["bytes"]).to_bytes(8, "big") + stored["bytes"]
-    facts = os.stat(stored["path"])
-    return f"{os.path.abspath(stored['path'])} {facts.st_size} {facts.st_mtime_ns}\n".encode()
 
 
 def as_model_inputs(
@@ -221,8 +229,9 @@ def as_model_inputs(
 ) -> Any:
     """Wraps a data set with raw images so that its rows are model inputs. Any other data set is returned unchanged.
 
-    A set that has columns of model inputs, a format or a transform of the user is returned unchanged. A stream is
-    mapped lazily without its format, and a draw depends on the row only, not on the pass.
+    A set that has columns of model inputs, or a transform of the user, is returned unchanged. A format of a set with
+    image columns (`with_format("torch")`) is dropped. A stream is mapped lazily without its format, and a draw depends
+    on the row only, not on the pass.
 
     Args:
         dataset: the data set; raw images are the columns `image`, or `image_a` and `image_b`, of a `datasets` set.
@@ -241,12 +250,18 @@ def as_model_inputs(
         return dataset
     settings = {"random_flip": random_flip, "random_crop_scale": random_crop_scale, "seed": seed}
     if isinstance(dataset, datasets.Dataset):
-        if dataset.format["type"] is not None:
+        has_images = all(isinstance(dataset.features[name], datasets.Image) for name in found)
+        if dataset.format["type"] == "custom" or (dataset.format["type"] is not None and not has_images):
             return dataset
         return ImageRows(dataset, processor, found, keep=keep, **settings)
-    empty = datasets.Dataset.from_dict({name: [] for name in (*found, *keep) if name in names})
+    known = dataset.features or {}
+    features = {name: known.get(name, datasets.Value("null")) for name in keep if name in names}
+    features |= {name: known.get(name, datasets.Image()) for name in found}
+    empty = datasets.Dataset.from_dict({name: [] for name in features}, features=datasets.Features(features))
     rows = ImageRows(empty, processor, found, keep=keep, **settings)
-    return dataset.with_format(None).map(rows.transform_batch, batched=True, with_indices=True, remove_columns=names)
+    dataset = dataset.with_format(None)
+    dataset = dataset.decode(False) if dataset.features else dataset
+    return dataset.map(rows.transform_batch, batched=True, with_indices=True, remove_columns=names)
 
 
 def process_images(processor: Any, images: Sequence[Image.Image]) -> dict[str, Tensor]:
@@ -270,9 +285,8 @@ def process_images(processor: Any, images: Sequence[Image.Image]) -> dict[str, T
                 f"an image column holds a {type(image).__name__}, not an image: cast it, "
                 "dataset.cast_column(name, datasets.Image()), or make model inputs of it yourself."
             )
-        if image.mode.startswith("I"):
-            raise ValueError(f"an image has the mode {image.mode!r}, all white in 8 bits: scale it to 0..255.")
-    images = [image if image.mode in ("RGB", "F") else image.convert("RGB") for image in images]
+        check_depth(image.mode, "an image")
+    images = [image if image.mode == "RGB" else image.convert("RGB") for image in images]
     try:
         inputs = processor(images, return_tensors="pt")
     except ValueError as failure:
