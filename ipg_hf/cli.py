@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -14,6 +13,9 @@ from pathlib import Path
 
 import datasets
 import torch
+from datasets.exceptions import DatasetsError
+from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor
 
 from .audit.measure import audit, named_models
@@ -28,8 +30,8 @@ from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
-from .record import write_json
-from .run import RECORD, evaluate, load_trained, train
+from .record import read_json, write_json
+from .run import RECORD, evaluate, load_trained, refuse_existing, train
 from .survey import survey
 
 
@@ -59,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_audit(options, recipe, args)
         else:
             evaluate(options.model, recipe, args, options.split, options.output)
-    except (ValueError, OSError) as failure:
-        print(f"ipg {options.command}: error: {failure}", file=sys.stderr)
+    except (ValueError, OSError, DatasetsError, SafetensorError, Image.DecompressionBombError) as failure:
+        print(f"ipg {options.command}: error: {_in_one_line(failure)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if options.command == "bench":
@@ -73,6 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _in_one_line(failure: BaseException) -> str:
+    """The message of an error and of what caused it, with its notes."""
+    parts = [str(failure) or type(failure).__name__]
+    if isinstance(failure, DatasetsError) and failure.__cause__ is not None:
+        parts.append(f"({type(failure.__cause__).__name__}: {failure.__cause__})")  # which alone says what is wrong
+    return " ".join(" ".join([*parts, *getattr(failure, "__notes__", [])]).split())
 
 
 def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
@@ -97,7 +107,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
             command.add_argument("--split", choices=["validation", "test"], default="test")
             command.add_argument("--against", metavar="OTHER", help="with --report: a second model to stand beside it")
             written = command.add_mutually_exclusive_group()
-            written.add_argument("--output", help="write the metrics to this JSON file")
+            written.add_argument("--output", help="write the metrics to this new JSON file")
             written.add_argument(
                 "--report", metavar="DIR", help="write an audit to this folder: a page and its numbers"
             )
@@ -105,7 +115,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
             command.add_argument("action", choices=["check", "preview"])
             command.add_argument("--model", help="a folder or Hub id, whose divergence on each pair is measured")
             command.add_argument(
-                "--output", help="check: write the findings to this JSON file; preview: page and picture"
+                "--output",
+                help="check: write the findings to this new JSON file; preview: name of the new page [pairs]",
             )
             command.add_argument("--shown", type=int, default=24, help="pairs that a preview shows [24]")
         command.add_argument("--config", required=True, help="the recipe, a YAML file")
@@ -146,7 +157,7 @@ def write_audit(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) ->
     check_folder(options.report)
     if args.process_index:
         return
-    data = recipe.load_data(args.data_order_seed)
+    data = recipe.load_data(args.data_order_seed, with_pairs=False)
     places = named_models([place for place in (options.model, options.against) if place])
     models = {name: (place, *load_trained(place, recipe, data)) for name, place in places.items()}
     first = next(iter(models.values()))[1]
@@ -160,14 +171,21 @@ def write_audit(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) ->
 
 def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
     """Checks a recipe's training pairs, or draws them; returns 1 where a check finds errors, else 0."""
+    if options.action == "check" and options.output:
+        refuse_existing(options.output)
     data = recipe.load_data(args.data_order_seed)
+    sets = named_sets(data.pairs)
+    page = str(options.output or "pairs").removesuffix(".html")
+    pages = {name: f"{page}.html" if name == ONLY_SET else f"{page}-{name}.html" for name in sets}
+    if options.action == "preview":
+        for path in pages.values():
+            refuse_existing(path)
     model = processor = None
     if options.model:
         model, processor = load_image_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
     records, severities = [], set()
-    for name, dataset in named_sets(data.pairs).items():
-        is_only = name == ONLY_SET
-        title = recipe.dataset if is_only else f"{recipe.dataset} ({name})"
+    for name, dataset in sets.items():
+        title = recipe.dataset if name == ONLY_SET else f"{recipe.dataset} ({name})"
         if not isinstance(dataset, datasets.Dataset):
             raise RecipeError(f"{title} has no pairs before training: there is nothing to look at.")
         held_out = named_sets(data.validation_pairs).get(name)
@@ -176,10 +194,8 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
         severities |= {finding.severity for finding in findings}
         if options.action == "preview":
             scores = score_pairs(dataset, model, processor) if model else None
-            path = Path(options.output or "pairs").with_suffix("")
-            path = path if is_only else path.with_name(f"{path.name}-{name}")
             written = preview_pairs(
-                dataset, path, num_pairs=options.shown, scores=scores, title=title, findings=findings
+                dataset, pages[name], num_pairs=options.shown, scores=scores, title=title, findings=findings
             )
             print("\n".join(map(str, written)))
             continue
@@ -200,7 +216,7 @@ def card_of(run: str, name: str | None = None, license: str | None = None) -> st
     if not (folder / RECORD).is_file():
         raise RecipeError(f"{folder} holds no {RECORD}: give the folder of a run that ipg train has finished.")
     paths = (folder / RECORD, folder / "erm" / RECORD)
-    record, erm = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None for path in paths)
+    record, erm = (read_json(path) if path.is_file() else None for path in paths)
     if "settings" not in record:
         raise RecipeError(f"{paths[0]} lacks the settings, as a record of an earlier version: train again.")
     return str(model_card(record, name=name or folder.resolve().name, erm=erm, license=license))

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from .guidance import Distance, Reduction
 from .losses import Objective
+from .metrics import OF_PAIRS, is_higher_better
 from .moved import accept_moved_options
 
 CorrectionSchedule = Literal["always", "violated"]
@@ -20,7 +21,7 @@ CorrectionSchedule = Literal["always", "violated"]
 @accept_moved_options
 @dataclass
 class IPGConfig(TrainingArguments):
-    """Settings of [`IPGTrainer`]: all of [`~transformers.TrainingArguments`], one with another default, and these.
+    """Settings of [`IPGTrainer`]: all of [`~transformers.TrainingArguments`], two with other defaults, and these.
 
     Args:
         warmup_steps (`float`, *optional*, defaults to `0.1`):
@@ -29,9 +30,13 @@ class IPGConfig(TrainingArguments):
             high rate the first steps can make all outputs one constant, which has no divergence either. On photographs
             this happened in one of five seeds without a warm-up and in none with one (recipes/findings.md).
             `lr_scheduler_type="constant"` has no warm-up, `"constant_with_warmup"` has one.
+        greater_is_better (`bool`, *optional*):
+            A setting of `TrainingArguments`. By default it follows from `metric_for_best_model`: the lower value is
+            better for a loss, an error, a flip rate, a divergence and a distance, and the higher for the rest.
         alpha (`float`, *optional*, defaults to `1.0`):
-            Scale α > 0 of the task gradient while the outputs of the pairs disagree: its norm becomes α times the norm
-            of the corrective gradient. Smaller values slow the task down more.
+            Scale α > 0 of the task gradient while the outputs of the pairs disagree: its norm is limited to α times
+            the norm of the corrective gradient (with `max_loss_scale=inf` it becomes that). Smaller values slow the
+            task down more.
         invariance_threshold (`float`, *optional*, defaults to `0.01`):
             Threshold t >= 0 of the invariance divergence, in nats. While the divergence of the pair batch is above it,
             the task gradient is scaled. `inf` never scales it. The paper's values go from 2e-6 to 1e-1 by benchmark.
@@ -60,8 +65,8 @@ class IPGConfig(TrainingArguments):
             task gradient by the last measurement.
         correction_schedule (`str`, *optional*, defaults to `"always"`):
             `"always"` applies a corrective update at every `correction_interval`-th step. With `"violated"` (ours) a
-            pair set whose divergence is at most the threshold gives no corrective gradient; once all sets agree, the
-            next pair batch comes `correction_interval` steps later, and until then at every step.
+            pair set whose divergence is at most the threshold gives no corrective gradient; while any set disagrees,
+            every step draws pairs; after all agree, the next draw comes `correction_interval` steps later.
         corrective_layers (`list[str]`, *optional*):
             Parameters that the corrective update moves (ours); by default all. Each entry is a regular expression that
             matches a parameter's whole name, or its start up to a dot: `"classifier"`, `"vit.layers.1[01]"`. Only the
@@ -80,7 +85,8 @@ class IPGConfig(TrainingArguments):
         group_dro_step_size (`float`, *optional*, defaults to `0.01`):
             Step size η_q of GroupDRO's group weights, at least 0.
         check_pairs (`bool`, *optional*, defaults to `True`):
-            Look at every row of a stored pair set before training (shapes, dtypes, labels, finite values). The pairs of
+            Look at every row of a stored pair set before training (shapes, dtypes, labels, finite values), and stop if
+            `ipg_hf.pairs.check_pairs` finds an error in 256 of them. `False` trains on such pairs too. The pairs of
             each step are checked in any case.
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip training images and pairs left-right half of the time. Both sides of a pair get the same draw. Only for
@@ -128,13 +134,18 @@ class IPGConfig(TrainingArguments):
     )
     objective: Objective = field(default="erm", metadata={"help": "The task loss."})
     group_dro_step_size: float = field(default=0.01, metadata={"help": "Step size of GroupDRO's group weights."})
-    check_pairs: bool = field(default=True, metadata={"help": "Look at every pair before training."})
+    check_pairs: bool = field(
+        default=True, metadata={"help": "Look at every pair before training; false goes on despite errors."}
+    )
     random_flip: bool = field(default=False, metadata={"help": "Random left-right flips, one draw per pair."})
     random_crop_scale: float = field(
         default=1.0, metadata={"help": "Smallest share of the area that a random crop keeps; 1.0 crops nothing."}
     )
 
     def __post_init__(self):
+        # TrainingArguments takes every metric but a loss for one whose higher values are better
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = is_higher_better(self.metric_for_best_model)
         super().__post_init__()
         self.check()
 
@@ -189,3 +200,9 @@ def _is_pattern(value: object) -> bool:
         return isinstance(value, str) and bool(value) and re.compile(value) is not None
     except re.error:
         return False
+
+
+def chooses_by_pairs(args: TrainingArguments) -> bool:
+    """Tells whether `metric_for_best_model` names a metric that is measured on held-out pairs."""
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    return name.rpartition("/")[2] in OF_PAIRS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics: accuracy, worst group, adjusted accuracy and flip rate; for a regression the mean absolute error.
+"""Metrics: accuracy, worst group, adjusted accuracy, flip rate and pair accuracy; for a regression the absolute error.
 
 A group is a label together with a value of the spurious attribute: group = label · n_attributes + attribute. The
 metrics are `evaluate.Metric`s that are built directly: nothing is loaded from the Hub.
@@ -7,8 +7,10 @@ metrics are `evaluate.Metric`s that are built directly: nothing is loaded from t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote
 
 import datasets
 import evaluate
@@ -35,12 +37,49 @@ METRICS = {
     "worst_group_accuracy": MetricDisplay("worst-group accuracy", "higher"),
     "adjusted_accuracy": MetricDisplay("adjusted accuracy", "higher"),
     "flip_rate": MetricDisplay("flip rate", "lower"),
+    "pair_accuracy": MetricDisplay("pair accuracy", "higher"),
     "mae": MetricDisplay("mean absolute error", "lower"),
     "worst_group_mae": MetricDisplay("worst-group mean absolute error", "lower"),
     "difference": MetricDisplay("mean absolute difference within pairs", "lower"),
 }
 # what a model is chosen by: the first for classes, the second for a regression
 WORST_GROUP = ("worst_group_accuracy", "worst_group_mae")
+# what `IPGTrainer.evaluate_pairs` measures on pairs; the last two are no results and stand in no table
+OF_PAIRS = ("flip_rate", "pair_accuracy", "difference", "divergence", "distance")
+
+
+def metric_of(key: str) -> str | None:
+    """Returns the metric that a name in `metric_for_best_model` ends with, or `None` if it is none of this module's.
+
+    Args:
+        key: for example `"flip_rate"`, `"eval_flip_rate"`, `"eval_color/flip_rate"` (of one pair set),
+            `"eval_ood_accuracy"` (of one of several evaluation sets) or `"eval_group_accuracy/cat/indoor"`.
+    """
+    if found := re.search("group_(accuracy|mae)/", key):
+        return found[1]
+    names = {*METRICS, *OF_PAIRS}
+    return next((name for name in sorted(names, key=len, reverse=True) if re.search(f"(^|[/_]){name}$", key)), None)
+
+
+def is_higher_better(key: str) -> bool | None:
+    """Tells whether higher values of a metric are better; `None` if it is none of this module's metrics."""
+    name = metric_of(key)
+    return None if name is None else name in METRICS and METRICS[name].direction == "higher"
+
+
+def group_name(label: str | int, attribute: str | int) -> str:
+    """Returns `<label>/<attribute>`, the name of a group in the keys of metrics.
+
+    A `/` within a name becomes `%2F` (and `%2F` becomes `%252F`), so that no two groups have one name.
+    """
+    escaped = (re.sub("%(?=2F|25)", "%25", str(name)).replace("/", "%2F") for name in (label, attribute))
+    return "/".join(escaped)
+
+
+def group_parts(name: str) -> tuple[str, str]:
+    """Returns label and attribute of a name made by [`group_name`]."""
+    label, attribute = (re.sub("%(2F|25)", lambda code: unquote(code[0]), part) for part in name.split("/", 1))
+    return label, attribute
 
 
 class DivergedError(ValueError):
@@ -249,7 +288,7 @@ class GroupAccuracy(_IntegerMetric):
         correct = group_counts(references, attributes, *shape, weights=predictions == references)
         result = group_accuracy(correct, counts, train_counts)
         for label, attribute in np.argwhere(counts > 0):
-            name = f"{_name(self.label_names, label)}/{_name(self.attribute_names, attribute)}"
+            name = group_name(_name(self.label_names, label), _name(self.attribute_names, attribute))
             result[f"group_accuracy/{name}"] = float(correct[label, attribute] / counts[label, attribute])
             result[f"group_n/{name}"] = float(counts[label, attribute])
         return result
@@ -392,7 +431,7 @@ class GroupErrors:
             for value in np.unique(columns["attributes"]):
                 members = rows & (columns["attributes"] == value)
                 if members.any():
-                    groups[f"{half}/{_name(self.names, int(value))}"] = errors[members]
+                    groups[group_name(half, _name(self.names, int(value)))] = errors[members]
         metrics["worst_group_mae"] = max(float(values.mean()) for values in groups.values())
         metrics |= {f"group_mae/{name}": float(values.mean()) for name, values in groups.items()}
         return metrics | {f"group_n/{name}": float(len(values)) for name, values in groups.items()}

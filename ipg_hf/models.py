@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
@@ -45,7 +48,15 @@ def load_image_classifier(
         return _wrap_timm(name_or_path, num_labels, **kwargs)
     if num_labels is not None:
         kwargs = {"num_labels": num_labels, "ignore_mismatched_sizes": True, **kwargs}
-    return AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)
+    except SafetensorError as failure:
+        raise ValueError(
+            f"the weights in {name_or_path} are damaged ({failure}): fetch or save them again."
+        ) from failure
+    if isinstance(model, TimmWrapperForImageClassification):
+        _set_input_size(model.config)
+    return model
 
 
 def forward_inputs(model: nn.Module) -> list[str]:
@@ -68,6 +79,44 @@ def takes_labels(model: nn.Module) -> bool:
     has_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     named = any(parameter.name == "labels" for parameter in parameters)
     return named or (has_any and not isinstance(_base(model), PreTrainedModel))
+
+
+def shared_weights(model: nn.Module) -> list[list[str]]:
+    """Lists the names of each parameter and buffer of a model that has several names."""
+    names = defaultdict(list)
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, value in named:
+            names[id(value)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def without_aliases(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """Of the weights that a checkpoint does not have, those that it has under no other name either."""
+    aliases = {name for names in shared_weights(model) if not {*missing} >= {*names} for name in names}
+    return [name for name in missing if name not in aliases]
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raises a ValueError if `save_pretrained` would refuse a transformers model for weights that it shares."""
+    model = _base(model)
+    if not isinstance(model, PreTrainedModel):
+        return
+    declared = [
+        f"{prefix}.{pattern}" if prefix else pattern
+        for prefix, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+        for pattern in module._tied_weights_keys or ()
+    ]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for names in shared_weights(model):
+        own = [name for name in names if name in parameters and not any(re.search(p, name) for p in declared)]
+        if len(own) > 1:
+            ties = {name: own[0] for name in own[1:]}
+            raise ValueError(
+                f"{type(model).__name__} has weights that share one tensor, {' and '.join(own)}, and save_pretrained "
+                f"refuses what is not declared: add the class attribute _tied_weights_keys = {ties}, and set "
+                "tie_word_embeddings=True in the config, by which from_pretrained ties any weights."
+            )
 
 
 def check_all_loaded(model: nn.Module, missing: Collection[str]) -> None:
@@ -112,8 +161,8 @@ def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreT
     # the wrapper builds a network of its own, which is replaced below: on the meta device it costs nothing
     with torch.device("meta"):
         model = TimmWrapperForImageClassification(config)
-    wanted = {name: tuple(value.shape) for name, value in model.timm_model.state_dict().items()}
-    given = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    _set_input_size(config)
+    wanted, given = _shapes(model.timm_model), _shapes(module)
     if wanted != given:
         name = next(name for name in sorted({*wanted, *given}) if wanted.get(name) != given.get(name))
         raise ValueError(
@@ -123,6 +172,23 @@ def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreT
         )
     model.timm_model = module
     return model
+
+
+def _set_input_size(config: TimmWrapperConfig) -> None:
+    """Sets the image size of a timm model's config to that of `model_args`, by which its image processor is made."""
+    size = (config.model_args or {}).get("img_size")
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = (config.pretrained_cfg.get("input_size") or [3])[0]
+        config.pretrained_cfg = {**config.pretrained_cfg, "input_size": [channels, height, width]}
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    """Shapes of the weights and, of a network of patches, the image size."""
+    shapes: dict[str, Any] = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    if hasattr(module, "patch_embed") and hasattr(module.patch_embed, "img_size"):
+        shapes["the image size"] = module.patch_embed.img_size
+    return shapes
 
 
 def _plain(known: Any) -> dict[str, Any]:

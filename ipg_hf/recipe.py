@@ -143,10 +143,17 @@ class Recipe:
         """Whether the method reads the training pairs."""
         return METHODS[self.method].uses_pairs
 
-    def load_data(self, seed: int) -> Benchmark:
-        """Loads the benchmark; `seed` drives what it draws."""
+    def load_data(self, seed: int, *, with_pairs: bool = True) -> Benchmark:
+        """Loads the benchmark.
+
+        Args:
+            seed: seed of all that is drawn.
+            with_pairs: whether the recipe's makers make the training pairs, which an evaluation does not read.
+        """
         defaults = {"data_dir": self.data_dir, "num_pairs": self.num_pairs, "oriented_pairs": self.oriented_pairs}
         data = _called(self._loader(), self.dataset_options, seed=seed, **defaults)
+        if not with_pairs:
+            return replace(data, pairs=None)
         if self.pairs:
             if "maker" in self.pairs:
                 pairs = self._make_pairs(self.pairs, data, seed)
@@ -362,6 +369,8 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
             values = yaml.safe_load(file)
         except yaml.YAMLError as failure:
             raise RecipeError(f"{path} is not YAML: {failure}") from failure
+        except UnicodeDecodeError as failure:
+            raise RecipeError(f"{path} is not UTF-8 ({failure}): save it as UTF-8.") from failure
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must be a mapping of keys to values, but is a {type(values).__name__}.")
     return values

@@ -7,6 +7,7 @@ A record is one dict. `run.json` in an output folder holds it; a collection is a
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -135,28 +136,34 @@ def make_record(
 
 
 def trainer_record(trainer: Trainer) -> dict[str, Any]:
-    """The record of a training without a recipe; its metrics are those of the evaluation at the chosen step.
+    """The record of a training without a recipe; its metrics are those of the evaluation at the chosen step, by the
+    names of the evaluation sets where there are several.
 
     The last evaluation in the log is not that of the best checkpoint (transformers issue 15547).
     """
     state, args = trainer.state, trainer.args
     step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
-    evaluated = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] <= step]
-    last = evaluated[-1] if evaluated else {}
-    metrics = {
-        key.removeprefix("eval_"): value
-        for key, value in last.items()
-        if key.startswith("eval_") and not key.endswith(TIMINGS)
-    }
+    several = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    prefixes = {name: f"eval_{name}_" for name in several} or {"evaluation": "eval_"}
+    metrics, measured_at = {}, step
+    for name, prefix in prefixes.items():
+        found = [entry for entry in state.log_history if f"{prefix}loss" in entry and entry["step"] <= step]
+        if found:
+            measured_at = found[-1]["step"]
+            metrics[name] = {
+                key.removeprefix(prefix): value
+                for key, value in found[-1].items()
+                if key.startswith(prefix) and not key.endswith(TIMINGS)
+            }
     record = make_record(
         trainer,
         settings=resolved_settings(args),
-        metrics={"evaluation": metrics} if metrics else {},
+        metrics=metrics,
         seconds=next((entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry), None),
         method=trainer.method if hasattr(trainer, "method") else "erm",  # a plain Trainer has no such name
         base_model=hub_id(getattr(getattr(trainer.model, "config", None), "_name_or_path", None)),
     )
-    return record | {"chosen_step": last.get("step", step)}
+    return record | {"chosen_step": measured_at}
 
 
 def data_facts(trainer: Trainer) -> dict[str, Any]:
@@ -271,12 +278,47 @@ def processor_name(cpuinfo: str) -> str:
 # ---- Files
 
 
+def json_values(value: Any) -> Any:
+    """A value with the texts `"Infinity"`, `"-Infinity"` and `"NaN"` for the numbers that JSON does not have.
+
+    `float` reads the texts.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    if isinstance(value, Mapping):
+        return {key: json_values(part) for key, part in value.items()}
+    return [json_values(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_json(text: str) -> Any:
+    """What a text in JSON says, with numbers for the texts that [`json_values`] writes."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, list):
+            return [number(part) for part in value]
+        return float(value) if value in ("Infinity", "-Infinity", "NaN") else value
+
+    return json.loads(text, object_hook=lambda entries: {key: number(value) for key, value in entries.items()})
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"))
+    except ValueError as failure:
+        raise ValueError(f"{path} is damaged ({failure}): write it again.") from failure
+
+
 def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(json_values(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -289,7 +331,7 @@ def append_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
+    line = (json.dumps(json_values(record), separators=(",", ":"), allow_nan=False) + "\n").encode()
     with open(path, "a+b", buffering=0) as file:
         file.seek(0)
         text = file.read()
@@ -312,7 +354,7 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            found.append(from_json(line))
         except json.JSONDecodeError as failure:
             raise ValueError(f"{path}, line {number} is not a record ({failure}): remove the line.") from failure
     return found

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .metrics import METRICS
+from .metrics import METRICS, group_parts
 
 
 def fill_marked(page: str, marker: str, made: Callable[..., str]) -> str:
@@ -47,10 +47,12 @@ def group_table(metrics: Mapping[str, float]) -> str:
     """A table of the accuracy (of a regression: the error) of each group with its size."""
     errors = any(key.startswith("group_mae/") for key in metrics)
     prefix = "group_mae/" if errors else "group_accuracy/"
-    rows = [(key[len(prefix) :], value) for key, value in metrics.items() if key.startswith(prefix)]
-    width = max([len("label/attribute"), *(len(name) for name, _ in rows)]) + 2
+    groups = {key[len(prefix) :]: value for key, value in metrics.items() if key.startswith(prefix)}
+    # a line break in a name would tear the table
+    rows = [(" ".join("/".join(group_parts(name)).split()), name, value) for name, value in groups.items()]
+    width = max([len("label/attribute"), *(len(title) for title, _, _ in rows)]) + 2
     lines = [f"{'label/attribute':<{width}}{'error' if errors else 'accuracy':>9}{'n':>8}"]
-    lines += [f"{name:<{width}}{value:>9.3f}{int(metrics[f'group_n/{name}']):>8}" for name, value in rows]
+    lines += [f"{title:<{width}}{value:>9.3f}{int(metrics[f'group_n/{name}']):>8}" for title, name, value in rows]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,13 +20,14 @@ from . import report
 from .baselines import METHODS
 from .baselines.jtt import ERRORS
 from .checkpoints import newest_checkpoint
-from .config import IPGConfig
+from .config import IPGConfig, chooses_by_pairs
 from .data import Benchmark, describe
 from .hub.publish import check_can_push
 from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import ONLY_SET, named_sets
+from .pairs.held_out import hold_out_pairs
 from .pairs.classes import model_names, order_of_base, order_of_model
 from .recipe import Recipe, RecipeError
 from .record import commit as current_commit
@@ -60,7 +62,9 @@ def train(
     if args.push_to_hub and args.process_index == 0:
         check_can_push(args)  # before another run is removed, and before hours of training
     resume = _prepare_output(recipe, args)
-    data = data or recipe.load_data(args.data_order_seed)
+    data = data or recipe.load_data(args.data_order_seed, with_pairs=recipe.uses_pairs)
+    if chooses_by_pairs(args) and data.validation_pairs is None and recipe.uses_pairs:
+        data = _with_held_out(data, args.data_order_seed)
     data = _in_order_of_base(data, recipe.model_name_or_path)
     record, trainer = _train_one(recipe, args, given, data, resume, commit)
     split = "test" if recipe.measure_test else "validation"
@@ -93,6 +97,15 @@ def _in_order_of_base(data: Benchmark, base: str | None) -> Benchmark:
     return data.with_labels(order_of_base(data.label_names, config, base))
 
 
+def _with_held_out(data: Benchmark, seed: int) -> Benchmark:
+    """The benchmark with a part of its training pairs held out, for this training and for a plain one beside it."""
+    split = {name: hold_out_pairs(pairs, name, seed=seed) for name, pairs in named_sets(data.pairs).items()}
+    parts = [{name: both[side] for name, both in split.items()} for side in (0, 1)]
+    if not isinstance(data.pairs, dict):
+        parts = [part[ONLY_SET] for part in parts]
+    return replace(data, pairs=parts[0], validation_pairs=parts[1])
+
+
 def _without_method(args: IPGConfig, method: str, output_dir: str) -> IPGConfig:
     """The training settings without those of a baseline, for plain training or an evaluation in another folder."""
     names = [entry.name for entry in fields(IPGConfig) if entry.init and entry.name not in METHODS[method].settings]
@@ -115,6 +128,7 @@ def _train_one(
         eval_dataset=sets["validation"],
         processing_class=processor,
         compute_metrics=_metrics(data),
+        eval_pair_dataset=sets["validation_pairs"] if chooses_by_pairs(args) else None,
         **({"pair_dataset": sets["pairs"]} if recipe.uses_pairs else {}),
     )
     _silence(trainer)
@@ -123,13 +137,24 @@ def _train_one(
     if trainer.state.global_step < trainer.state.max_steps:  # SIGTERM, enable_jit_checkpoint: nothing to measure yet
         raise KeyboardInterrupt
     seconds = time.monotonic() - begun
+    # before anything is measured: an image of the test set that cannot be read must not cost the model
+    trainer.save_whole()
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(args.output_dir)
     if trainer.eval_dataset is not sets["validation"]:  # dfr has fitted some of its rows, and images of its pairs
         sets |= {"validation": trainer.eval_dataset, "validation_pairs": None}
     splits = ("validation", "test") if recipe.measure_test else ("validation",)
+    try:
+        metrics = {name: _measure(trainer, sets, name) for name in splits}
+    except Exception as failure:
+        failure.add_note(
+            f"The trained model is saved in {args.output_dir}: mend the data, and measure it: ipg evaluate."
+        )
+        raise
     record = make_record(
         trainer,
         settings=resolved_settings(recipe, args),
-        metrics={name: _measure(trainer, sets, name) for name in splits},
+        metrics=metrics,
         seconds=seconds,
         method=recipe.method,
         given=given,
@@ -138,9 +163,7 @@ def _train_one(
         about={**asdict(describe(recipe.dataset, recipe.dataset_options)), **recipe.about},
         baseline=trainer.method_facts,
     )
-    trainer.save_whole()
     if trainer.is_world_process_zero():
-        processor.save_pretrained(args.output_dir)
         trainer.state.save_to_json(str(Path(args.output_dir) / "trainer_state.json"))
         write_json(Path(args.output_dir) / RECORD, record)
         threshold = args.invariance_threshold
@@ -150,12 +173,19 @@ def _train_one(
 
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
-    """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics."""
-    data = recipe.load_data(args.data_order_seed)
+    """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics.
+
+    Raises:
+        FileExistsError: there is a file `output` already.
+    """
+    if output and args.process_index == 0:
+        refuse_existing(output)
+    data = recipe.load_data(args.data_order_seed, with_pairs=False)
     model, processor = load_trained(name, recipe, data)
     data = data.with_labels(model_names(model.config) or data.label_names)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no"}
+    unsaved |= {"metric_for_best_model": None, "greater_is_better": None}
     args = replace(_without_method(args, recipe.method, gettempdir()), **unsaved)
     trainer = IPGTrainer(model=model, args=args, processing_class=processor, compute_metrics=_metrics(data))
     _silence(trainer)
@@ -166,6 +196,12 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
         if output:
             write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
+
+
+def refuse_existing(path: str | os.PathLike) -> None:
+    """Raises a FileExistsError if there is a file of that name."""
+    if Path(path).exists():
+        raise FileExistsError(f"{path} exists, and is not replaced: remove it, or name another file by --output.")
 
 
 def load_trained(name: str, recipe: Recipe, data: Benchmark) -> tuple[Any, Any]:
@@ -254,16 +290,11 @@ def _silence(trainer: IPGTrainer) -> None:
 
 def _measure(trainer: IPGTrainer, sets: dict[str, Any], split: str) -> dict[str, float]:
     metrics = trainer.evaluate(sets[split], metric_key_prefix=split)
-    held_out = sets[f"{split}_pairs"]
-    for name, pairs in named_sets(held_out).items():
-        if pairs is not None:
-            prefix = split if name == ONLY_SET else f"{split}_{name}/"
-            metrics |= trainer.evaluate_pairs(pairs, metric_key_prefix=prefix)
-    if isinstance(held_out, dict):
-        metrics[f"{split}_flip_rate"] = max(metrics[f"{split}_{name}/_flip_rate"] for name in held_out)
+    if sets[f"{split}_pairs"] is not None:
+        metrics |= trainer.evaluate_pair_sets(sets[f"{split}_pairs"], split)
     timings = ("_runtime", "_per_second", "_preparation_time")
     return {
-        key.removeprefix(f"{split}_").replace("/_", "/"): value
+        key.removeprefix(f"{split}_"): value
         for key, value in metrics.items()
         if key.startswith(f"{split}_") and not key.endswith(timings)
     }

@@ -17,18 +17,19 @@ from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .callbacks import GroupShares, PairProgress, RowEpochs, SaveAtStepEnd, restored
 from .checkpoints import newest_checkpoint, own_names, whole_or_removed
-from .config import IPGConfig
+from .config import IPGConfig, chooses_by_pairs
 from .gradients import parameters_matching
 from .guidance import ProblemType, invariance_divergence, root_divergence
 from .heads import ClassifierHead, CompiledRun, find_head
 from .hub.publish import PublishingTrainer
 from .inference import inference, logits_of
 from .losses import ATTRIBUTE, GroupLoss, classification_loss, find_problem_type
-from .metrics import training_group_counts
-from .models import check_all_loaded, forward_inputs, takes_labels
+from .metrics import IGNORED, OF_PAIRS, is_higher_better, metric_of, training_group_counts
+from .models import check_all_loaded, check_can_be_saved, forward_inputs, takes_labels, without_aliases
 from .moved import trainer_for
 from .norms import RunningNorm, norm_layers, warn_of_batch_statistics
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, SameImagePairs
@@ -42,9 +43,13 @@ from .pairs.checks import (
     named_sets,
     title_of,
 )
-from .pairs.loader import PairCollator, PairLoader
+from .pairs.held_out import hold_out_pairs
+from .pairs.loader import PairCollator, PairLoader, is_stream
 from .pairs.transforms import ImageRows, as_model_inputs
+from .seeding import seeded
 from .step import GuidedStep, check_launch
+
+logger = logging.get_logger(__name__)
 
 
 class IPGTrainer(PublishingTrainer):
@@ -80,6 +85,10 @@ class IPGTrainer(PublishingTrainer):
         pair_dataset: pairs, as one map-style or iterable data set, or as a dict of sets, one for each invariance. Rows
             hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`. Without
             pairs the trainer is `Trainer`.
+        eval_pair_dataset: held-out pairs, in the same forms but no stream. Each evaluation during training measures
+            them (`eval_flip_rate`, `eval_pair_accuracy`, ...), so that `metric_for_best_model="pair_accuracy"` chooses
+            a checkpoint without an attribute. If that setting names a metric of pairs and none are given, a fifth of
+            the training pairs is held out.
         processing_class, model_init, callbacks, optimizers: arguments of `Trainer`.
         compute_metrics: an argument of `Trainer`, e.g. [`~metrics.GroupMetrics`].
         head: dotted path of the last linear layer, or several paths, where `find_head` does not find it. Only a
@@ -114,6 +123,7 @@ class IPGTrainer(PublishingTrainer):
         optimizers: tuple = (None, None),
         *,
         pair_dataset: Any = None,
+        eval_pair_dataset: Any = None,
         head: str | Sequence[str] | None = None,
         **trainer_kwargs: Any,
     ):
@@ -125,6 +135,9 @@ class IPGTrainer(PublishingTrainer):
             raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
         sets = named_sets(pair_dataset)
         self.pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        sets = named_sets(eval_pair_dataset)
+        self.eval_pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        self._prefix_of_pairs: str | None = None  # of the metrics of held-out pairs that an evaluation still has to add
         self.is_guided = bool(self.pair_datasets)
         self.head_path = head
         self.head: ClassifierHead | None = None
@@ -139,6 +152,9 @@ class IPGTrainer(PublishingTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
         )
+        check_can_be_saved(self.model)
+        if self.pair_datasets and not self.eval_pair_datasets and chooses_by_pairs(args):
+            self._hold_out_pairs()
         if args.random_flip or args.random_crop_scale < 1 or getattr(train_dataset, "is_random", False):
             self.add_callback(RowEpochs())
         if args.enable_jit_checkpoint:
@@ -175,6 +191,8 @@ class IPGTrainer(PublishingTrainer):
         # ---- Pairs
         if self.is_guided:
             self._prepare_guidance()
+        for name, dataset in self.eval_pair_datasets.items():
+            self._check_held_out(dataset, title_of("eval_pair_dataset", name))
 
     @property
     def method(self) -> str:
@@ -237,6 +255,34 @@ class IPGTrainer(PublishingTrainer):
         overridden = type(self).compute_loss is not IPGTrainer.compute_loss
         if self.compute_loss_func is None and self.label_smoother is None and not overridden:
             self.model_accepts_loss_kwargs = True
+
+    def _hold_out_pairs(self) -> None:
+        for name, dataset in self.pair_datasets.items():
+            title, seed = title_of("pair_dataset", name), self._pair_seed(name)
+            self.pair_datasets[name], self.eval_pair_datasets[name] = hold_out_pairs(dataset, title, seed=seed)
+            held = len(self.eval_pair_datasets[name])
+            logger.info(f"{held} of {len(dataset)} pairs of {title} are held out, for metric_for_best_model.")
+
+    def _check_held_out(self, dataset: Any, title: str) -> None:
+        if is_stream(dataset) or isinstance(dataset, AdversarialPairs):
+            raise ValueError(
+                f"{title} is a {type(dataset).__name__}: give a stored set of pairs, of a stream for example "
+                "datasets.Dataset.from_list(list(stream.take(500)))."
+            )
+        check_pair_labels(dataset, title)
+        inputs = self._as_inputs(dataset, is_training=False, seed=0)
+        check_pair_set(inputs, title, self._pair_collator, every_row=self.args.check_pairs)
+        self._find_needed_head(inputs)
+        if metric_of(self.args.metric_for_best_model or "") == "pair_accuracy" and not self._has_labels(inputs):
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} needs one class a pair, but {title} has no "
+                f"column 'label', or the problem is {self.problem_type}: add the column, or choose by 'flip_rate'."
+            )
+
+    def _has_labels(self, pairs: Any) -> bool:
+        """Whether the pairs, as model inputs, have one class a pair."""
+        with seeded(0):  # a random transform of the user's own draws from the global generators
+            return self.problem_type == "single_label_classification" and "label" in pairs[0]
 
     # ---- Data ----
 
@@ -316,6 +362,11 @@ class IPGTrainer(PublishingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`; `resume_from_checkpoint=True` goes on from the newest whole checkpoint."""
         self.args.check()  # a search changes settings after construction
+        metric = self.args.metric_for_best_model
+        if metric_of(metric or "") == "pair_accuracy" and not self.eval_pair_datasets:
+            raise ValueError(
+                f"metric_for_best_model={metric!r} is measured on held-out pairs: give them as eval_pair_dataset."
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
         self._resumed_from = resume_from_checkpoint
@@ -324,6 +375,27 @@ class IPGTrainer(PublishingTrainer):
         finally:
             self._guided_state = self._loss_state = None
             self._at_end.close()
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        """As in `Trainer`, for a training that goes on: not past its last step, and not without its pairs.
+
+        Raises:
+            ValueError: the checkpoint is of a training with a pair set that this trainer does not have.
+        """
+        updates_per_epoch, num_epochs, resumed, trial = args
+        begun = super()._init_training_state(max_steps, updates_per_epoch, num_epochs, resumed, trial)
+        if not self.state.global_step:
+            return begun
+        saved = self.state.stateful_callbacks.get(PairProgress.__name__) or {}
+        before = [name or ONLY_SET for name in saved.get("attributes", {}).get("positions", {})]
+        lost = [name for name in before if name not in self.pair_datasets]
+        if lost:
+            raise ValueError(
+                f"{resumed} is of a training with pairs ({', '.join(map(repr, before))}), and pair_dataset lacks "
+                f"{', '.join(map(repr, lost))}: give the same pairs, or begin a new training from the saved weights."
+            )
+        # Trainer makes one step before it looks whether the last has been made
+        return (num_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `Trainer.training_step`, with the pairs before a step's first micro-batch and after its last."""
@@ -427,6 +499,46 @@ class IPGTrainer(PublishingTrainer):
             labels = (labels, self._prepare_input(attributes))
         return loss, logits, labels
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `Trainer.evaluate`; with the trainer's own evaluation set, its held-out pairs are measured too."""
+        if eval_dataset is None and self.eval_pair_datasets:
+            self._prefix_of_pairs = metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._prefix_of_pairs = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.evaluation_loop`; the first of an evaluation adds the metrics of the held-out pairs."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix, self._prefix_of_pairs = self._prefix_of_pairs, None
+        if prefix is not None:  # here, before they are logged and callbacks read them
+            output.metrics.update(self.evaluate_pair_sets(self.eval_pair_datasets, prefix))
+        return output
+
+    def evaluate_pair_sets(self, pair_datasets: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measures one or several (held-out) pair sets by [`evaluate_pairs`].
+
+        Args:
+            pair_datasets: a map-style pair set, or a dict of them.
+            metric_key_prefix: put before each key.
+
+        Returns:
+            The metrics of a set that is given alone. Of several sets `<prefix>_<set>/<metric>`, and `<prefix>_<metric>`
+            of the set where the metric is worst.
+        """
+        if not isinstance(pair_datasets, Mapping) or [*pair_datasets] == [ONLY_SET]:
+            return self.evaluate_pairs(named_sets(pair_datasets)[ONLY_SET], metric_key_prefix)
+        of_sets = {name: self.evaluate_pairs(pairs, "") for name, pairs in pair_datasets.items()}
+        names = [name for name in OF_PAIRS if any(f"_{name}" in found for found in of_sets.values())]
+        measured = {f"{s}/{name}": f[f"_{name}"] for s, f in of_sets.items() for name in names if f"_{name}" in f}
+        for name in names:
+            worst = min if is_higher_better(name) else max
+            measured[name] = worst(found[f"_{name}"] for found in of_sets.values() if f"_{name}" in found)
+        return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+
     @torch.no_grad()
     def evaluate_pairs(self, pair_dataset: Any, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measures a (held-out) map-style pair set, in inference mode.
@@ -438,16 +550,19 @@ class IPGTrainer(PublishingTrainer):
         Returns:
             `<prefix>_flip_rate`, the share of pairs whose predicted classes differ (with several labels: any of them),
             or for a regression `<prefix>_difference`, the mean absolute difference of the outputs;
-            `<prefix>_divergence` and `<prefix>_distance` of all pairs together.
+            `<prefix>_pair_accuracy`, the share of labelled pairs with both sides predicted right, where pairs have a
+            `label` and an image has one class; `<prefix>_divergence` and `<prefix>_distance` of all pairs together.
         """
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
         check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
         own = torch.Generator()  # measuring during training must not draw from the global one
-        batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self._pair_collator, generator=own)
+        collator = PairCollator(self._inputs, self._inputs[0], labels=self._has_labels(dataset))
+        batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator, generator=own)
         head, problem_type = self._find_needed_head(dataset), self.problem_type
-        sides = []
+        sides, labels = [], []
         with self.autocast_smart_context_manager(), inference(self.model):
             for batch in map(self._prepare_inputs, batches):
+                labels += [batch.pop("labels").chunk(2)[0]] if collator.labels else []
                 outputs = head.run(self.model, batch) if head else (logits_of(self.model(**batch)),)
                 sides.append([side for output in outputs for side in output.chunk(2)])
             a, b, *z = (torch.cat(parts) for parts in zip(*sides, strict=True))
@@ -457,6 +572,9 @@ class IPGTrainer(PublishingTrainer):
                 measured = {"flip_rate": ((a > 0) != (b > 0)).any(-1).sum().item() / len(a)}
             else:
                 measured = {"flip_rate": (a.argmax(-1) != b.argmax(-1)).sum().item() / len(a)}
+                if labels and (known := (label := torch.cat(labels)) != IGNORED).any():
+                    is_right = (a.argmax(-1) == label) & (b.argmax(-1) == label)
+                    measured["pair_accuracy"] = is_right[known].sum().item() / known.sum().item()
             divergence = invariance_divergence(a, b, problem_type=problem_type)
             if self.args.invariance_distance == "divergence":
                 distance = root_divergence(divergence)
@@ -474,6 +592,8 @@ class IPGTrainer(PublishingTrainer):
         super().log(logs, start_time)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = without_aliases(self.model, load_result.missing_keys) if load_result.missing_keys else []
+        load_result = load_result._replace(missing_keys=missing)
         super()._issue_warnings_after_load(load_result)
         check_all_loaded(self.model, load_result.missing_keys)
 

@@ -69,14 +69,14 @@ def as_transform(items):
 KINDS = [as_rows, as_lists, as_torch, as_array, as_transform]
 
 
-def png(size=(6, 5), mode="RGB", form="png"):
+def png(size=(6, 5), mode="RGB", form="png", color=0):
     data = io.BytesIO()
-    Image.new(mode, size).save(data, form)
+    Image.new(mode, size, color).save(data, form)
     return {"bytes": data.getvalue(), "path": None}
 
 
 def raw(n=N, row=None, **replaced):
-    images = {name: [png()] * n for name in ("image_a", "image_b")}
+    images = {"image_a": [png()] * n, "image_b": [png(color="white")] * n}
     for name, image in replaced.items():
         images[name][row] = image
     features = datasets.Features(dict.fromkeys(images, datasets.Image()))
@@ -209,7 +209,7 @@ def test_raw_images(image, message):
 
 def test_raw_images_in_files(tmp_path):
     for name, size in (("a", (6, 5)), ("b", (6, 5)), ("c", (5, 6))):
-        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        Image.new("RGB", size, "black" if name == "a" else "white").save(tmp_path / f"{name}.png")
     processor = ViTImageProcessor(size={"height": 4, "width": 4})
     for other, faulty in (("b", False), ("c", True)):
         columns = {"image_a": [str(tmp_path / "a.png")], "image_b": [str(tmp_path / f"{other}.png")]}
@@ -267,7 +267,7 @@ def test_pair_labels_that_are_words_or_absent():
         check_pair_labels(other, "pairs")
 
 
-# ---- What the linter's fast form finds is logged ----
+# ---- What the linter's fast form finds is logged, or raised where it is an error ----
 
 
 def test_findings_are_logged(caplog):
@@ -276,36 +276,53 @@ def test_findings_are_logged(caplog):
         check(dataset, **kwargs)
         return {record.getMessage().split("[")[2].split("]")[0] for record in caplog.records}
 
-    same = [{**row, "label": 0, "attribute_a": 1, "attribute_b": 1} for row in rows(5)]
-    assert logged(stored(same)) == {"few-pairs", "one-label", "attribute-same"}
-    assert logged(stored(same), every_row=False) == set()
+    few = [{**row, "label": 0, "attribute_a": 0, "attribute_b": 1} for row in rows(5)]
+    assert logged(stored(few)) == {"few-pairs", "one-label"}
+    assert logged(stored(few), every_row=False) == set()
     assert logged(stored(rows(20))) == set()
     # a set that says nothing of labels but the model inputs, some of whose names begin alike
     assert logged(stored([{**row, "label_text": 0, "source_id": 1} for row in rows(20)])) == set()
-    assert "sides-identical" in logged(raw(20))
+    assert "pair-repeated" in logged(raw(20))
     assert logged(raw(20), every_row=False) == set()
 
 
-def test_findings_in_a_stream_are_logged(caplog):
-    images = raw(20).dataset
+def test_errors_of_the_linter_stop(caplog):
+    same = stored([{**row, "label": 0, "attribute_a": 1, "attribute_b": 1} for row in rows(5)])
+    message = r"(?s)color.*error \[attribute-same\].*rows: 0, 1, 2, 3, 4.*To train all the same, set check_pairs=False"
+    with pytest.raises(ValueError, match=message):
+        check(same)
+    assert any("one-label" in record.getMessage() for record in caplog.records)  # the warnings are logged before
+    check(same, every_row=False)
+    with pytest.raises(ValueError, match=r"(?s)error \[sides-identical\].*rows: 3\n"):
+        check(raw(20, row=3, image_b=png()))
+    check(raw(20, row=3, image_b=png()), every_row=False)
+
+
+def test_a_stream_is_looked_at_in_its_beginning(caplog):
     drawn = []
 
     def counted(row):
         drawn.append(1)
         return row
 
-    stream = images.to_iterable_dataset().map(counted, features=images.features)
+    def stream_of(images):
+        return images.to_iterable_dataset().map(counted, features=images.features)
+
+    images = raw(20).dataset
+    stream = stream_of(images)
     check_pair_stream(stream, "pairs", every_row=False)
     assert not drawn and not caplog.records
     check_pair_stream(stream, "pairs")
     assert len(drawn) == 20
-    assert any("sides-identical" in record.getMessage() for record in caplog.records)
+    assert any("pair-repeated" in record.getMessage() for record in caplog.records)
     assert all(record.getMessage().startswith("the first 20 pairs of pairs: ") for record in caplog.records)
     assert next(iter(stream))["image_a"].size == (6, 5)  # it is as it was
     caplog.clear()
     for other in (images, stored(rows(20)).to_iterable_dataset(), iter([])):
         check_pair_stream(other, "pairs")
     assert not caplog.records
+    with pytest.raises(ValueError, match=r"(?s)the first 20 pairs of pairs.*\[sides-identical\].*check_pairs=False"):
+        check_pair_stream(stream_of(raw(20, row=3, image_b=png()).dataset), "pairs")
 
 
 # ---- check_labels ----

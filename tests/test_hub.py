@@ -346,7 +346,7 @@ def test_a_run_that_cannot_push_fails_before_training(hub, by_command, by_traine
 def test_a_run_whose_push_fails_is_complete_and_is_pushed_later(hub, by_command, name, cause):
     message = one_line(by_command.answer[name], warnings=2 if name == "cut" else 0)
     folder = by_command.folder / name
-    assert cause in message and str(folder) in message and "worst group" in by_command.answer[name]["out"]
+    assert cause in message and str(folder) in message and "worst-group accuracy" in by_command.answer[name]["out"]
     assert is_complete(folder) and hub.titles(f"me/{name}") == []
     hub.cut.discard(f"me/{name}")
     command = shlex.split(message.split("push it later by: ")[1])
@@ -379,7 +379,7 @@ def test_no_token_and_no_pickle_is_anywhere(hub, by_trainer, by_command, tmp_pat
         for commit in commits
         for path, content in commit.files.items()
     ]
-    assert len(pushed) > 100 and with_secrets(pushed) == []
+    assert len(pushed) > 90 and with_secrets(pushed) == []
     pickled = {name for name, _ in pushed if PICKLES.search(name)}
     assert pickled and all(name.startswith("me/checkpoint/last-checkpoint/") for name in pickled)
 

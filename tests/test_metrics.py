@@ -176,11 +176,12 @@ def test_the_table_of_metrics_names_what_is_measured():
     regression = datasets.Dataset.from_dict({"label": [0.0, 1.0]})
     found |= GroupErrors(regression)(EvalPrediction(np.zeros((2, 1)), (np.array([0.0, 1.0]), np.array([0, 1]))))
     of_sets = {name for name in found if not name.startswith("group_")}
-    assert of_sets | {"difference"} == set(METRICS) and set(WORST_GROUP) < set(METRICS)
+    assert of_sets | {"difference", "pair_accuracy"} == set(METRICS) and set(WORST_GROUP) < set(METRICS)
     assert [name for name, metric in METRICS.items() if metric.direction == "higher"] == [
         "accuracy",
         "worst_group_accuracy",
         "adjusted_accuracy",
+        "pair_accuracy",
     ]
     assert len({metric.title for metric in METRICS.values()}) == len(METRICS)
 

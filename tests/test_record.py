@@ -2,6 +2,7 @@
 """Records: every setting with its value, one line a run, nothing of the machine's folders."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -16,9 +17,11 @@ from ipg_hf.record import (
     course,
     hardware,
     processor_name,
+    read_json,
     read_records,
     resolved_settings,
     trainer_record,
+    write_json,
 )
 
 # ---- Settings
@@ -132,3 +135,28 @@ def test_a_processor_as_linux_gives_it():
     assert processor_name("processor\t: 0\nBogoMIPS\t: 100\nCPU part\t: 0xd0c\n") == ""  # as ARM has it
     found = hardware()
     assert found["machine"] and found.get("cpu", "a, b").count(",") >= 1
+
+
+def test_files_are_json_whose_numbers_are_read_again(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"bare {constant}")
+
+    record = {
+        "settings": {"max_loss_scale": math.inf, "betas": [0.9, math.inf]},
+        "metrics": {"test": {"mae": -math.inf}},
+    }
+    record |= {"run": "Infinite", "seconds": 1.5, "about": None, "given": ["max_loss_scale"]}
+    write_json(tmp_path / "run.json", record)
+    for _ in range(2):
+        append_record(tmp_path / "runs.jsonl", record)
+    for text in ((tmp_path / "run.json").read_text(), *(tmp_path / "runs.jsonl").read_text().splitlines()):
+        json.loads(text, parse_constant=refuse)
+    assert read_json(tmp_path / "run.json") == record and read_records(tmp_path / "runs.jsonl") == [record] * 2
+    # a line of an earlier version has the bare word
+    (tmp_path / "runs.jsonl").write_text('{"settings": {"max_loss_scale": Infinity}}\n')
+    assert read_records(tmp_path / "runs.jsonl") == [{"settings": {"max_loss_scale": math.inf}}]
+    write_json(tmp_path / "run.json", {"value": math.nan})
+    assert math.isnan(read_json(tmp_path / "run.json")["value"])
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        read_json(tmp_path / "run.json")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from ..record import read_json
+
 DRAWS = 10_000  # of a bootstrap
 PROBE_ROWS = 10_000  # images that a probe is fitted on at most
 PROJECTED = 1_000  # images that a projection shows at most
@@ -247,7 +249,7 @@ def training_course(model: str) -> dict[str, Any] | None:
         return None
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     record = next((file for file in (folder / "run.json", folder.parent / "run.json") if file.is_file()), None)
-    run = json.loads(record.read_text(encoding="utf-8")) if record else {}
+    run = read_json(record) if record else {}
     history = state["log_history"]
     keys = ("distance", "divergence", "violated", "loss_scale")
     guided = [

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -28,6 +27,7 @@ from ..record import (
     append_record,
     commit,
     hardware,
+    read_json,
     read_records,
     recorded_names,
     resolved_settings,
@@ -220,7 +220,7 @@ def _train(config: str, log: str, on_one_thread: bool, code: str | None) -> None
 
 def _finish(run: Run, folder: Path, keep_models: bool) -> str:
     """Appends the record to the suite's, and returns a line on the result."""
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    record = read_json(folder / RECORD)
     append_record(run.records, {"run": run.name, **record})
     if not keep_models:
         shutil.rmtree(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..metrics import METRICS
+from ..metrics import METRICS, group_parts
 from ..record import NO_SETTINGS, NOT_RECORDED
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -128,10 +128,10 @@ def model_card(
         The card; `str(card)` is its text, `card.data` its metadata.
     """
     method, about, settings = record["method"], record.get("about") or {}, record["settings"]
-    splits = [*record["metrics"]]
-    split = "test" if "test" in splits else splits[-1] if splits else None
-    metrics = record["metrics"].get(split, {})
-    scored = [metric for metric in IN_INDEX if metric in metrics]
+    splits = [split for split, found in record["metrics"].items() if found]
+    if {*splits} <= {"validation", "test"}:
+        splits = ["test"] if "test" in splits else splits  # the validation split may have chosen the checkpoint
+    scored = [metric for metric in IN_INDEX if any(metric in record["metrics"][split] for split in splits)]
     tags = ["ipg"] if method in GUIDED else []
     tags += [*(TAGS if method != "erm" else ()), *metadata.pop("tags", ())]
     results = [
@@ -142,9 +142,11 @@ def model_card(
             dataset_split=split,
             metric_type=metric,
             metric_name=METRICS[metric].title,
-            metric_value=float(metrics[metric]),
+            metric_value=float(record["metrics"][split][metric]),
         )
+        for split in splits
         for metric in scored
+        if metric in record["metrics"][split]
     ]
     known = {
         "library_name": "transformers",
@@ -158,7 +160,7 @@ def model_card(
     if results:
         known |= {"model_name": name.split("/")[-1], "eval_results": results}
     data = ModelCardData(**(known | metadata))
-    shown = shown_settings(record)
+    shown, shown_results = shown_settings(record), [_results(split, record, erm) for split in splits]
     facts = {**settings, **record.get("baseline", {}), "attribute": about.get("attribute") or "a spurious attribute"}
     facts["agree"] = AGREE.get(settings.get("invariance_distance"), "the two images of each pair")
     context = {
@@ -170,16 +172,16 @@ def model_card(
         "repo": name if "/" in name else f"<your-name>/{name}",
         "repo_note": "" if "/" in name else "  # your name on the Hub",
         "license": license,
-        "split": split,
-        "metrics": metrics,
-        "erm": erm["metrics"].get(split, {}) if erm else None,
+        "results": shown_results,
+        "names": [_in_one_line(split) for split in splits],
+        "labels": [*dict.fromkeys(label for part in shown_results for label in part["labels"])],
+        "is_number": any(part["is_number"] for part in shown_results),
+        "has_erm": erm is not None,
+        "is_adapter": metadata.get("library_name") == "peft",
         "erm_differences": _differences(erm, record) if erm else None,
         "data_seed": record["seed"] if settings.get("data_seed") is None else settings["data_seed"],
-        "scores": [[key, title] for key, title in map(_titled, metrics) if title],
-        "groups": [key.split("/", 2)[1:] for key in metrics if key.startswith("group_n/")],
-        "kind": "mae" if "mae" in metrics else "accuracy",
         "seeds": [run["seed"] for run in (record, *others)],
-        "spread": _spread([record, *others], split, scored),
+        "spread": _spread([record, *others], splits[0], scored) if len(splits) == 1 else "",
         "method": METHOD_TEXTS[method].format_map(defaultdict(lambda: NOT_RECORDED, facts)),
         "cites_paper": method in GUIDED,
         "uses_pairs": method in NEEDS_PAIRS,
@@ -212,6 +214,47 @@ def shown_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def _results(split: str, record: Mapping[str, Any], erm: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a card shows of a split: rows of the table of scores and of the table of groups, with their titles."""
+    metrics = record["metrics"][split]
+    models = [metrics, *([erm["metrics"].get(split, {})] if erm else [])]
+    kind = "mae" if "mae" in metrics else "accuracy"
+    groups = [key.removeprefix("group_n/") for key in metrics if key.startswith("group_n/")]
+    return {
+        "split": split,
+        "metrics": metrics,
+        "is_number": kind == "mae",
+        "labels": [*dict.fromkeys(_code(group_parts(name)[0]) for name in groups)],
+        "scores": [[_cell(title), *_numbers(key, models)] for key, title in map(_titled, metrics) if title],
+        "groups": [
+            [
+                *map(_cell, group_parts(name)),
+                f"{metrics[f'group_n/{name}']:.0f}",
+                *_numbers(f"group_{kind}/{name}", models),
+            ]
+            for name in groups
+        ],
+    }
+
+
+def _numbers(key: str, models: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{metrics[key]:.3f}" if key in metrics else NOT_RECORDED for metrics in models]
+
+
+def _cell(text: Any) -> str:
+    """A text in a cell of a Markdown table."""
+    return _in_one_line(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(text: Any) -> str:
+    """A text in code, between backticks."""
+    return f"`{_in_one_line(text).replace('`', chr(39))}`"
+
+
+def _in_one_line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
 def _titled(key: str) -> tuple[str, str | None]:
     """A metric and its title; the metric of one pair set, "SET/flip_rate", has the set in its title."""
     pair_set, _, metric = key.rpartition("/")
@@ -242,7 +285,7 @@ def _pair_sets(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Name and number of pairs of each pair set that the training read; the name of a single set is empty."""
     sets = {name: entry["pairs"] for name, entry in ((record.get("data") or {}).get("pair_sets") or {}).items()}
     if len(sets) > 1:
-        return [(name, NOT_RECORDED if number is None else number) for name, number in sets.items()]
+        return [(_in_one_line(name), NOT_RECORDED if number is None else number) for name, number in sets.items()]
     number, settings = next(iter(sets.values()), None), record["settings"]
     if number in (None, NOT_RECORDED) and not settings.get("pairs") and not settings.get("mix_pairs"):
         number = settings.get("num_pairs")
@@ -262,7 +305,11 @@ def _findings(record: Mapping[str, Any]) -> list[list[str]] | None:
     """Set, severity, code and message of the errors and warnings of the pair check; None where it did not run."""
     sets = (record.get("data") or {}).get("pair_sets") or {}
     checked = {name: entry["findings"] for name, entry in sets.items() if isinstance(entry["findings"], list)}
-    found = [[name if len(sets) > 1 else "", *finding] for name, findings in checked.items() for finding in findings]
+    found = [
+        [_in_one_line(name) if len(sets) > 1 else "", *map(_in_one_line, finding)]
+        for name, findings in checked.items()
+        for finding in findings
+    ]
     return [finding for finding in found if finding[1] != "info"] if checked else None
 
 

@@ -7,20 +7,22 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, Trainer, TrainingArguments
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from ..record import trainer_record
+from ..record import json_values, read_json, trainer_record
 from .card import MARKER, model_card
 
 logger = logging.get_logger(__name__)
@@ -78,9 +80,24 @@ class PublishingTrainer(Trainer):
             self._save(output_dir or self.args.output_dir, state_dict=whole)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_adapter = hasattr(model, "peft_config")
+        if not isinstance(model, PreTrainedModel) and not is_adapter:
+            state_dict = _savable(self.model.state_dict() if state_dict is None else state_dict)
+        config = model.config if hasattr(model, "config") else None
+        if isinstance(config, TimmWrapperConfig):
+            config.pretrained_cfg = {**config.pretrained_cfg, **_as_timm(self.processing_class)}
+        readme = folder / "README.md"
+        card = readme.read_bytes() if is_adapter and readme.is_file() else None
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            write_settings(self.args, output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if is_adapter:  # PEFT writes an empty card, or into the card that is there
+            readme.unlink(missing_ok=True) if card is None else readme.write_bytes(card)
+            if isinstance(model.get_base_model(), PreTrainedModel):
+                model.get_base_model().config.save_pretrained(folder)  # the names of the classes
+        write_settings(self.args, folder)
 
     def create_model_card(
         self,
@@ -116,7 +133,7 @@ class PublishingTrainer(Trainer):
         card = model_card(
             record,
             name=getattr(self, "hub_model_id", None) or self.args.hub_model_id or model_name or folder.resolve().name,
-            erm=json.loads(erm.read_text(encoding="utf-8")) if self.run_record and erm.is_file() else None,
+            erm=read_json(erm) if self.run_record and erm.is_file() else None,
             license=license,
             **metadata,
         )
@@ -189,8 +206,50 @@ class PublishingTrainer(Trainer):
 def write_settings(args: TrainingArguments, folder: str | os.PathLike) -> None:
     """Writes `training_args.json` in place of `training_args.bin`, a pickle that `Trainer` writes and never reads."""
     (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-    settings = json.dumps(args.to_dict(), indent=2, default=str)  # to_dict hides tokens
+    # to_dict hides tokens
+    settings = json.dumps(json_values(args.to_dict()), indent=2, default=str, allow_nan=False)
     (Path(folder) / SETTINGS_NAME).write_text(f"{settings}\n", encoding="utf-8")
+
+
+def _as_timm(processor: Any) -> dict[str, Any]:
+    """The settings of an image processor as timm names them.
+
+    A folder with a timm model is read without the image processor's own file: the processor is made of these settings.
+    """
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in processor.data_config.items()}
+    known = processor.to_dict() if isinstance(processor, ImageProcessingMixin) else {}
+    size, crop = known.get("size") or {}, known.get("crop_size") if known.get("do_center_crop") else None
+    final = crop or size
+    if not final.get("height"):
+        return {}  # images of several sizes
+    is_normal = known.get("do_normalize", True)
+    resampling = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+    edge = (size.get("shortest_edge") or size.get("height") or crop["height"]) if crop else final["height"]
+    return {
+        "input_size": [3, final["height"], final["width"]],
+        "crop_pct": final["height"] / edge,
+        "crop_mode": "center" if crop else "squash",
+        "interpolation": resampling.get(known.get("resample"), "bilinear"),
+        "mean": list(known["image_mean"]) if is_normal else [0.0] * 3,
+        "std": list(known["image_std"]) if is_normal else [1.0] * 3,
+    }
+
+
+def _savable(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a state as safetensors stores them: contiguous, and a shared one under its first name."""
+    kept: dict[Any, str] = {}
+    for name, value in state.items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+        kept.setdefault(place, name)
+    # a part of a kept tensor shares its memory too
+    storages = Counter(state[name].untyped_storage().data_ptr() for name in kept.values())
+    return {
+        name: state[name].clone()
+        if storages[state[name].untyped_storage().data_ptr()] > 1
+        else state[name].contiguous()
+        for name in kept.values()
+    }
 
 
 def hub_name(args: TrainingArguments) -> str:

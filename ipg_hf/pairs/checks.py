@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
+from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
 from ..seeding import seeded
-from .images import image_kind
 from .linter import FAST_PAIRS, check_pairs, format_findings
 from .loader import PairCollator, check_rows_agree, check_sides, is_stream, source_of
 from .scores import SIDES
@@ -48,13 +49,13 @@ def check_pair_set(
         dataset: the pair set as the trainer draws from it.
         name: name of the pair set, for messages.
         collator: the collator that will make the batches.
-        every_row: check each row of a map-style set, not only the first, and log what the fast form of
-            [`~linter.check_pairs`] finds.
+        every_row: check each row of a map-style set, not only the first, log what the fast form of
+            [`~linter.check_pairs`] finds, and raise its errors.
         per_step: number of pairs that a training step takes. A smaller set gets a warning.
 
     Raises:
-        ValueError: the set is empty or lacks a column; or the sides of a row differ in shape, mode, dtype or label, or
-            hold NaN or infinite values. The message names the row.
+        ValueError: the set is empty or lacks a column; the sides of a row differ in shape, mode, dtype or label, or
+            hold NaN or infinite values; or the linter finds an error. The message names the row.
     """
     if is_stream(dataset):
         return  # the rows of a stream are checked when they are drawn
@@ -65,7 +66,7 @@ def check_pair_set(
     stop = len(dataset) if every_row else 1
     if isinstance(dataset, ImageRows):
         _check_raw_rows(dataset, name, stop, collator)
-        _log_findings(dataset, name, every_row)
+        _report_findings(dataset, name, every_row)
         return
     with seeded(0):  # a random transform of the user's own draws from the global generators
         first = dataset[0]
@@ -77,11 +78,11 @@ def check_pair_set(
             for number, row in zip(numbers, _rows(dataset, numbers), strict=True):
                 _check_row(row, f"row {number} of {name}{source_of(row)}", collator.names(row), sides)
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-        _log_findings(dataset, name, every_row)
+        _report_findings(dataset, name, every_row)
 
 
 def check_pair_stream(dataset: Any, name: str, *, every_row: bool = True) -> None:
-    """Logs what the fast form of [`~linter.check_pairs`] finds in the first 256 pairs of a stream of raw images.
+    """Looks at the first 256 pairs of a stream by the fast form of [`~linter.check_pairs`], and raises its errors.
 
     Each row of a stream is also checked when it is drawn.
 
@@ -90,22 +91,32 @@ def check_pair_stream(dataset: Any, name: str, *, every_row: bool = True) -> Non
             from any other set.
         name: name of the pair set, for messages.
         every_row: `False` reads nothing.
+
+    Raises:
+        ValueError: the linter finds an error.
     """
     features = getattr(dataset, "features", None) or {}
-    if not every_row or not is_stream(dataset) or not PartialState().is_main_process:
+    if not every_row or not is_stream(dataset):
         return
     if not all(isinstance(features.get(side), datasets.Image) for side in SIDES):
         return
     rows = list(dataset.decode(False).take(FAST_PAIRS))
     first = datasets.Dataset.from_list(rows, features=features)
-    _log_findings(first, f"the first {len(rows)} pairs of {name}", every_row)
+    _report_findings(first, f"the first {len(rows)} pairs of {name}", every_row)
 
 
-def _log_findings(dataset: Any, name: str, every_row: bool) -> None:
-    if every_row and PartialState().is_main_process:
-        for finding in check_pairs(dataset, fast=True):
+def _report_findings(dataset: Any, name: str, every_row: bool) -> None:
+    """Logs what the fast form of the linter finds, and raises a ValueError of its errors."""
+    if not every_row:
+        return
+    findings = check_pairs(dataset, fast=True)
+    for finding in findings:
+        if finding.severity != "error" and PartialState().is_main_process:
             log = logger.info if finding.severity == "info" else logger.warning
             log(format_findings([finding], name))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    if errors:
+        raise ValueError(f"{format_findings(errors, name)}\nTo train all the same, set check_pairs=False.")
 
 
 def check_pair_labels(dataset: Any, name: str) -> None:
@@ -204,22 +215,33 @@ def _check_row(row: Mapping[str, Any], where: str, names: Collection[str], sides
                 raise ValueError(f"{name}_{side} of {where} has NaN or infinite values. Remove or mend that row.")
 
 
-def _check_raw_rows(dataset: ImageRows, title: str, stop: int, collator: PairCollator) -> None:
+def _check_raw_rows(dataset: ImageRows, name: str, stop: int, collator: PairCollator) -> None:
     if set(dataset.columns) != {"image_a", "image_b"}:
         collator.names(dataset[0])
+    raw = dataset.dataset
     for column in dataset.columns:
-        if column not in dataset.modes:
-            kind = type(dataset.dataset.features[column]).__name__
+        if not isinstance(raw.features[column], datasets.Image):
             raise ValueError(
-                f"the column {column} of {title} is a {kind}, not an Image: cast it, "
+                f"the column {column} of {name} is a {type(raw.features[column]).__name__}, not an Image: cast it, "
                 f"dataset.cast_column({column!r}, datasets.Image()), or make model inputs of it yourself."
             )
-    modes = dataset.modes
+        raw = raw.cast_column(column, datasets.Image(decode=False))
     for row in range(stop):
-        values = dataset.stored[row]
-        kinds = [image_kind(values[name], f"{name} of row {row} of {title}", modes[name]) for name in SIDES]
-        if kinds[0] != kinds[1]:
-            raise ValueError(
-                f"the sides of a pair must have one size and mode, but image_a is {kinds[0][1]} of {kinds[0][0]} "
-                f"pixels and image_b {kinds[1][1]} of {kinds[1][0]} in row {row} of {title}."
-            )
+        _check_raw_row(raw[row], f"row {row} of {name}")
+
+
+def _check_raw_row(row: Mapping[str, Any], where: str) -> None:
+    sides = []
+    for column in ("image_a", "image_b"):
+        value = row[column]
+        try:
+            # the header alone: size and mode are read without decoding
+            with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as image:
+                sides.append((image.size, image.mode))
+        except Exception as failure:
+            raise ValueError(f"{column} of {where} cannot be read as an image: {failure}") from failure
+    if sides[0] != sides[1]:
+        raise ValueError(
+            f"the sides of a pair must have one size and mode, but image_a is {sides[0][1]} of {sides[0][0]} pixels "
+            f"and image_b {sides[1][1]} of {sides[1][0]} in {where}."
+        )

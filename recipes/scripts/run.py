@@ -7,12 +7,11 @@ A record is the run `<recipe>-seed<n>` in `recipes/records/<dataset>.jsonl`; the
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-from ipg_hf.record import append_record, read_records
+from ipg_hf.record import append_record, read_json, read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "recipes/records"
@@ -36,7 +35,7 @@ def main() -> int:
             print(" ".join(command), flush=True)
             if status := subprocess.run(command, cwd=ROOT).returncode:
                 return status
-            append_record(records, {"run": name, **json.loads((ROOT / output / "run.json").read_text())})
+            append_record(records, {"run": name, **read_json(ROOT / output / "run.json")})
     return 0
 
 

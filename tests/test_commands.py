@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands do no work that was not asked for, replace no file, lose no model, and say what is wrong in one line."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from small_runs import TINY
+
+from ipg_hf import recipe, run
+from ipg_hf.cli import main
+
+SHORT = {**TINY, "max_steps": 2, "eval_steps": 2, "save_steps": 2, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    assert main(["train", "--config", write(folder)]) == 0
+    return folder
+
+
+def write(folder, **changes):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SHORT, "output_dir": str(folder / "out"), **changes}))
+    return str(path)
+
+
+def one_error(capsys):
+    """The one line of an error on stderr, below what libraries print."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipg ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_an_evaluation_and_a_plain_training_make_no_pairs(trained, tmp_path, monkeypatch):
+    made, maker = [], recipe.MAKERS["recolor"]
+
+    def counting(source, *, num_pairs=None, seed=0):
+        made.append(num_pairs)
+        return maker(source, num_pairs=num_pairs, seed=seed)
+
+    monkeypatch.setitem(recipe.MAKERS, "recolor", counting)
+    config = write(tmp_path, pairs={"maker": "recolor"})
+    assert main(["evaluate", str(trained / "out"), "--config", config]) == 0
+    assert main(["evaluate", str(trained / "out"), "--config", config, "--report", str(tmp_path / "report")]) == 0
+    assert main(["train", "--config", config, "--method", "erm", "--measure_test", "false"]) == 0
+    assert made == []
+    flags = ["--output_dir", str(tmp_path / "ipg"), "--max_steps", "2", "--measure_test", "false"]
+    assert main(["train", "--config", config, *flags]) == 0
+    assert made == [40]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "check", "preview"])
+def test_no_file_is_replaced(trained, tmp_path, capsys, monkeypatch, command):
+    mine = tmp_path / "notes.v1.html"
+    mine.write_text("mine")
+    words = {
+        "evaluate": ["evaluate", str(trained / "out"), "--output", str(mine)],
+        "check": ["pairs", "check", "--output", str(mine)],
+        "preview": ["pairs", "preview", "--output", str(mine)],
+    }[command]
+    monkeypatch.setattr(run, "load_trained", None)  # it is found out before any work
+    monkeypatch.setattr("ipg_hf.cli.check_pairs", None)
+    assert main([*words, "--config", str(trained / "recipe.yaml")]) == 2
+    assert mine.read_text() == "mine"
+    said = one_error(capsys)
+    assert str(mine) in said and "--output" in said
+
+
+def test_a_preview_keeps_the_dots_of_its_name(trained, tmp_path, capsys):
+    config = str(trained / "recipe.yaml")
+    assert main(["pairs", "preview", "--config", config, "--output", str(tmp_path / "run.lr0.01")]) == 0
+    assert main(["pairs", "preview", "--config", config, "--output", str(tmp_path / "other.html")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run.lr0.01.html", "other.html"}
+
+
+def test_the_model_is_saved_before_it_is_measured(trained, tmp_path, monkeypatch, capsys):
+    measured = run._measure
+
+    def unreadable(trainer, sets, split):
+        if split == "test":
+            raise OSError("row 3 of the test set (images/3.png): image file is truncated.")
+        return measured(trainer, sets, split)
+
+    monkeypatch.setattr(run, "_measure", unreadable)
+    config = write(tmp_path)
+    assert main(["train", "--config", config]) == 2
+    said = one_error(capsys)
+    assert "images/3.png" in said and f"saved in {tmp_path / 'out'}" in said
+    assert not (tmp_path / "out" / "run.json").exists()
+    monkeypatch.undo()
+    assert main(["evaluate", str(tmp_path / "out"), "--config", config, "--output", str(tmp_path / "m.json")]) == 0
+    expected = json.loads((trained / "out" / "run.json").read_text())["metrics"]["test"]
+    assert json.loads((tmp_path / "m.json").read_text())["metrics"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_files_that_cannot_be_read_are_named_in_one_line(trained, tmp_path, capsys):
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("about: {title: größe}\n".encode("latin-1"))
+    assert main(["train", "--config", str(latin)]) == 2
+    assert str(latin) in one_error(capsys)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained / "out", damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert main(["evaluate", str(damaged), "--config", str(trained / "recipe.yaml")]) == 2
+    assert str(damaged) in one_error(capsys)
+    (damaged / "run.json").write_text("{")
+    assert main(["card", str(damaged)]) == 2
+    assert str(damaged / "run.json") in one_error(capsys)
+    table = tmp_path / "pairs.parquet"
+    table.write_bytes(b"no parquet")
+    config = write(tmp_path, pairs={"maker": "table", "path": str(table)})
+    assert main(["pairs", "check", "--config", config]) == 2
+    assert str(table) in one_error(capsys)
+
+
+def test_pairs_choose_the_checkpoint_of_a_recipe(tmp_path):
+    """By the held-out pairs of the benchmark; without any, by some of the training pairs, for plain training too."""
+    settings = {"metric_for_best_model": "pair_accuracy", "measure_test": False, "preload": False}
+    assert main(["train", "--config", write(tmp_path, **settings)]) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_metric"] == record["metrics"]["validation"]["pair_accuracy"]
+    assert record["data"]["pair_sets"]["pairs"]["pairs"] == 40
+    for split in ("train", "validation", "test"):
+        for label in ("small", "large"):
+            for value in ("red", "green"):
+                save_images(tmp_path / "files" / split / label / value, 6)
+    files = {"dataset": "files", "data_dir": str(tmp_path / "files"), "pairs": {"maker": "overlay"}, "num_pairs": 20}
+    config = write(tmp_path, **settings, **files, output_dir=str(tmp_path / "own"))
+    assert main(["train", "--config", config, "--compare", "erm"]) == 0
+    for folder in (tmp_path / "own", tmp_path / "own" / "erm"):
+        record = json.loads((folder / "run.json").read_text())
+        assert 0 <= record["metrics"]["validation"]["pair_accuracy"] <= 1
+    assert json.loads((tmp_path / "own" / "run.json").read_text())["data"]["pair_sets"]["pairs"]["pairs"] == 16
+
+
+def save_images(folder, count):
+    folder.mkdir(parents=True)
+    draws = np.random.default_rng(sum(map(ord, str(folder.parts[-3:]))))
+    for number in range(count):
+        Image.fromarray(draws.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
