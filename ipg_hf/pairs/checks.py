@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
 from ..seeding import seeded
+from .images import image_kind
 from .linter import FAST_PAIRS, check_pairs, format_findings
 from .loader import PairCollator, check_rows_agree, check_sides, is_stream, source_of
 from .scores import SIDES
@@ -101,6 +100,8 @@ def check_pair_stream(dataset: Any, name: str, *, every_row: bool = True) -> Non
     if not all(isinstance(features.get(side), datasets.Image) for side in SIDES):
         return
     rows = list(dataset.decode(False).take(FAST_PAIRS))
+    if not rows:
+        raise ValueError(f"{name} is empty: its stream ended without a single row.")
     first = datasets.Dataset.from_list(rows, features=features)
     _report_findings(first, f"the first {len(rows)} pairs of {name}", every_row)
 
@@ -215,33 +216,22 @@ def _check_row(row: Mapping[str, Any], where: str, names: Collection[str], sides
                 raise ValueError(f"{name}_{side} of {where} has NaN or infinite values. Remove or mend that row.")
 
 
-def _check_raw_rows(dataset: ImageRows, name: str, stop: int, collator: PairCollator) -> None:
+def _check_raw_rows(dataset: ImageRows, title: str, stop: int, collator: PairCollator) -> None:
     if set(dataset.columns) != {"image_a", "image_b"}:
         collator.names(dataset[0])
-    raw = dataset.dataset
     for column in dataset.columns:
-        if not isinstance(raw.features[column], datasets.Image):
+        if column not in dataset.modes:
+            kind = type(dataset.dataset.features[column]).__name__
             raise ValueError(
-                f"the column {column} of {name} is a {type(raw.features[column]).__name__}, not an Image: cast it, "
+                f"the column {column} of {title} is a {kind}, not an Image: cast it, "
                 f"dataset.cast_column({column!r}, datasets.Image()), or make model inputs of it yourself."
             )
-        raw = raw.cast_column(column, datasets.Image(decode=False))
+    modes = dataset.modes
     for row in range(stop):
-        _check_raw_row(raw[row], f"row {row} of {name}")
-
-
-def _check_raw_row(row: Mapping[str, Any], where: str) -> None:
-    sides = []
-    for column in ("image_a", "image_b"):
-        value = row[column]
-        try:
-            # the header alone: size and mode are read without decoding
-            with Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]) as image:
-                sides.append((image.size, image.mode))
-        except Exception as failure:
-            raise ValueError(f"{column} of {where} cannot be read as an image: {failure}") from failure
-    if sides[0] != sides[1]:
-        raise ValueError(
-            f"the sides of a pair must have one size and mode, but image_a is {sides[0][1]} of {sides[0][0]} pixels "
-            f"and image_b {sides[1][1]} of {sides[1][0]} in {where}."
-        )
+        values = dataset.stored[row]
+        kinds = [image_kind(values[name], f"{name} of row {row} of {title}", modes[name]) for name in SIDES]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"the sides of a pair must have one size and mode, but image_a is {kinds[0][1]} of {kinds[0][0]} "
+                f"pixels and image_b {kinds[1][1]} of {kinds[1][0]} in row {row} of {title}."
+            )
