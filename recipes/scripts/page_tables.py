@@ -68,7 +68,8 @@ def cell(
     Args:
         collection: name of a file in recipes/records.
         names: the row, or several names of which the first that is there is taken.
-        reference: the row of the default, likewise; None for no arrow.
+        reference: the row to compare with, or several names of which the first that is there is taken; None for no
+            arrow.
         metric: on the test set.
     """
     row = first(collection, names)
@@ -228,11 +229,13 @@ def elsewhere() -> str:
 
 def few_pairs() -> str:
     """ColoredMNIST by number of pairs."""
-    titles = ["pairs", "`ipg`", "`ipg`, mixed", "`kl`", "`kl`, mixed", "`augmentation`"]
+    titles = ["pairs", "`ipg`", "`ipg`, mixed", "`kl`", "`kl`, mixed", "`augmentation`", "mixed: `kl` minus `ipg`"]
     lines = []
     for count in (10, 30, 100, 300, 1000, 3000, 20000):
         names = [f"{name}-num_pairs-{count}" for name in ("ipg", "ipg_mixed", "kl", "kl_mixed", "augmentation")]
-        lines.append([f"{count:,}", *(cell("num_pairs", name, names[0]) for name in names)])
+        cells = [cell("num_pairs", name, names[0]) for name in names]
+        mixed = paired_difference(scores("num_pairs", names[3]), scores("num_pairs", names[1]))
+        lines.append([f"{count:,}", *cells, f"{mixed.mean:+.3f} [{mixed.low:+.3f}, {mixed.high:+.3f}]"])
     return table(titles, lines)
 
 
@@ -243,7 +246,10 @@ def few_pairs_tuned() -> str:
             "2,000 steps of SGD",
             *(cell("few_pairs_tuned", name, "ipg") for name in ("ipg", "ipg_mixed", "kl", "kl_mixed")),
         ],
-        ["6,000 steps, rate falls to 0", NOT_RUN, cell("few_pairs_long", "ipg"), NOT_RUN, cell("few_pairs_long", "kl")],
+        [
+            *("6,000 steps, rate falls to 0", NOT_RUN, cell("few_pairs_long", "ipg")),
+            *(NOT_RUN, cell("few_pairs_long", "kl", "ipg")),
+        ],
     ]
     return table(["300 pairs", "`ipg`", "`ipg`, mixed", "`kl`", "`kl`, mixed"], lines)
 
@@ -338,7 +344,7 @@ def stability() -> str:
     }
     collection = "stability_scenes_100"
     lines = [[title, cell(collection, row, "ipg_schedule"), lowest(collection, row)] for title, row in rows.items()]
-    return table(["constant rate of 3e-4, but for", "last state", "lowest"], lines)
+    return table(["constant rate of 3e-4; the row names the change", "last state", "lowest"], lines)
 
 
 def sensitivity() -> str:
@@ -363,7 +369,7 @@ def scaling() -> str:
         [title, *(cell(f"scaling_{name}", row, "ipg") for row in ("ipg", "ipg_no_scaling"))]
         for title, name in THREE.items()
     ]
-    paper = [cell("colored_mnist", row) for row in ("ipg_pair_mlp", "ablation_no_scaling_mlp")]
+    paper = [cell("colored_mnist", row, "ipg_pair_mlp") for row in ("ipg_pair_mlp", "ablation_no_scaling_mlp")]
     lines.append(["ColoredMNIST, `ipg_pair`", *paper])
     return table(["benchmark, method", "with step 4", "without"], lines)
 
