@@ -388,7 +388,7 @@ def is_pooled(z: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class HeadCheck:
-    """What one forward shows in which noise replaced the output of each layer.
+    """The result of one forward in which noise replaced the output of each layer.
 
     Args:
         layers: path -> layer.

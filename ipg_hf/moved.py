@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of version 0.1 that have another place now. They work in this release, with a warning that names the place.
 
-Everything here goes in the next release: this module, its uses in `config`, `trainer` and `recipe`, and its test.
+Everything here goes in the next release: this module, its uses in `config`, `trainer` and `recipe`, and its test. Two
+lines of `callbacks.PairProgress.restore` read checkpoints of 0.1: they go too.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def moved_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_moved_flags(flags: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings among flags that [`moved_settings`] looks at, as a recipe gives them, and the other words."""
+    """Splits flags into old settings (parsed) and the remaining words; [`moved_settings`] takes the settings."""
     names = {*MOVED, *REMOVED, *REMOVED_FROM_RECIPES, *MAPPINGS, "method", "objective"}
     settings, rest, words = {}, [], list(flags)
     while words:

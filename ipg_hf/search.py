@@ -39,12 +39,12 @@ def worst_group_objective(metrics: Mapping[str, float]) -> float:
         A share in [0, 1]. If there are several evaluation sets, it is the lowest one.
 
     Raises:
-        ValueError: `metrics` has no worst-group accuracy.
+        ValueError: `metrics` has no `worst_group_accuracy`.
     """
-    found = [value for name, value in metrics.items() if name.endswith(WORST_GROUP)]
+    found = [value for name, value in metrics.items() if name == WORST_GROUP or name.endswith(f"_{WORST_GROUP}")]
     if not found:
         raise ValueError(
-            f"the evaluation has no {WORST_GROUP}, only {sorted(metrics)}. Give the trainer compute_metrics="
-            "GroupMetrics() and an evaluation set with a column `attribute`."
+            f"the evaluation has no {WORST_GROUP}, only {sorted(metrics)}: give the trainer "
+            "compute_metrics=GroupMetrics() and an eval_dataset with a column `attribute`."
         )
     return min(found)

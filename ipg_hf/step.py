@@ -6,7 +6,7 @@ For a pair batch I, a training batch with the loss L, parameters θ, an optimize
 1. One forward of both sides of the pairs. It gives the distance d(I) and the invariance divergence c(I).
 2. The corrective update: θ ← σ(θ, η, ∇d(I)).
 3. The task gradient at the corrected θ: g_L = ∇L.
-4. While c(I) > t: g_L ← α · ‖∇d(I)‖ / ‖g_L‖ · g_L.
+4. While c(I) > t: g_L ← min(m, α · ‖∇d(I)‖ / ‖g_L‖) · g_L (m: max_loss_scale; the paper has no limit).
 5. The task update with the same optimizer and its state: θ ← σ(θ, η, g_L).
 
 [`GuidedStep.before_task`] does 1 and 2, [`GuidedStep.after_task`] does 4; `Trainer` does 3 and 5 as in any training.
@@ -168,10 +168,11 @@ class GuidedStep:
         The forward is the inference forward (R2): what becomes invariant is what will be deployed. The backward runs in
         the same mode, since timm's gradient checkpointing runs the forward once more then.
 
-        With `pair_chunk_size` the result is the same (gradient caching): a forward without a graph gives the features
-        of all pairs, d is differentiated with respect to these features and W, and each chunk then runs once more to
-        carry the gradient of its features back through the network. At most a chunk's graph is in memory. This is
-        exact because a pair's features depend on no other pair in the inference forward.
+        With `pair_chunk_size` the result is the same (gradient caching): a forward without a graph gives what d is
+        computed from (the logits for √c; the features z for rationales, with W), d is differentiated with respect to
+        it, and each chunk then runs once more to carry its part of this gradient back through the network. At most a
+        chunk's graph is in memory. This is exact because the outputs of a pair depend on no other pair in the inference
+        forward.
 
         Args:
             module: the model, not wrapped.
