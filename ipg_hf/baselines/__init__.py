@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other people's methods and the paper's ablations, to compare with.
 
-Each stands in one file with its own config and a trainer that extends `IPGTrainer`, which imports none of them.
+Each method is in one file, with a config of its own and a trainer that extends `IPGTrainer`. `IPGTrainer` needs none of
+them, except through `moved.py` in this release. GroupDRO and re-weighting are task losses, in `losses.py`. `degrade.py`
+is no method: it spoils pairs.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,9 @@ PairCombination = Literal["mean", "sum"]
 
 @dataclass
 class AblationConfig(IPGConfig):
-    """Settings of [`AblationTrainer`]: those of [`IPGConfig`], and these. With all defaults it is the method.
+    """Settings of [`AblationTrainer`]: those of [`IPGConfig`], and these.
+
+    With all defaults it trains as [`IPGConfig`] does.
 
     Args:
         loss_scaling (`str`, *optional*, defaults to `"adaptive"`):
@@ -30,7 +32,8 @@ class AblationConfig(IPGConfig):
             Whether the corrective and the task update share the optimizer's state (momentum, Adam moments). With
             `False` a run cannot be resumed.
         rationale_norm (`str`, *optional*, defaults to `"spectral"`):
-            Matrix norm of the rationale difference: `"spectral"` (the method) or `"frobenius"`.
+            Matrix norm of the rationale difference: `"spectral"` (the method) or `"frobenius"`. Only with
+            `invariance_distance="rationale"`.
         pair_combination (`str`, *optional*, defaults to `"mean"`):
             With several pair sets, the corrective gradient is the `"mean"` (the method) or the `"sum"` of theirs (R11).
     """

@@ -25,7 +25,7 @@ def degrade_pairs(
     residual: float = 0.0,
     seed: int = 0,
 ) -> datasets.Dataset:
-    """Spoils a pair set in a controlled way (ours), in the order of the arguments below.
+    """Spoils a pair set in a controlled way (ours): first residual, then mislabelled, then unoriented.
 
     Args:
         pairs: a pair set with raw images.

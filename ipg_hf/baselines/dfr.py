@@ -44,7 +44,8 @@ class DFRConfig(IPGConfig):
         num_fits (`int`, *optional*, defaults to `10`):
             Number of fits that are averaged, at least 1 (in the authors' code 20).
         strengths (`list[float]`, *optional*, defaults to `[1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01]`):
-            Values of C to choose from, above 0: the smaller, the stronger the penalty (those of the authors' code).
+            Values to choose from of C, scikit-learn's inverse strength of the penalty, above 0: the smaller, the
+            stronger the penalty (those of the authors' code).
     """
 
     num_fits: int = field(default=10, metadata={"help": "Number of fits that are averaged."})
@@ -132,20 +133,21 @@ def refit_last_layer(
     strengths: Sequence[float] = STRENGTHS,
     head: str | None = None,
 ) -> tuple[ClassifierHead, dict[str, Any]]:
-    """Deep feature reweighting: fits the last layer anew to features of images that all groups have as many of.
+    """Fits the last layer anew to features of a subset with equally many images of each group.
 
-    DFR^Val of Kirichenko et al. (arXiv 2204.02937), for images that training has not seen; see [`fit_balanced`].
+    Deep feature reweighting, DFR^Val of Kirichenko et al. (arXiv 2204.02937), for images that training has not seen.
+    [`fit_balanced`] is the fit.
 
     Args:
         model: the classifier; its last layer is overwritten.
-        batches: inputs of its forward, with `labels` (ints in 0..C-1, shape (N,)) and `attribute` (ints, shape (N,)).
+        batches: inputs of its forward, with `labels` (ints in 0..K-1, shape (N,)) and `attribute` (ints, shape (N,)).
         seed: non-negative; seed of the halves and of the balanced subsets.
         num_fits: number of fits that are averaged, at least 1.
-        strengths: values of C, positive: the smaller, the stronger the penalty.
+        strengths: values to choose from of scikit-learn's C, positive: the smaller, the stronger the penalty.
         head: dotted path of the last layer, where it is not found by itself.
 
     Returns:
-        The head, whose `weight` and `bias` are the new ones, and what [`fit_balanced`] tells of them.
+        The head, whose `weight` and `bias` are the new ones, and the facts of [`fit_balanced`].
 
     Raises:
         ValueError: a group has too few rows; the head consists of several layers, or is sharded; a regression; no such
@@ -184,25 +186,26 @@ def fit_balanced(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Weight and bias of L1-penalised logistic regressions on standardised features of balanced groups.
 
-    The C with the best worst group on one half of the rows, fitted on the other (the first of equals), is taken. Then
-    `num_fits` fits, each on as many rows of every group as the smallest has, drawn anew from all rows, are averaged.
-    As in the authors' code, but that a fit is standardised by its own rows (there by the training set's), that halves
-    are drawn within groups, and that ten fits are averaged by default (there 20).
+    First, each value in `strengths` is fitted on one half and scored on the other; the value with the best worst group
+    is kept (the first of equals). Then `num_fits` fits, each on as many rows of every group as the smallest has, drawn
+    anew from all rows, are averaged. The authors' code differs in three points: it standardises by the training set
+    (here each fit by its own rows), it does not draw the halves within groups, and it averages 20 fits (here 10).
 
     Args:
         z: features, float (N, D).
-        labels: ints in 0..C-1, (N,).
+        labels: ints in 0..K-1, (N,).
         attributes: ints, (N,).
-        num_labels: C, at least 2.
+        num_labels: number K of classes, at least 2.
         seed: non-negative.
         num_fits: at least 1.
-        strengths: values of C, positive: the smaller, the stronger the penalty.
+        strengths: values to choose from of scikit-learn's C, positive: the smaller, the stronger the penalty.
         with_bias: `False` fits without an intercept and does not centre, for a layer without a bias.
 
     Returns:
-        The weight W, float64 (C, D), and the bias b, float64 (C,), of the features as they are. With two classes
+        The weight W, float64 (K, D), and the bias b, float64 (K,), of the features as they are. With two classes
         z W[1] + b[1] - (z W[0] + b[0]) is the decision function; with more, the logits are those of each class against
-        the rest. And `strength`, the C taken; `scores`, the worst group's accuracy by C; `rows` and `rows_a_fit`.
+        the rest. And the facts: `strength`, the value of `strengths` that was kept; `scores`, the worst group's
+        accuracy by that value; `fits`, their number; `rows` in all and `rows_a_fit`.
 
     Raises:
         ValueError: a group of label and attribute has fewer than two rows; settings out of range.
@@ -249,8 +252,9 @@ def split_groups(labels: np.ndarray, attributes: np.ndarray, *, seed: int) -> tu
 
 
 def check_groups(labels: np.ndarray, attributes: np.ndarray, num_labels: int, *, least: int = LEAST_IN_GROUP) -> None:
-    """Raises ValueError where a group, a label with a value of the attribute that occurs, has fewer rows than `least`,
-    or a label is out of range.
+    """Raises ValueError where a group has fewer than `least` rows, or a label is out of range.
+
+    A group is a label with an attribute value that occurs.
 
     Args:
         labels: ints, (N,).

@@ -34,14 +34,15 @@ class JTTConfig(IPGConfig):
     """Settings of [`JTTTrainer`]: those of [`IPGConfig`], and these.
 
     Args:
-        first_steps (`int`, *optional*, defaults to `1`):
-            Number of optimizer steps of the first training, at least 1. The schedule of the learning rate is stretched
-            over them; a warm-up of as many steps would leave the model as it is.
+        first_steps (`int`, *optional*, defaults to `50`):
+            Number of optimizer steps of the first training, at least 1. The whole schedule of the learning rate runs
+            over them. With a warm-up the first step has the rate 0, so that a single step trains nothing: take more
+            steps than the warm-up has, or `warmup_steps=0`.
         upweight (`int`, *optional*, defaults to `20`):
             How often a row that the first model gets wrong stands in the second training, at least 1 (λ_up).
     """
 
-    first_steps: int = field(default=1, metadata={"help": "Optimizer steps of the first training."})
+    first_steps: int = field(default=50, metadata={"help": "Optimizer steps of the first training."})
     upweight: int = field(default=20, metadata={"help": "How often an error of the first model stands in the second."})
 
     def check(self) -> None:

@@ -29,7 +29,9 @@ TARGETS = ("labels", ATTRIBUTE)
 def check_whole(trainer: Trainer) -> None:
     """Raises ValueError where the model is sharded: the last layer of a whole model is changed."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("the last layer of a model is changed that each process holds whole: launch without sharding.")
+        raise ValueError(
+            "these methods change the last layer, which each process must hold whole: launch without sharding."
+        )
 
 
 def batches_of(trainer: Trainer, dataset: Any, collate: Any) -> Iterator[Mapping[str, Tensor]]:

@@ -36,6 +36,8 @@ class PairPenaltyConfig(IPGConfig):
             The penalty: `"kl"`, `"features"`, `"rationales"` or `"augmentation"`, described in [`pair_penalty`].
         pair_penalty_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the penalty, above 0.
+
+    `alpha`, `invariance_threshold` and `max_loss_scale` do not act on the training.
     """
 
     pair_objective: PairObjective = field(default="kl", metadata={"help": "The penalty on the pairs."})

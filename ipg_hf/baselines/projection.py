@@ -34,7 +34,7 @@ class ProjectionConfig(IPGConfig):
     Args:
         rank (`str`, *optional*, defaults to `"1"`):
             A whole number: the number of directions that are taken out. A share in (0, 1) such as `"0.9"`, or `"1.0"`:
-            the fewest directions that hold this share of the squared differences. Numbers are taken too.
+            the fewest directions that hold this share of the squared differences. May also be an int or a float.
     """
 
     rank: str = field(default="1", metadata={"help": "Number of directions to take out, or a share such as 0.9."})
