@@ -275,7 +275,10 @@ def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]
 def _metrics(data: Benchmark) -> GroupMetrics | GroupErrors:
     if data.label_names is None:
         return GroupErrors(data.train)
-    metrics = GroupMetrics(train_dataset=data.train)
+    is_stored = isinstance(data.train, datasets.Dataset)  # of a stream the sizes of groups are not known
+    metrics = GroupMetrics(train_dataset=data.train if is_stored else data.validation)
+    if not is_stored:
+        metrics.settings["train_group_counts"] = None
     if data.attribute_names is not None:  # the training set may lack the attribute, which training does not read
         metrics.settings |= {"attribute_names": data.attribute_names, "num_attributes": len(data.attribute_names)}
     return metrics

@@ -119,7 +119,10 @@ def audit(
     measured = {
         name: _measure(model, processor, sets, held_out, **settings) for name, (_, model, processor) in models.items()
     }
-    metrics = GroupMetrics(data.train)
+    is_stored = isinstance(data.train, datasets.Dataset)  # of a stream the sizes of groups are not known
+    metrics = GroupMetrics(data.train if is_stored else data.validation)
+    if not is_stored:
+        metrics.settings["train_group_counts"] = None
     if "attribute" not in data.train.column_names:  # training does not read it
         metrics.settings |= {"attribute_names": data.attribute_names, "num_attributes": len(data.attribute_names)}
     truth = {
@@ -181,6 +184,8 @@ def _with_attribute(data: Benchmark) -> Benchmark:
     parts = {}
     for name in ("train", "validation", "test"):
         part = getattr(data, name)
+        if not isinstance(part, datasets.Dataset):
+            continue
         part = part.remove_columns([column for column in ("attribute",) if column in part.column_names])
         parts[name] = part.add_column("attribute", np.zeros(len(part), np.int64)).cast_column("attribute", kind)
     return replace(data, **parts)

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from ..pairs.adversarial import AdversarialPairs
-from ..pairs.classes import is_class_label, match_labels
+from ..pairs.classes import is_class_label, match_labels, shown
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Benchmark:
 
     Args:
         train: rows `image`, `label` and, where it is known, `attribute`. The attribute is the spurious one and a
-            ClassLabel. The label is a ClassLabel, or a float in a regression.
+            ClassLabel. The label is a ClassLabel, or a float in a regression. It may be a stream.
         validation: rows with these columns, for choosing settings and checkpoints.
         test: rows with these columns, for reporting.
         pairs: training pairs, rows `image_a`, `image_b`, `label`, `attribute_a`, `attribute_b` and `source_id`. A dict
@@ -30,7 +30,7 @@ class Benchmark:
             `None` if there are no pairs.
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     validation: datasets.Dataset
     test: datasets.Dataset
     pairs: datasets.Dataset | dict[str, datasets.Dataset] | None
@@ -63,6 +63,18 @@ class Benchmark:
                 return {name: matched(part, f"{where} ({name})") for name, part in value.items()}
             if isinstance(value, AdversarialPairs):
                 return replace(value, source=matched(value.source, where))
+            if isinstance(value, datasets.IterableDataset) and is_class_label(value.features.get("label")):
+                return _renumbered(value, names)
             return match_labels(value, names, where)
 
         return Benchmark(**{name: matched(value, name) for name, value in vars(self).items()})
+
+
+def _renumbered(stream: datasets.IterableDataset, names: Sequence[str]) -> datasets.IterableDataset:
+    """A stream with the classes of its labels numbered in the order of other names."""
+    own = stream.features["label"].names
+    if not {*own} <= {*names}:
+        raise ValueError(f"the stream has the classes {shown(own)}, but they must be among {shown(names)}.")
+    number = [names.index(name) for name in own]
+    features = datasets.Features({**stream.features, "label": datasets.ClassLabel(names=[*names])})
+    return stream.map(lambda label: {"label": number[label]}, input_columns="label", features=features)

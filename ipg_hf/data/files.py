@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ SPLIT_NAMES = {
 }
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(-[0-9a-f]+)?")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+BUFFER = 1000  # rows within which a stream is shuffled
 DRAWN = 0.15  # share of the training rows that a missing split gets
 TAIL = 1024  # bytes
 # format -> what a whole file has at its end, and in how many of its last bytes
@@ -117,7 +119,7 @@ def load_files(
     if found is None or not found.is_dir():
         return data
     source = _read_pairs(found, attribute, num_pairs, seed, oriented_pairs)
-    return Benchmark(**{**vars(data), "pairs": _match_pairs(source, data, str(found))})
+    return replace(data, pairs=_match_pairs(source, data, str(found)))
 
 
 def load_hub(
@@ -130,6 +132,8 @@ def load_hub(
     attribute: str | None = "attribute",
     instance: str | None = None,
     keep: Mapping[str, Any] | None = None,
+    streaming: bool = False,
+    seed: int = 0,
 ) -> Benchmark:
     """Loads a data set from the Hub, or another place that `datasets.load_dataset` knows.
 
@@ -145,18 +149,44 @@ def load_hub(
         attribute: column of the spurious attribute. `None` ignores the attribute.
         instance: column that names the object in an image, for held-out pairs.
         keep: column -> value, a class by its name. Only training rows with these values are used.
+        streaming: read the training images while they are used, without a download of the whole set. The label must be
+            a ClassLabel, validation and test must be there and are read into memory, and a training needs `max_steps`.
+            The rows are shuffled within a buffer of 1,000.
+        seed: non-negative seed of that shuffling.
 
     Raises:
-        ValueError: the set cannot be loaded; it has no training split; a column or a value is wrong.
+        FileNotFoundError: there is no training split.
+        ValueError: the set cannot be loaded; a column or a value is wrong; the set cannot be streamed.
     """
     try:
-        loaded = datasets.load_dataset(name, config, revision=revision)
+        loaded = datasets.load_dataset(name, config, revision=revision, streaming=streaming)
     except Exception as failure:
         reason = " ".join(str(failure).split()) or type(failure).__name__
         raise ValueError(f"dataset={name!r} cannot be loaded from the Hub: {reason}") from failure
     splits = _splits({split: split for split in loaded}, name)
     sets = {split: loaded[found] for split, found in splits.items()}
-    return _benchmark(sets, name, image, label, attribute, instance, keep)
+    if not streaming:
+        return _benchmark(sets, name, image, label, attribute, instance, keep)
+    if len(sets) < len(SPLITS) or keep or sets["train"].features is None:
+        raise ValueError(
+            f"{name} has the splits {shown(loaded)}: streaming needs train, validation and test with known columns, "
+            "and no keep. Set streaming: false."
+        )
+    first = {"train": sets["train"].take(BUFFER), **{split: sets[split] for split in SPLITS[1:]}}
+    read = {split: datasets.Dataset.from_list([*s.decode(False)], features=s.features) for split, s in first.items()}
+    names = {
+        _image_column(read, image, name): "image",
+        _label_column(read, label, attribute, name): "label",
+        **({attribute: "attribute"} if attribute else {}),
+    }
+    data = _benchmark(read, name, image, label, attribute, instance, None)
+    train = _renamed(sets["train"], names, ignore_attribute=attribute is None)
+    if any(train.features.get(column) != kind for column, kind in data.train.features.items()):
+        raise ValueError(
+            f"the label or the attribute of {name} is no ClassLabel, or is numbered otherwise in another split: "
+            "streaming cannot number its classes. Set streaming: false."
+        )
+    return replace(data, train=train.shuffle(seed=seed, buffer_size=BUFFER))
 
 
 def held_out_pairs(dataset: datasets.Dataset, instance: str) -> datasets.Dataset:
@@ -456,7 +486,7 @@ def _present(sets: Mapping[str, datasets.Dataset], column: str, option: str, whe
     return column
 
 
-def _renamed(dataset: datasets.Dataset, names: Mapping[str, str], ignore_attribute: bool) -> datasets.Dataset:
+def _renamed(dataset: Any, names: Mapping[str, str], ignore_attribute: bool) -> Any:
     """Gives columns their names in a benchmark; other columns that have these names already are left out."""
     names = {column: name for column, name in names.items() if column in dataset.column_names}
     taken = {*names.values(), *(["attribute"] if ignore_attribute else [])}
