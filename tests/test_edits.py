@@ -2,7 +2,14 @@
 """Pairs made from images: by recolouring, overlays, other backgrounds, matching; and pairs from files and columns."""
 
 import csv
+import importlib
 import io
+import itertools
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import datasets
 import numpy as np
@@ -16,6 +23,7 @@ from ipg_hf.baselines.degrade import degrade_pairs
 from ipg_hf.data import load_digits
 from ipg_hf.pairs import (
     background_pairs,
+    makers,
     match_pairs,
     overlay_pairs,
     pairs_from_columns,
@@ -25,6 +33,7 @@ from ipg_hf.pairs import (
 )
 from ipg_hf.pairs.edits import fill_foreground
 from ipg_hf.pairs.matching import _assigned, extract_features
+from ipg_hf.recipe import Recipe
 
 COLUMNS = ["image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"]
 PLACE = datasets.ClassLabel(names=["land", "water"])
@@ -199,6 +208,215 @@ def test_overlay_pairs_leaves_out_images_that_have_the_overlay_already():
             overlay_pairs(source, **wrong)
 
 
+def of_values(values, feature, count=8):
+    """Eight photographs whose attribute has the given values in turn."""
+    table = {"image": [photo(seed) for seed in range(count)], "x": [values[row % len(values)] for row in range(count)]}
+    return datasets.Dataset.from_dict(table, features=datasets.Features(image=datasets.Image(), x=feature))
+
+
+@pytest.mark.parametrize("names", [*itertools.permutations(["ruler", "skin", "Stift"])])
+def test_the_order_of_names_does_not_say_which_images_have_the_overlay(names):
+    for source in (
+        of_values(names, datasets.ClassLabel(names=list(names))),
+        of_values(names, datasets.Value("string")),
+    ):
+        clean = [row for row in range(8) if names[row % 3] == "skin"]
+        made = overlay_pairs(source, overlay="ruler", attribute="x", present=["ruler", "Stift"])
+        assert made["source_id"][:] == clean
+        made = overlay_pairs(source, overlay="ruler", attribute="x", present="skin")
+        assert made["source_id"][:] == [row for row in range(8) if row not in clean]
+        with pytest.raises(ValueError, match=r"'x' has the values .*'ruler'.*present="):
+            overlay_pairs(source, overlay="ruler", attribute="x")
+        with pytest.raises(ValueError, match=r"present='pen' is no value of 'x', which has .*'ruler'"):
+            overlay_pairs(source, overlay="ruler", attribute="x", present="pen")
+    stream = of_values(names, datasets.ClassLabel(names=list(names))).to_iterable_dataset()
+    made = [*overlay_pairs(stream, overlay="ruler", attribute="x", present=["ruler", "Stift"])]
+    assert [row["source_id"] for row in made] == clean
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"),
+    [
+        ([0, 1], datasets.Value("int64")),
+        ([0.0, 1.0], datasets.Value("float32")),
+        ([False, True], datasets.Value("bool")),
+        ([0, 1], datasets.ClassLabel(names=["0", "1"])),
+        ([0, 1], datasets.ClassLabel(names=["No", "Yes"])),
+        ([0, 1], datasets.ClassLabel(names=["without", "with"])),
+    ],
+)
+def test_zero_and_one_say_which_images_have_the_overlay(values, feature):
+    source = of_values(values, feature)
+    for made in (overlay_pairs(source, attribute="x"), overlay_pairs(source, attribute="x", present=values[1])):
+        assert made["source_id"][:] == [0, 2, 4, 6]
+    assert overlay_pairs(source, attribute="x", present=values[0])["source_id"][:] == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"),
+    [
+        ([0, 1, 2], datasets.Value("int64")),
+        ([0, 1, None], datasets.Value("int64")),
+        ([0.0, 1.0, float("nan")], datasets.Value("float64")),
+        ([0, 1, -1], datasets.ClassLabel(names=["no", "yes"])),
+        (["no", "yes", None], datasets.Value("string")),
+    ],
+)
+def test_a_value_that_does_not_say_whether_there_is_an_overlay_is_refused(values, feature):
+    present = "yes" if "yes" in values else None
+    with pytest.raises(ValueError, match=r"x=.* does not say whether an image has the overlay"):
+        overlay_pairs(of_values(values, feature), attribute="x", present=present)
+    stream = of_values(values, feature).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"x=.* does not say whether an image has the overlay"):
+        list(overlay_pairs(stream, attribute="x", present=present))
+    lists = of_values([[0], [1]], datasets.List(datasets.Value("int64")))
+    with pytest.raises(ValueError, match="'x' is a List"):
+        overlay_pairs(lists, attribute="x")
+
+
+@pytest.mark.parametrize("names", [["green", "red"], ["red", "green"]])
+def test_a_text_attribute_works_like_a_class_label(names):
+    """Texts are put in alphabetical order, as those of folders are."""
+    texts = of_values(names, datasets.Value("string"))
+    ids = of_values([sorted(names).index(name) for name in names], datasets.ClassLabel(names=sorted(names)))
+    for source, changes in ((texts, [{"attribute": "x"}]), (ids, [{"attribute": "x"}])):
+        made = [recolor_pairs(source, change="channels", **change) for change in changes]
+        for pairs in made:
+            assert pairs.features["attribute_a"].names == ["green", "red"]
+            for row, image, value in zip(pairs, source["image"], itertools.cycle(names), strict=False):
+                own = "image_a" if value == "green" else "image_b"
+                assert (pixels(row[own]) == pixels(image)).all()
+    with pytest.raises(ValueError, match=r"'x' must have two values, but has \['blue', 'green', 'red'\]"):
+        recolor_pairs(of_values(["red", "green", "blue"], datasets.Value("string")), change="channels", attribute="x")
+    with pytest.raises(ValueError, match=r"row 2.*x=None is none of the two values"):
+        recolor_pairs(of_values([*names, None], datasets.Value("string")), change="channels", attribute="x")
+    three = of_values([0, 1, 2], datasets.ClassLabel(names=["blue", "green", "red"]))
+    with pytest.raises(ValueError, match=r"row 2.*x=2 is none of the two values"):
+        recolor_pairs(three, change="channels", attribute="x")
+    with pytest.raises(ValueError, match="a stream does not tell which there are"):
+        recolor_pairs(texts.to_iterable_dataset(), change="channels", attribute="x")
+
+
+def test_an_overlay_may_be_the_path_of_a_picture(tmp_path):
+    logo = Image.new("RGBA", (10, 10), (0, 0, 0, 0))
+    logo.paste((255, 0, 0, 255), (0, 0, 5, 10))
+    logo.save(tmp_path / "logo.png")
+    source = photos(4)
+    expected = overlay_pairs(source, overlay=logo, size=0.5)
+    for path in (tmp_path / "logo.png", str(tmp_path / "logo.png")):
+        assert equal(overlay_pairs(source, overlay=path, size=0.5), expected)
+    options = {"maker": "overlay", "overlay": str(tmp_path / "logo.png"), "size": 0.5, "num_pairs": 4}
+    data = Recipe(dataset="digits", pairs=options).load_data(seed=0)
+    assert equal(data.pairs, overlay_pairs(data.train, overlay=logo, size=0.5, num_pairs=4))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "logo.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"the overlay \(.*cut\.png\) cannot be read as an image"):
+        overlay_pairs(source, overlay=tmp_path / "cut.png")
+    with pytest.raises(ValueError, match=r"nowhere\.png' is neither mark"):
+        overlay_pairs(source, overlay="nowhere.png")
+    with pytest.raises(ValueError, match="overlay is a list"):
+        overlay_pairs(source, overlay=[1])
+    with pytest.raises(ValueError, match="row 0: the overlay function returned a NoneType"):
+        overlay_pairs(source, overlay=lambda image, rng: image.paste((0, 0, 0), (0, 0, 5, 5)))
+
+
+# ---- Pairs on disk: as fresh as the images, the settings and the code ----
+
+
+def made_in(folder, monkeypatch, make):
+    """Makes pairs with a cache folder of its own. Returns them and the names of the files in it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    made = make()
+    return made, {path.name for path in (folder / "pairs").glob("*.arrow")} if (folder / "pairs").exists() else set()
+
+
+def test_the_same_pairs_are_made_once(tmp_path, monkeypatch):
+    """Each further change makes pairs anew: of an image, a setting, a seed, a row, the code of the package."""
+    source = as_files(photos(6, masks=True), "PNG")
+    path = tmp_path / "image.png"
+    photo(50).save(path)
+    of_file = datasets.Dataset.from_dict({"image": [str(path)]}, features=datasets.Features(image=datasets.Image()))
+    known = set()
+
+    def is_new(make):
+        nonlocal known
+        made, names = made_in(tmp_path / "cache", monkeypatch, make)
+        assert made.cache_files and equal(made, make())  # read from the disk the second time
+        new, known = names - known, names | known
+        return bool(new)
+
+    for make in (
+        lambda: recolor_pairs(source),
+        lambda: recolor_pairs(source, seed=1),
+        lambda: recolor_pairs(source, num_pairs=3),
+        lambda: recolor_pairs(source, amount=70),
+        lambda: recolor_pairs(source, change="channels"),
+        lambda: recolor_pairs(source, change="channels", order="gbr"),
+        lambda: recolor_pairs(source.select([1, 0, 2, 3, 4, 5])),
+        lambda: recolor_pairs(as_files(source, "JPEG")),
+        lambda: overlay_pairs(source, overlay="text"),
+        lambda: overlay_pairs(source, overlay="text", text="B"),
+        lambda: overlay_pairs(source, overlay=Image.new("RGB", (4, 4), "red")),
+        lambda: overlay_pairs(source, overlay=Image.new("RGB", (4, 4), "blue")),
+        lambda: overlay_pairs(source, overlay=Image.new("RGB", (2, 8), "blue")),
+        lambda: background_pairs(source),
+        lambda: background_pairs(source, keep_own=True),
+        lambda: background_pairs(source, backgrounds=(source.select([2, 3]), source.select([0]))),
+        lambda: background_pairs(source, backgrounds=(source.select([2, 3]), source.select([1]))),
+        lambda: match_pairs(source, match_on="random", size=(8, 8)),
+        lambda: match_pairs(source, match_on="random", size=(8, 9)),
+        lambda: recolor_pairs(of_file),
+    ):
+        assert is_new(make) and not is_new(make)
+    photo(51).save(path)
+    os.utime(path, ns=(1, 1))
+    assert is_new(lambda: recolor_pairs(of_file))
+    monkeypatch.setattr(makers, "_code", lambda: b"another version")
+    assert is_new(lambda: recolor_pairs(source))
+
+
+def test_pairs_of_an_edited_function_are_made_anew(tmp_path, monkeypatch):
+    """The function is one of an importable module, of which `datasets` would hash the name alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = photos(4)
+    source.to_parquet(str(tmp_path / "set.parquet"))
+    source = datasets.Dataset.from_parquet(str(tmp_path / "set.parquet"), cache_dir=str(tmp_path / "read"))
+    for color in ((255, 0, 0), (0, 0, 255)):
+        (tmp_path / "sticker.py").write_text(
+            f"def put(image, rng):\n    image.paste({color}, (0, 0, 6, 6))\n    return image"
+        )
+        sys.modules.pop("sticker", None)
+        importlib.invalidate_caches()
+        put = importlib.import_module("sticker").put
+        pairs, kept = made_in(tmp_path / "cache", monkeypatch, partial(overlay_pairs, source, overlay=put))
+        assert pairs[3]["image_b"].getpixel((2, 2)) == color
+        assert not kept and pairs.cache_files  # on disk until the process ends
+
+
+def test_pairs_are_made_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    pairs, _ = made_in(tmp_path / "file", monkeypatch, lambda: recolor_pairs(photos(2)))
+    monkeypatch.setattr(datasets.fingerprint, "_CACHING_ENABLED", False)
+    again, names = made_in(tmp_path / "cache", monkeypatch, lambda: recolor_pairs(photos(2)))
+    assert equal(pairs, again) and not names
+
+
+def test_processes_that_start_together_make_the_pairs_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    source, made = photos(4), []
+
+    def edit(row, number):
+        made.append(number)
+        time.sleep(0.05)
+        return {"twice": 2 * number}
+
+    options = {"remove_columns": source.column_names, "features": datasets.Features(twice=datasets.Value("int64"))}
+    raw = source.cast_column("image", datasets.Image(decode=False))
+    with ThreadPoolExecutor(4) as threads:
+        results = [*threads.map(lambda _: makers.map_cached(raw, edit, ["a fact"], **options)["twice"][:], range(4))]
+    assert results == [[0, 2, 4, 6]] * 4 and made == [0, 1, 2, 3]
+
+
 def test_overlay_pairs_fills_the_overlay_of_images_that_have_it_already():
     source = photos(8)
     settings = {"overlay": "mark", "size": 0.25, "attribute": "attribute", "present": "water", "fill_present": True}
@@ -325,6 +543,69 @@ def test_a_new_foreground_hides_the_filled_area_of_its_background():
         assert colors == [{(0, 255, 0), (30 * (number % 4 + 4 * kind), 0, 0)} for kind in range(2)]
 
 
+@pytest.mark.parametrize("coding", ["0 and 1", "1 bit", "0 and 200", "16 bits", "floats", "palette", "RGB", "RGBA"])
+def test_masks_of_any_coding_are_the_same_masks(coding):
+    source = photos(4, masks=True)
+    (inside,) = {np.asarray(mask).tobytes() for mask in source["mask"]}
+    inside = np.frombuffer(inside, np.uint8).reshape(32, 32) > 0
+    whole = Image.fromarray(np.uint8(255 * inside))
+    mask = {
+        "0 and 1": Image.fromarray(np.uint8(inside)),
+        "1 bit": whole.convert("1"),
+        "0 and 200": Image.fromarray(np.uint8(200 * inside)),
+        "16 bits": Image.fromarray(np.uint16(65535 * np.uint16(inside))),
+        "floats": Image.fromarray(np.float32(inside)),
+        "palette": whole.convert("P"),
+        "RGB": whole.convert("RGB"),
+        "RGBA": whole.convert("RGBA"),
+    }[coding]
+    kind = "TIFF" if coding == "floats" else "PNG"
+    buffer = io.BytesIO()
+    mask.save(buffer, kind)
+    stored_masks = [{"bytes": buffer.getvalue(), "path": None}] * 4
+    coded = source.remove_columns("mask").add_column("mask", stored_masks, feature=datasets.Image())
+    for settings in ({}, {"backgrounds": ([photo(8)], [photo(9)])}):
+        assert equal(background_pairs(coded, **settings), background_pairs(source, **settings))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.fromarray(np.uint8([[1, 2], [3, 2]])), "row 0.* run from 1 to 3"),
+        (Image.fromarray(np.int32([[0, 300], [20, 2]])), "row 0.* run from 0 to 300"),
+        (Image.new("RGB", (4, 4), (255, 0, 0)), "row 0.* has colours"),
+        (Image.new("RGBA", (4, 4), (255, 255, 255, 0)), "row 0.* has transparent pixels"),
+        (Image.new("L", (4, 4)), "row 0.* no foreground"),
+        (Image.new("L", (4, 4), 255), "row 0.* covers the whole image"),
+        (None, "the mask of row 0 cannot be read as an image: there is none"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, message):
+    source = photos(2, masks=True)
+    column = [None if mask is None else datasets.Image().encode_example(mask)] * 2
+    source = source.remove_columns("mask").add_column("mask", column, feature=datasets.Image())
+    with pytest.raises(ValueError, match=message):
+        background_pairs(source, backgrounds=([photo(8)], [photo(9)]))
+
+
+def test_a_mask_that_lies_on_its_side_is_refused():
+    """The image was turned as its EXIF orientation says, and its mask was drawn on the file's pixels."""
+    source = photos(2, masks=True)
+    tall = source.map(lambda row: {"image": row["image"].resize((20, 32)), "mask": row["mask"].resize((40, 25))})
+    with pytest.raises(ValueError, match="mask of row 0 has 40×25 pixels and its image 20×32: one of them is turned"):
+        background_pairs(tall, backgrounds=([photo(8)], [photo(9)]))
+    square = tall.map(lambda row: {"mask": row["mask"].resize((32, 32))})  # of a network with square inputs
+    assert len(background_pairs(square, backgrounds=([photo(8)], [photo(9)]))) == 2
+
+
+@pytest.mark.parametrize("backgrounds", [([photo(8)],), ([photo(8)], []), ([photo(8)], [b"no image"])])
+def test_background_pairs_refuses_backgrounds_that_are_none(backgrounds):
+    with pytest.raises(
+        ValueError, match=r"1 entries: give|no images in the backgrounds for side b|of row 0 of the back"
+    ):
+        background_pairs(photos(2, masks=True), backgrounds=backgrounds)
+
+
 # ---- Matching ----
 
 
@@ -422,6 +703,10 @@ def test_match_pairs_refuses_what_it_cannot_match():
     ):
         with pytest.raises(ValueError, match=match):
             match_pairs(source, **settings)
+    for column in ("label", "attribute"):
+        unknown = source.add_column("y", [*source[column][:-1], None]).remove_columns(column).rename_column("y", column)
+        with pytest.raises(ValueError, match=rf"row 7 has no {column} \(None\)"):
+            match_pairs(unknown, match_on="random")
     lone = source.filter(lambda row: row["label"] == row["attribute"])
     with pytest.raises(ValueError, match="nothing to match"):
         match_pairs(lone, match_on="random")
