@@ -705,7 +705,7 @@ def test_match_pairs_refuses_what_it_cannot_match():
             match_pairs(source, **settings)
     for column in ("label", "attribute"):
         unknown = source.add_column("y", [*source[column][:-1], None]).remove_columns(column).rename_column("y", column)
-        with pytest.raises(ValueError, match=rf"row 7 has no {column} \(None\)"):
+        with pytest.raises(ValueError, match=rf"row 7 of the source has no {column} \(None\)"):
             match_pairs(unknown, match_on="random")
     lone = source.filter(lambda row: row["label"] == row["attribute"])
     with pytest.raises(ValueError, match="nothing to match"):

@@ -372,6 +372,17 @@ def audits(tmp_path, value, test_pairs=None):
     return audit({"m": ("nowhere", small.vit(), PROCESSOR)}, data)[0]["images"] == ROWS
 
 
+def test_an_audit_names_the_row_without_a_label_or_attribute():
+    part = source(plain())
+    for column in ("label", "attribute"):
+        for split in ("test", "validation"):
+            unknown = part.remove_columns(column).add_column(column, [0, 1, 0, 1, -1, 0], feature=FEATURES[column])
+            sets = {"train": part, "validation": part, "test": part} | {split: unknown}
+            data = Benchmark(**sets, pairs=None, validation_pairs=None, test_pairs=None)
+            with pytest.raises(ValueError, match=rf"row 4 of {split} has no {column} \(-1\)"):
+                audit({"m": ("nowhere", small.vit(), PROCESSOR)}, data)
+
+
 def audits_pairs(tmp_path, value):
     return audits(tmp_path, plain(), pairs(value, "b"))
 

@@ -24,6 +24,7 @@ from ..models import forward_inputs
 from ..pairs import ImageRows
 from ..pairs.checks import named_sets
 from ..pairs.classes import model_names, shown
+from ..pairs.makers import known_values
 from ..pairs.preview import ShownPair, shown_pairs
 from ..record import commit, versions
 from ..seeding import seeded
@@ -102,7 +103,8 @@ def audit(
         [`~page.write_report`] writes both.
 
     Raises:
-        ValueError: the labels are no classes; a model returns NaN, or has the same labels in another order.
+        ValueError: the labels are no classes; a row has no label or no attribute; a model returns NaN, or has the same
+            labels in another order.
     """
     kind = data.train.features["label"]
     if not isinstance(kind, datasets.ClassLabel):
@@ -114,7 +116,12 @@ def audit(
     for place, model, _ in models.values():
         _check_order(place, getattr(model, "config", None), kind.names)
     held_out = {k: v for k, v in named_sets(getattr(data, f"{split}_pairs")).items() if v is not None}
-    sets = {"images": getattr(data, split), "fit": data.test if split == "validation" else data.validation}
+    titles = {"images": split, "fit": "test" if split == "validation" else "validation"}
+    sets = {key: getattr(data, title) for key, title in titles.items()}
+    truth = {
+        key: tuple(known_values(part, column, titles[key]).astype(np.int64) for column in ("label", "attribute"))
+        for key, part in sets.items()
+    }
     settings = {"device": device, "batch_size": batch_size, "num_workers": num_workers}
     measured = {
         name: _measure(model, processor, sets, held_out, **settings) for name, (_, model, processor) in models.items()
@@ -125,10 +132,6 @@ def audit(
         metrics.settings["train_group_counts"] = None
     if "attribute" not in data.train.column_names:  # training does not read it
         metrics.settings |= {"attribute_names": data.attribute_names, "num_attributes": len(data.attribute_names)}
-    truth = {
-        key: tuple(np.asarray(part[column][:], np.int64) for column in ("label", "attribute"))
-        for key, part in sets.items()
-    }
     entries = []
     for name, (place, _, _) in models.items():
         entry = {"name": name, "model": place, **measured[name].facts}
@@ -148,7 +151,7 @@ def audit(
         "images": len(sets["images"]),
         "labels": kind.names,
         "attributes": [str(name) for name in _attribute_names(metrics)],
-        "fit_split": "test" if split == "validation" else "validation",
+        "fit_split": titles["fit"],
         "models": entries,
         "difference": _difference(measured, truth["images"], metrics, seed) if len(models) == 2 else None,
         "pairs": {key: {"sides": _sides(pairs), "cards": cards[key]} for key, pairs in held_out.items()},
@@ -369,12 +372,12 @@ def _difference(
 
 
 def _sides(pairs: datasets.Dataset) -> list[str] | None:
-    """The attribute values of side a and side b; None if a side has more than one value."""
+    """The attribute values of side a and side b; None if a side has no value, or more than one."""
     found = []
     for column in ("attribute_a", "attribute_b"):
         kind = pairs.features.get(column)
-        values = np.unique(pairs[column][:]) if kind is not None else []
-        if len(values) != 1:
+        values = [*{*pairs[column][:]}] if kind is not None else []
+        if len(values) != 1 or values[0] in (None, -1):
             return None
         found.append(kind.names[values[0]] if isinstance(kind, datasets.ClassLabel) else str(values[0]))
     return found

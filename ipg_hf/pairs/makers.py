@@ -26,6 +26,7 @@ from .images import image_content
 
 CHUNK = 1000  # rows per Arrow chunk: a chunk of binary values has at most 2 GiB
 READ_CHUNK = 32  # decoded rows in memory at a time: they may be photographs
+WRITTEN = 100  # made rows in memory before they are written
 SMALL = 64 * 64  # pixels: for larger images PIL's better compression outweighs its fixed cost per image
 
 
@@ -227,6 +228,7 @@ def map_cached(
     name = generate_random_fingerprint() if folder is None else content_hash(source, *facts)
     file = f"{folder or get_temporary_cache_files_directory()}/cache-{name}.arrow"
     options |= {"new_fingerprint": name, "cache_file_name": file, "desc": "Making pairs"}
+    options |= {"writer_batch_size": WRITTEN}
     with FileLock(f"{file}.lock"):  # the first of several processes makes the rows, and the others read them
         return source.map(function, with_indices=True, **options)
 
@@ -286,15 +288,24 @@ def check_columns(source: Any, wanted: Iterable[str]) -> None:
             raise ValueError(f"the source has no column {name!r}, only {names}: rename_column gives it one.")
 
 
-def known_values(source: datasets.Dataset, column: str) -> np.ndarray:
-    """Returns the values of a column. Raises ValueError if a value is unknown: None, NaN, or -1 of a ClassLabel."""
+def known_values(source: datasets.Dataset, column: str, title: str = "the source") -> np.ndarray:
+    """Returns the values of a column, all of which are known.
+
+    Args:
+        source: the set.
+        column: name of the column.
+        title: name of the set, for the message.
+
+    Raises:
+        ValueError: a value is None, NaN, or -1 of a ClassLabel.
+    """
     values = source.with_format(None)[column][:]
     unknown = -1 if isinstance(source.features[column], datasets.ClassLabel) else None
     missing = [row for row, value in enumerate(values) if value is None or value != value or value == unknown]
     if missing:
         raise ValueError(
-            f"row {missing[0]} has no {column} ({values[missing[0]]!r}), as {len(missing)} of {len(values)} rows: drop "
-            f"them, or give them a {column}."
+            f"row {missing[0]} of {title} has no {column} ({values[missing[0]]!r}), as {len(missing)} of {len(values)} "
+            f"rows: drop them, or give them a {column}."
         )
     return np.asarray(values)
 
