@@ -71,6 +71,19 @@ def test_no_file_is_replaced(trained, tmp_path, capsys, monkeypatch, command):
     assert str(mine) in said and "--output" in said
 
 
+def test_a_report_replaces_no_figure(trained, tmp_path, capsys):
+    command = ["evaluate", str(trained / "out"), "--config", str(trained / "recipe.yaml"), "--report", str(tmp_path)]
+    assert main(command) == 0
+    figures = [*tmp_path.glob("*.png")]
+    for path in tmp_path.iterdir():
+        path.write_text("mine") if path in figures else path.unlink()
+    assert figures and main(command) == 2
+    said = one_error(capsys)
+    assert any(str(path) in said for path in figures) and "another folder" in said
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in figures}
+    assert all(path.read_text() == "mine" for path in figures)
+
+
 def test_a_preview_keeps_the_dots_of_its_name(trained, tmp_path, capsys):
     config = str(trained / "recipe.yaml")
     assert main(["pairs", "preview", "--config", config, "--output", str(tmp_path / "run.lr0.01")]) == 0

@@ -45,7 +45,7 @@ def write_report(
         The files, the page first.
 
     Raises:
-        FileExistsError: the folder holds a report.
+        FileExistsError: the folder holds a report, or a file with the name of a figure.
     """
     check_folder(folder)
     numbers = json.dumps(_plain(report), indent=1, allow_nan=False) + "\n"
@@ -55,6 +55,9 @@ def write_report(
     for drawn in (figure for parts in figures.values() for part in parts for figure in part):
         files[f"{drawn.name}.png"] = drawn.image
     written = {Path(folder) / name: content for name, content in files.items()}
+    for path in written:
+        if path.exists():
+            raise FileExistsError(f"{path} exists, and is not replaced: remove it, or give another folder.")
     write_files(written)
     return [*written]
 
