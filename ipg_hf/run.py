@@ -27,8 +27,8 @@ from .metrics import GroupErrors, GroupMetrics
 from .models import load_image_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import ONLY_SET, named_sets
-from .pairs.held_out import hold_out_pairs
 from .pairs.classes import model_names, order_of_base, order_of_model
+from .pairs.held_out import hold_out_pairs
 from .recipe import Recipe, RecipeError
 from .record import commit as current_commit
 from .record import hub_id, make_record, resolved_settings, write_json
@@ -63,9 +63,9 @@ def train(
         check_can_push(args)  # before another run is removed, and before hours of training
     resume = _prepare_output(recipe, args)
     data = data or recipe.load_data(args.data_order_seed, with_pairs=recipe.uses_pairs)
+    data = _in_order_of_base(data, recipe.model_name_or_path)
     if chooses_by_pairs(args) and data.validation_pairs is None and recipe.uses_pairs:
         data = _with_held_out(data, args.data_order_seed)
-    data = _in_order_of_base(data, recipe.model_name_or_path)
     record, trainer = _train_one(recipe, args, given, data, resume, commit)
     split = "test" if recipe.measure_test else "validation"
     columns = {recipe.method: record["metrics"][split]}
@@ -86,6 +86,15 @@ def train(
     return record
 
 
+def _with_held_out(data: Benchmark, seed: int) -> Benchmark:
+    """The benchmark with a part of its training pairs held out, for this training and for a plain one beside it."""
+    split = {name: hold_out_pairs(pairs, name, seed=seed) for name, pairs in named_sets(data.pairs).items()}
+    parts = [{name: both[side] for name, both in split.items()} for side in (0, 1)]
+    if not isinstance(data.pairs, dict):
+        parts = [part[ONLY_SET] for part in parts]
+    return replace(data, pairs=parts[0], validation_pairs=parts[1])
+
+
 def _in_order_of_base(data: Benchmark, base: str | None) -> Benchmark:
     """The benchmark with its classes numbered as those of the model that is fine-tuned, if that has the same ones."""
     if base is None or data.label_names is None:
@@ -95,15 +104,6 @@ def _in_order_of_base(data: Benchmark, base: str | None) -> Benchmark:
     except OSError:
         return data  # loading the model says what is wrong
     return data.with_labels(order_of_base(data.label_names, config, base))
-
-
-def _with_held_out(data: Benchmark, seed: int) -> Benchmark:
-    """The benchmark with a part of its training pairs held out, for this training and for a plain one beside it."""
-    split = {name: hold_out_pairs(pairs, name, seed=seed) for name, pairs in named_sets(data.pairs).items()}
-    parts = [{name: both[side] for name, both in split.items()} for side in (0, 1)]
-    if not isinstance(data.pairs, dict):
-        parts = [part[ONLY_SET] for part in parts]
-    return replace(data, pairs=parts[0], validation_pairs=parts[1])
 
 
 def _without_method(args: IPGConfig, method: str, output_dir: str) -> IPGConfig:
@@ -174,6 +174,13 @@ def _train_one(
 
 def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str | None) -> dict[str, float]:
     """Measures a saved model on a split of a recipe's data, prints the tables and returns the metrics.
+
+    Args:
+        name: folder or Hub id of the model.
+        recipe: the data to measure on.
+        args: settings of the evaluation, such as the batch size, and the seed that the data are drawn with.
+        split: `"validation"` or `"test"`.
+        output: path of a JSON file to write the metrics to, or `None`.
 
     Raises:
         FileExistsError: there is a file `output` already.
