@@ -350,6 +350,29 @@ def test_all_parts_of_a_split_must_be_there(tmp_path):
         load_files(data_dir=str(tmp_path))
 
 
+@pytest.mark.parametrize("change", ["order", "column"])
+def test_parts_of_a_split_must_have_the_same_classes(tmp_path, change):
+    kind, other = (datasets.ClassLabel(names=names) for names in (["a", "b"], ["b", "a"]))
+    write_splits(tmp_path, **{"train-00000-of-00002": table([0, 1], kind)})
+    part = table([0, 1], other) if change == "order" else table([0, 1], kind).rename_column("label", "other")
+    write_splits(tmp_path, **{"train-00001-of-00002": part})
+    with pytest.raises(
+        ValueError, match=r"train-00000-of-00002\.parquet and .*train-00001.* have another column 'label'"
+    ):
+        load_files(data_dir=str(tmp_path))
+
+
+def test_folders_may_be_links(tmp_path):
+    tree(tmp_path, ["ant", "bee"])
+    (tmp_path / "train" / "cow").symlink_to(tmp_path / "train" / "bee")
+    tree(tmp_path / "elsewhere", ["x"], ["moth"])
+    (tmp_path / "train" / "moth").symlink_to(tmp_path / "elsewhere" / "moth" / "x")
+    assert load_files(data_dir=str(tmp_path)).train.features["label"].names == ["ant", "bee", "cow", "moth"]
+    (tmp_path / "train" / "ant" / "loop").symlink_to(tmp_path / "train")
+    images, _ = files.image_files(tmp_path / "train")
+    assert len(images) == 12
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("place", ["each", "root", "split"])
 def test_metadata_of_images(tmp_path, kind, place):

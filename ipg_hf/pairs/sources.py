@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 from PIL import Image
 
 from .classes import coded, common_names, is_class_label, is_text, numbered, sorted_names
@@ -163,6 +164,8 @@ def read_table(files: Sequence[Path]) -> datasets.Dataset:
             _check_utf8(file)
         elif file.stat().st_size == 0:
             raise ValueError(f"{file} is empty: copy it again.")
+    if kind == "parquet":
+        _check_alike(files)
     names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     try:
         return datasets.load_dataset(kind, data_files=[*map(str, files)], split="train", **options)
@@ -172,6 +175,24 @@ def read_table(files: Sequence[Path]) -> datasets.Dataset:
             cause = cause.__cause__ or cause.__context__
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ValueError(f"{names} cannot be read as {kind.upper()}: {reason}") from failure
+
+
+def _check_alike(files: Sequence[Path]) -> None:
+    """Raises a ValueError if Parquet files have other columns or classes, which reading them as one would mix up."""
+    first: dict[str, Any] = {}
+    for file in files:
+        try:
+            kinds = datasets.Features.from_arrow_schema(pq.read_schema(file))
+        except (OSError, ValueError) as failure:
+            raise ValueError(f"{file} cannot be read as PARQUET: {failure}") from failure
+        kinds = {name: kind.names if is_class_label(kind) else None for name, kind in kinds.items()}
+        first = first or kinds
+        if kinds != first:
+            name = next(name for name in sorted({*first, *kinds}) if first.get(name, "") != kinds.get(name, ""))
+            found = ["no such column" if name not in part else part[name] or "no classes" for part in (first, kinds)]
+            raise ValueError(
+                f"{files[0]} and {file} have another column {name!r} ({found[0]} and {found[1]}): write both alike."
+            )
 
 
 def _check_utf8(file: Path) -> None:
@@ -265,16 +286,19 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
     Hidden files and folders, whose names begin with a dot, and folders that begin with two underscores are left out, as
     `imagefolder` does.
     """
-    images, others, visited = [], [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    images: list[Path] = []
+    others: list[Path] = []
+
+    def read(place: Path, above: tuple[str, ...]) -> None:
         real = os.path.realpath(place)
-        folders[:] = [] if real in visited else [name for name in folders if not name.startswith((".", "__"))]
-        files = [] if real in visited else files
-        visited.add(real)
-        for name in files:
-            if not name.startswith("."):
-                path = Path(place, name)
+        for entry in os.scandir(place) if real not in above else ():  # a link may lead back up
+            path = place / entry.name
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                read(path, (*above, real))
+            elif entry.is_file() and not entry.name.startswith("."):
                 (images if path.suffix.lower() in SUFFIXES else others).append(path)
+
+    read(folder, ())
     return sorted(images), sorted(others)
 
 
