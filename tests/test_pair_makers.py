@@ -169,6 +169,8 @@ def change_mode(row, color):
         ({"render": lambda row, color: colored(row, color) / 255}, r"render gave float64 \(6, 6, 3\)"),
         ({"render": lambda row, color: None}, "render gave NoneType"),
         ({"render": lambda row, color: Image.new("CMYK", (6, 6), CHANNEL[color])}, "mode CMYK"),
+        ({"render": lambda row, color: Image.new("I;16", (6, 6), CHANNEL[color])}, "row 0 has the mode 'I;16'"),
+        ({"render": lambda row, color: Image.new("F", (6, 6), CHANNEL[color])}, "row 0 has the mode 'F'"),
         ({"attributes": ("red", "red")}, "two different values"),
         ({"attributes": ("red", "green", "blue")}, "two different values"),
         ({"attributes": "ab"}, "two different values"),

@@ -22,7 +22,7 @@ from datasets.fingerprint import generate_random_fingerprint, get_temporary_cach
 from filelock import FileLock
 from PIL import Image
 
-from .images import image_content
+from .images import check_depth, image_content
 
 CHUNK = 1000  # rows per Arrow chunk: a chunk of binary values has at most 2 GiB
 READ_CHUNK = 32  # decoded rows in memory at a time: they may be photographs
@@ -418,6 +418,7 @@ def _render_pair(row: Mapping[str, Any], number: int, render: Callable, attribut
 
 def _checked(image: Any, number: int, attribute: Any) -> Image.Image | np.ndarray:
     if isinstance(image, Image.Image):
+        check_depth(image.mode, f"the image that render gave for row {number}")
         return image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return image
