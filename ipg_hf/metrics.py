@@ -42,6 +42,7 @@ METRICS = {
     "worst_group_mae": MetricDisplay("worst-group mean absolute error", "lower"),
     "difference": MetricDisplay("mean absolute difference within pairs", "lower"),
 }
+MANY_VALUES = 1000  # numbers of an attribute from here on are names of values, not ids
 # what a model is chosen by: the first for classes, the second for a regression
 WORST_GROUP = ("worst_group_accuracy", "worst_group_mae")
 # what `IPGTrainer.evaluate_pairs` measures on pairs; the last two are no results and stand in no table
@@ -280,6 +281,10 @@ class GroupAccuracy(_IntegerMetric):
         train_counts = self.train_group_counts
         _check_range("label", references, None if self.label_names is None else len(self.label_names))
         _check_range("attribute", attributes, self.num_attributes)
+        attribute_names = self.attribute_names
+        if self.num_attributes is None and attributes.max() >= MANY_VALUES:  # a table by value would not fit
+            used, attributes = np.unique(attributes, return_inverse=True)
+            attribute_names, attributes = [str(value) for value in used], attributes.reshape(-1)
         shape = [int(references.max()) + 1, self.num_attributes or int(attributes.max()) + 1]
         if train_counts is not None:
             shape[0] = max(shape[0], len(train_counts))
@@ -288,7 +293,7 @@ class GroupAccuracy(_IntegerMetric):
         correct = group_counts(references, attributes, *shape, weights=predictions == references)
         result = group_accuracy(correct, counts, train_counts)
         for label, attribute in np.argwhere(counts > 0):
-            name = group_name(_name(self.label_names, label), _name(self.attribute_names, attribute))
+            name = group_name(_name(self.label_names, label), _name(attribute_names, attribute))
             result[f"group_accuracy/{name}"] = float(correct[label, attribute] / counts[label, attribute])
             result[f"group_n/{name}"] = float(counts[label, attribute])
         return result
@@ -339,16 +344,23 @@ class GroupMetrics:
     first; `label_ids` are labels, int (N,), or (labels, attributes). Rows with the label -100 are ignored. The call
     returns floats: the keys of [`Accuracy`] and, with attributes, of [`GroupAccuracy`].
 
+    Attributes:
+        takes_attributes: `IPGTrainer` gives (labels, attributes) to metrics of which this is true, and plain labels to
+            all others.
+
     Raises:
         ValueError: `train_dataset` is no `datasets.Dataset` with a column `label`. On a call: there are no rows, the
             lengths differ, a label or an attribute is out of range, or logits are NaN (`DivergedError`).
     """
 
+    takes_attributes = True
+
     def __init__(self, train_dataset: datasets.Dataset | None = None):
         self.settings: dict[str, Any] = {}
         if train_dataset is not None:
             counts = training_group_counts(train_dataset)
-            self.settings = {f"{column}_names": _names(train_dataset, column) for column in ("label", "attribute")}
+            names = None if counts is None else read_attributes(train_dataset)[1]
+            self.settings = {"label_names": _names(train_dataset, "label"), "attribute_names": names}
             self.settings["train_group_counts"] = counts
             self.settings["num_attributes"] = None if counts is None else counts.shape[1]
 
@@ -404,9 +416,11 @@ class GroupErrors:
         ValueError: on a call, if the lengths differ or predictions are NaN (`DivergedError`).
     """
 
+    takes_attributes = True
+
     def __init__(self, train_dataset: datasets.Dataset):
         self.median = float(np.median(train_dataset["label"][:]))
-        self.names = _names(train_dataset, "attribute") if "attribute" in train_dataset.column_names else None
+        self.names = read_attributes(train_dataset)[1] if "attribute" in train_dataset.column_names else None
 
     def __call__(self, prediction: Any) -> dict[str, float]:
         outputs = prediction.predictions
@@ -456,19 +470,58 @@ def training_group_counts(dataset: datasets.Dataset, *, by_attribute: bool = Tru
         raise ValueError(f"train_dataset must be a datasets.Dataset with a column 'label', but is {found}.")
     if by_attribute and "attribute" not in dataset.column_names:
         return None
-    read = ["label", *(["attribute"] if by_attribute else [])]
-    columns = dataset.with_format("numpy").select_columns(read)[:]
-    labels = _integers("label", columns["label"])
-    attributes = _integers("attribute", columns["attribute"]) if by_attribute else np.zeros_like(labels)
+    labels = _integers("label", dataset.with_format("numpy").select_columns(["label"])["label"][:])
+    attributes, names = read_attributes(dataset) if by_attribute else (np.zeros_like(labels), None)
     labels, attributes = labels[labels != IGNORED], attributes[labels != IGNORED]
     if len(labels) == 0:
         raise ValueError("train_dataset has no labelled rows, so that its group sizes are unknown.")
     sizes = []
-    for column, values in (("label", labels), ("attribute", attributes)):
-        names = _names(dataset, column) if column in read else None
-        _check_range(column, values, len(names) if names else None)
-        sizes.append(len(names) if names else int(values.max()) + 1)
+    for column, values, known in (("label", labels, _names(dataset, "label")), ("attribute", attributes, names)):
+        _check_range(column, values, len(known) if known else None)
+        sizes.append(len(known) if known else int(values.max()) + 1)
     return group_counts(labels, attributes, *sizes)
+
+
+def read_attributes(dataset: datasets.Dataset, where: str = "attribute") -> tuple[np.ndarray, list[str] | None]:
+    """Reads the column `attribute` of a set.
+
+    Args:
+        dataset: the set.
+        where: what the column is, for messages.
+
+    Returns:
+        The ids, int64 (N,), and the names of the ids. A ClassLabel has names. Texts, floats that are whole, and numbers
+        of which one is 1,000 or more, are numbered in their order and are their own names. Small whole numbers are ids
+        without names: the names are `None`.
+
+    Raises:
+        ValueError: a value is missing, negative, or no text and no whole number.
+    """
+    values = dataset.with_format("arrow").select_columns(["attribute"])[:].column(0).to_numpy()
+    is_missing = np.array([value is None or value != value for value in values.tolist()], bool)
+    if is_missing.any():
+        raise ValueError(
+            f"the {where} is missing (None) in {is_missing.sum()} of {len(values)} rows, the first is row "
+            f"{is_missing.argmax()}: fill it in, or drop these rows."
+        )
+    names = _names(dataset, "attribute")
+    is_float = values.dtype.kind == "f" and (values == np.floor(values)).all()
+    values = values.astype(np.int64) if is_float else values
+    if values.dtype.kind in "iub" or not len(values):
+        ids = values.astype(np.int64)
+        _check_range(where, ids, len(names) if names else None)
+        if names is not None or not len(ids) or (ids.max() < MANY_VALUES and not is_float):
+            return ids, names
+        used, ids = np.unique(ids, return_inverse=True)
+        return ids.reshape(-1), [str(value) for value in used]
+    wrong = next((value for value in values.tolist() if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise ValueError(f"the {where} has the value {wrong!r}, but must be a ClassLabel, a text or a whole number.")
+    used, ids = np.unique(values.astype(str), return_inverse=True)
+    used, order = [str(value) for value in used], np.arange(len(used))
+    if all(re.fullmatch(r"-?\d+", value) for value in used):  # numbers as texts: 2 before 10
+        order = np.argsort([int(value) for value in used])
+    return np.argsort(order)[ids.reshape(-1)], [used[number] for number in order]
 
 
 def _names(dataset: Any, column: str) -> list[str] | None:

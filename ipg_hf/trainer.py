@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -34,6 +34,7 @@ from .moved import trainer_for
 from .norms import RunningNorm, norm_layers, warn_of_batch_statistics
 from .pairs.adversarial import AdversarialLoader, AdversarialPairs, SameImagePairs
 from .pairs.checks import (
+    LABEL_COLUMNS,
     ONLY_SET,
     check_labels,
     check_pair_labels,
@@ -47,6 +48,15 @@ from .pairs.held_out import hold_out_pairs
 from .pairs.loader import PairCollator, PairLoader, is_stream
 from .pairs.transforms import ImageRows, as_model_inputs
 from .seeding import seeded
+from .sets import (
+    check_columns,
+    check_names,
+    check_pair_columns,
+    class_columns,
+    names_of_model,
+    pair_sets,
+    with_attribute_ids,
+)
 from .step import GuidedStep, check_launch
 
 logger = logging.get_logger(__name__)
@@ -80,17 +90,18 @@ class IPGTrainer(PublishingTrainer):
         data_collator: an argument of `Trainer`, for training and evaluation batches; pairs have their own collator.
         train_dataset: an argument of `Trainer`. With an image processor as `processing_class`, the trainer transforms
             a `datasets` set with an `image` column; its `label` and `attribute` columns stay.
-        eval_dataset: an argument of `Trainer`. Where rows have an `attribute`, `compute_metrics` gets
-            `label_ids=(labels, attributes)`; the model never sees the attribute.
-        pair_dataset: pairs, as one map-style or iterable data set, or as a dict of sets, one for each invariance. Rows
-            hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and `image_b`. Without
-            pairs the trainer is `Trainer`.
+        eval_dataset: an argument of `Trainer`. The model never sees the column `attribute`.
+        pair_dataset: pairs, as one map-style or iterable data set, or as a dict of sets, one for each attribute to
+            ignore. Rows hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and
+            `image_b`. Without pairs the trainer is `Trainer`.
         eval_pair_dataset: held-out pairs, in the same forms but no stream. Each evaluation during training measures
             them (`eval_flip_rate`, `eval_pair_accuracy`, ...), so that `metric_for_best_model="pair_accuracy"` chooses
             a checkpoint without an attribute. If that setting names a metric of pairs and none are given, a fifth of
             the training pairs is held out.
         processing_class, model_init, callbacks, optimizers: arguments of `Trainer`.
-        compute_metrics: an argument of `Trainer`, e.g. [`~metrics.GroupMetrics`].
+        compute_metrics: an argument of `Trainer`, e.g. [`~metrics.GroupMetrics`]. A metric with the attribute
+            `takes_attributes = True`, as `GroupMetrics`, gets `label_ids=(labels, attributes)` where rows have an
+            `attribute`; any other metric gets the labels alone.
         head: dotted path of the last linear layer, or several paths, where `find_head` does not find it. Only a
             distance of rationales needs a head; one that is given here is proven in any case.
         **trainer_kwargs: every other argument of `Trainer`.
@@ -103,6 +114,7 @@ class IPGTrainer(PublishingTrainer):
     config_class: type[IPGConfig] = IPGConfig
     step_class: type[GuidedStep] = GuidedStep
     row_columns: tuple[str, ...] = (ATTRIBUTE,)  # of training rows, beside image and label
+    _kept_columns: Sequence[str] = ()  # of row_columns, by the data loader that is made
     pairs_with_labels = False  # whether a pair batch holds `labels` too
 
     def __new__(cls, model: Any = None, args: Any = None, *_: Any, **__: Any) -> IPGTrainer:
@@ -133,10 +145,8 @@ class IPGTrainer(PublishingTrainer):
             raise ValueError(f"args is a {type(args).__name__}: make it a {wanted}, which takes the same arguments.")
         if model is not None and not isinstance(model, PreTrainedModel) and hasattr(model, "pretrained_cfg"):
             raise ValueError(f"model is the timm module {type(model).__name__}: pass load_image_classifier(model).")
-        sets = named_sets(pair_dataset)
-        self.pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
-        sets = named_sets(eval_pair_dataset)
-        self.eval_pair_datasets = {name: dataset for name, dataset in sets.items() if dataset is not None}
+        self.pair_datasets = pair_sets(pair_dataset, "pair_dataset")
+        self.eval_pair_datasets = pair_sets(eval_pair_dataset, "eval_pair_dataset")
         self._prefix_of_pairs: str | None = None  # of the metrics of held-out pairs that an evaluation still has to add
         self.is_guided = bool(self.pair_datasets)
         self.head_path = head
@@ -161,11 +171,8 @@ class IPGTrainer(PublishingTrainer):
             self.add_callback(SaveAtStepEnd(self))
 
         # ---- Data
-        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
-        check_labels(train_dataset, "train_dataset", num_labels)
-        for name, dataset in named_sets(eval_dataset).items():
-            check_labels(dataset, title_of("eval_dataset", name), num_labels)
         self._inputs = forward_inputs(self.model)
+        self._check_sets(has_own_collator=data_collator is not None)
         self._pair_collator = PairCollator(self._inputs, self._inputs[0])
         # once, from the model and the data set: a batch may have soft labels (mixup)
         self.problem_type = find_problem_type(self.model, first_label(train_dataset))
@@ -193,6 +200,74 @@ class IPGTrainer(PublishingTrainer):
             self._prepare_guidance()
         for name, dataset in self.eval_pair_datasets.items():
             self._check_held_out(dataset, title_of("eval_pair_dataset", name))
+
+    def _check_sets(self, has_own_collator: bool) -> None:
+        """Checks columns, labels and names of the training and evaluation sets, and numbers attributes by name.
+
+        Raises:
+            ValueError: a set cannot be used, or two of them give one number to classes of different names.
+        """
+        config = getattr(self.model, "config", None)
+        num_labels = getattr(config, "num_labels", None)
+        sets = {"train_dataset": self.train_dataset}
+        sets |= {title_of("eval_dataset", name): dataset for name, dataset in named_sets(self.eval_dataset).items()}
+        sets = {title: dataset for title, dataset in sets.items() if dataset is not None}
+        own_loss = type(self).compute_loss is not IPGTrainer.compute_loss or self.compute_loss_func is not None
+        for title, dataset in sets.items():
+            is_training = title == "train_dataset"
+            getter = "get_train_dataloader" if is_training else "get_eval_dataloader"
+            makes_batches = has_own_collator and not self.args.remove_unused_columns
+            if not makes_batches and getattr(type(self), getter) is getattr(Trainer, getter):
+                check_columns(
+                    dataset,
+                    title,
+                    self._inputs,
+                    has_processor=self._has_image_processor(),
+                    needs_label=not own_loss if is_training else self.compute_metrics is not None,
+                    label_names=self.args.label_names or (),
+                    num_labels=num_labels,
+                    problem_type=getattr(config, "problem_type", None),
+                )
+            check_labels(dataset, title, num_labels)
+        own = names_of_model(self.model)
+        check_names(class_columns(sets, LABEL_COLUMNS) | self._label_columns_of_pairs(), own)
+        check_names(class_columns(sets, [ATTRIBUTE]))
+        used = {
+            t: d for t, d in sets.items() if (t != "train_dataset" and self._takes_attributes()) or self._by_group()
+        }
+        settings = getattr(self.compute_metrics, "settings", {}) if self._takes_attributes() else {}
+        used, self._attribute_names = with_attribute_ids(used, settings.get("attribute_names"))
+        self.train_dataset = used.pop("train_dataset", self.train_dataset)
+        if isinstance(self.eval_dataset, Mapping):
+            changed = {
+                name: used.get(title_of("eval_dataset", name), self.eval_dataset[name]) for name in self.eval_dataset
+            }
+            is_same = all(changed[name] is self.eval_dataset[name] for name in changed)
+            self.eval_dataset = self.eval_dataset if is_same else changed
+        else:
+            self.eval_dataset = used.get("eval_dataset", self.eval_dataset)
+
+    def _label_columns_of_pairs(self) -> dict[str, Any]:
+        sets = {title_of("pair_dataset", name): pairs for name, pairs in self.pair_datasets.items()}
+        sets |= {title_of("eval_pair_dataset", name): pairs for name, pairs in self.eval_pair_datasets.items()}
+        for title, pairs in sets.items():
+            check_pair_columns(
+                pairs,
+                title,
+                self._inputs[0],
+                has_processor=self._has_image_processor(),
+                uses_labels=self.pairs_with_labels or title.startswith("eval"),
+            )
+            check_names(class_columns({title: pairs}, ["attribute_a", "attribute_b"]))
+        return class_columns(sets, ["label", "label_a", "label_b"])
+
+    def _takes_attributes(self) -> bool:
+        """Whether the user's metrics ask for the attributes of the rows."""
+        return getattr(self.compute_metrics, "takes_attributes", False)
+
+    def _by_group(self) -> bool:
+        """Whether the task loss needs the attributes of the training rows."""
+        return self.args.objective in ("group_dro", "reweight")
 
     @property
     def method(self) -> str:
@@ -286,22 +361,36 @@ class IPGTrainer(PublishingTrainer):
 
     # ---- Data ----
 
+    def _has_image_processor(self) -> bool:
+        return isinstance(self.processing_class, (BaseImageProcessor, ImageProcessingMixin))
+
     def _as_inputs(self, dataset: Any, is_training: bool, seed: int) -> Any:
         """Raw images through the image processor; any other data set as it is."""
-        if not isinstance(self.processing_class, (BaseImageProcessor, ImageProcessingMixin)):
+        if not self._has_image_processor():
             return dataset
         draws = {"random_flip": self.args.random_flip, "random_crop_scale": self.args.random_crop_scale}
         draws = draws if is_training else {}
-        main_input, keep = self._pair_collator.main_input, ("label", "labels", "label_ids", *self.row_columns)
+        main_input, keep = self._pair_collator.main_input, (*LABEL_COLUMNS, *self._needed_columns(is_training))
         return as_model_inputs(dataset, self.processing_class, main_input, keep=keep, **draws, seed=seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        if not is_training and self._takes_attributes():
+            dataset = with_attribute_ids({description: dataset}, self._attribute_names)[0][description]
+        self._signature_columns, self._kept_columns = None, self._needed_columns(is_training)
         dataset = self._as_inputs(dataset, is_training, self.args.data_order_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in self.row_columns if name not in self._signature_columns]
+        self._signature_columns += [name for name in self._kept_columns if name not in self._signature_columns]
+
+    def _needed_columns(self, is_training: bool) -> list[str]:
+        """The columns of rows, beside image and label, that the task loss, the metrics or the model need."""
+        by_loss = is_training and self.task_loss is not None
+        by_metric = not is_training and self._takes_attributes()
+        return [
+            name for name in self.row_columns if by_loss or (by_metric and name == ATTRIBUTE) or name in self._inputs
+        ]
 
     def _pair_seed(self, name: str) -> int:
         """Seed of the order and the augmentation of a pair set; it does not depend on the other sets."""
@@ -404,6 +493,8 @@ class IPGTrainer(PublishingTrainer):
                 self._begin_guidance(model)
             self._guided_step.before_task(model)
             self.progress.is_called = True
+        if self.task_loss is None:
+            inputs = self._of_the_model(inputs)  # a user's compute_loss may pass on all that it gets
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             if self.is_guided:
@@ -490,8 +581,8 @@ class IPGTrainer(PublishingTrainer):
     # ---- Evaluation ----
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As `Trainer.prediction_step`; with an `attribute` column the labels are (labels, attributes)."""
-        attributes = inputs.get(ATTRIBUTE)
+        """As `Trainer.prediction_step`; for metrics that take attributes, the labels are (labels, attributes)."""
+        attributes = inputs.get(ATTRIBUTE) if self._takes_attributes() else None
         inputs = self._of_the_model(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         logits = logits[0] if self._computes_loss and isinstance(logits, tuple) else logits

@@ -258,6 +258,8 @@ def trainer(tmp_path, model=None, train=None, pair_dataset=None, kind=IPGTrainer
     given = {name: kwargs.pop(name) for name in list(kwargs) if name in names - {"args"}}
     if is_ours:
         given["pair_dataset"] = pairs(10) if pair_dataset is None else pair_dataset
+        if isinstance(pair_dataset, dict) and not pair_dataset:
+            given["pair_dataset"] = None  # no pairs
     model = vit() if model is None else model
     train = rows(24) if train is None else train
     args = config(tmp_path, kind.config_class if is_ours else IPGConfig, **kwargs)

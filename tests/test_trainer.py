@@ -296,6 +296,7 @@ def test_attributes_reach_metrics_and_never_the_model(tmp_path, remove):
         given.append(prediction.label_ids)
         return {"seen": 1.0}
 
+    metrics.takes_attributes = True
     rows = small.rows(10, attribute=True) if not remove else None
     settings = {"processing_class": ViTImageProcessor(**PROCESSOR)} if remove else {}
     train = hf_rows(24) if remove else small.rows(24, attribute=True)

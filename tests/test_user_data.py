@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data as users give it to the trainer: it is right, or an error before work starts names the set and the fix."""
+
+from itertools import permutations
+
+import datasets
+import numpy as np
+import pytest
+import small
+import torch
+from datasets import ClassLabel
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import ViTImageProcessor
+
+from ipg_hf.metrics import GroupMetrics, training_group_counts
+from ipg_hf.pairs import AdversarialPairs, ImageRows
+from ipg_hf.sets import check_names, pair_sets, with_attribute_ids
+
+PROCESSOR = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
+N = 12
+NAMES = ("cat", "dog")
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+
+
+def images(n=N, names=NAMES, attribute=None, seed=0, **columns):
+    """Rows of noise with alternating classes."""
+    columns = {"image": [noise((seed, i)) for i in range(n)], "label": [i % 2 for i in range(n)], **columns}
+    features = {"image": ImageFeature(), "label": ClassLabel(names=list(names))}
+    if attribute is not None:
+        columns["attribute"] = [attribute[i // 2 % len(attribute)] for i in range(n)]
+    made = datasets.Dataset.from_dict(columns)
+    return made.cast(datasets.Features({**made.features, **features}))
+
+
+def pairs(n=N, seed=50, **columns):
+    sides = {f"image_{side}": [noise((seed, k, i)) for i in range(n)] for k, side in enumerate("ab")}
+    return datasets.Dataset.from_dict({**sides, **columns})
+
+
+def trainer(tmp_path, train=None, pair_dataset=None, **kwargs):
+    model = kwargs.pop("model", None)
+    given = {"max_steps": 2, "processing_class": PROCESSOR, **kwargs}
+    return small.trainer(tmp_path, model, images() if train is None else train, pair_dataset or pairs(), **given)
+
+
+# ---- What pair_dataset takes ----
+
+
+def test_sets_of_pairs_by_name():
+    one, stream = pairs(4), pairs(4).to_iterable_dataset()
+    assert pair_sets(None, "pair_dataset") == {}
+    for taken in (one, stream, AdversarialPairs(images(4)), small.pairs(4)):
+        assert pair_sets(taken, "pair_dataset") == {"pairs": taken}
+    assert pair_sets({"colour": one, "shape": stream}, "pair_dataset") == {"colour": one, "shape": stream}
+    assert pair_sets(datasets.DatasetDict(colour=one, shape=one), "pair_dataset") == {"colour": one, "shape": one}
+    assert pair_sets(datasets.DatasetDict(train=one), "pair_dataset") == {"pairs": one}
+
+
+class Tuples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        return noise(row), noise(row + 1)
+
+
+class Dicts(Tuples):
+    def __getitem__(self, row):
+        return dict(zip(("image_a", "image_b"), super().__getitem__(row), strict=True))
+
+
+class Frame:
+    columns, iloc = ["image_a", "image_b"], None
+
+
+WRONG_FORMS = {
+    "splits": (lambda: datasets.DatasetDict(train=pairs(4), test=pairs(4)), ["'train', 'test'", "pairs['train']"]),
+    "splits in a dict": (lambda: {"colour": pairs(4), "validation": pairs(4)}, ["validation", "one split"]),
+    "a test split": (lambda: datasets.DatasetDict(test=pairs(4)), ["'test'"]),
+    "no set": (dict, ["empty dict", "None"]),
+    "None in a dict": (lambda: {"colour": None}, ["pair_dataset['colour'] is None"]),
+    "a key that is no text": (lambda: {0: pairs(4)}, ["the key 0"]),
+    "tuples": (lambda: [(noise(0), noise(1))], ["rows are of type tuple", "from_list"]),
+    "a set of tuples": (Tuples, ["Tuples", "tuple", "from_list"]),
+    "a set of dicts of images": (Dicts, ["Dicts", "dicts of images", "from_list(list(pairs))"]),
+    "tensors": (lambda: TensorDataset(torch.zeros(4, 3), torch.zeros(4, 3)), ["TensorDataset", "tuple"]),
+    "an array": (lambda: np.zeros((4, 2, 8, 8)), ["ndarray"]),
+    "columns": (lambda: {"image_a": [1], "image_b": [2]}, ["columns 'image_a', 'image_b'", "from_dict"]),
+    "two sets": (lambda: (images(4), images(4)), ["tuple of 2 data sets"]),
+    "a path": (lambda: "pairs/train", ["'pairs/train'", "load_dataset"]),
+    "a table": (Frame, ["Frame", "from_pandas"]),
+    "a loader": (lambda: DataLoader(small.pairs(4)), ["DataLoader", "loader.dataset"]),
+    "an iterator": (lambda: iter([{}]), ["list_iterator"]),
+    "a number": (lambda: 300, ["int"]),
+    "a dict in a dict": (lambda: {"colour": {"all": pairs(4)}}, ["pair_dataset['colour'] is a dict"]),
+    "an empty list": (list, ["empty"]),
+}
+
+
+@pytest.mark.parametrize("form", WRONG_FORMS)
+def test_what_is_no_set_of_pairs(tmp_path, form):
+    make, words = WRONG_FORMS[form]
+    with pytest.raises(ValueError, match="pair_dataset") as failure:
+        small.IPGTrainer(small.vit(), small.config(tmp_path), train_dataset=images(), pair_dataset=make())
+    assert all(word in str(failure.value) for word in words), failure.value
+    with pytest.raises(ValueError, match="eval_pair_dataset"):
+        pair_sets(make(), "eval_pair_dataset")
+
+
+# ---- Classes by name ----
+
+
+def test_every_order_of_names_but_the_same_is_refused():
+    own = ("ant", "bee", "cow")
+    for other in permutations(own):
+        columns = {
+            "label of train_dataset": ClassLabel(names=list(own)),
+            "label of eval": ClassLabel(names=list(other)),
+        }
+        for kinds, model in ((columns, None), (dict([*columns.items()][:1]), other)):
+            if other == own:
+                check_names(kinds, model)
+                continue
+            with pytest.raises(ValueError, match="one number would mean different classes") as failure:
+                check_names(kinds, model)
+            assert "label of train_dataset" in str(failure.value)
+            assert all(", ".join(map(repr, names)) in str(failure.value) for names in (own, other))
+    check_names({"a": ClassLabel(names=["ant", "bee"]), "b": ClassLabel(names=list(own))}, own)  # some are not used
+    check_names({"a": ClassLabel(names=list(own))}, ["0", "1", "2"])
+    check_names({"a": ClassLabel(num_classes=3), "b": ClassLabel(names=list(own)), "c": datasets.Value("int64")}, own)
+
+
+def test_the_sets_of_a_trainer_have_one_order(tmp_path):
+    turned = NAMES[::-1]
+    of_class = {"label": ClassLabel(names=list(turned))}
+    labelled = pairs(label=[0] * N).cast_column("label", of_class["label"])
+    sides = pairs(label_a=[0] * N, label_b=[0] * N).cast_column("label_b", of_class["label"])
+    sides = sides.cast_column("label_a", ClassLabel(names=list(NAMES)))
+    model = small.vit(id2label=dict(enumerate(turned)), label2id={name: i for i, name in enumerate(turned)})
+    for wrong, title in (
+        ({"eval_dataset": images(names=turned)}, "label of eval_dataset"),
+        ({"eval_dataset": {"near": images(), "far": images(names=turned)}}, r"label of eval_dataset\['far'\]"),
+        ({"pair_dataset": labelled}, "label of pair_dataset"),
+        ({"pair_dataset": {"colour": pairs(), "shape": sides}}, r"label_b of pair_dataset\['shape'\]"),
+        ({"model": model}, r"the model \(config.id2label\)"),
+    ):
+        with pytest.raises(ValueError, match=title):
+            trainer(tmp_path, **wrong)
+    trainer(tmp_path, images(names=turned), labelled, model=model, eval_dataset=images(names=turned))
+
+
+def test_the_sides_of_pairs_and_the_sets_have_one_order_of_attributes(tmp_path):
+    def kind(*names):
+        return ClassLabel(names=list(names))
+
+    swapped = pairs(attribute_a=[0] * N, attribute_b=[1] * N).cast_column("attribute_a", kind("red", "green"))
+    swapped = swapped.cast_column("attribute_b", kind("green", "red"))
+    with pytest.raises(ValueError, match="attribute_b of pair_dataset"):
+        trainer(tmp_path, pair_dataset=swapped)
+    train = images(attribute=[0, 1]).cast_column("attribute", kind("red", "green"))
+    other = images(attribute=[0, 1]).cast_column("attribute", kind("green", "red"))
+    with pytest.raises(ValueError, match="attribute of eval_dataset"):
+        trainer(tmp_path, train, eval_dataset=other)
+
+
+# ---- The attribute ----
+
+
+def labels_seen(tmp_path, metrics_take_attributes, **kwargs):
+    """The label_ids of an evaluation, and the columns that a user's compute_loss has seen."""
+    given, columns = [], set()
+
+    class OwnLoss(small.IPGTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            columns.update(inputs)
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def metrics(prediction):
+        given.append(prediction.label_ids)
+        return {}
+
+    if metrics_take_attributes:
+        metrics.takes_attributes = True
+    run = trainer(tmp_path, kind=OwnLoss, compute_metrics=metrics, **kwargs)
+    run.train()
+    run.evaluate()
+    return given[0], columns
+
+
+@pytest.mark.parametrize("remove", [True, False])
+def test_only_metrics_that_ask_get_attributes(tmp_path, remove):
+    sets = {"train": images(attribute=[0, 1]), "eval_dataset": images(attribute=[0, 1])}
+    if not remove:
+        sets = {"train": small.rows(N, attribute=True), "eval_dataset": small.rows(N, attribute=True)}
+    plain, columns = labels_seen(tmp_path, False, **sets, remove_unused_columns=remove)
+    assert plain.tolist() == [i % 2 for i in range(N)] and columns == {"pixel_values", "labels"}
+    (labels, attributes), columns = labels_seen(tmp_path, True, **sets, remove_unused_columns=remove)
+    assert labels.tolist() == plain.tolist() and attributes.tolist() == [i // 2 % 2 for i in range(N)]
+    assert columns == {"pixel_values", "labels"}
+
+
+@pytest.mark.parametrize("values", [["red", "green"], [3_000_000_001, 5], ["10", "9"], [1.0, 0.0]])
+def test_texts_and_large_numbers_work_like_a_class_label(tmp_path, values):
+    names = sorted((str(int(v)) if isinstance(v, float) else str(v) for v in values), key=lambda n: (len(n), n))
+    names = ["green", "red"] if values[0] == "red" else names
+    ids = [names.index(str(int(v)) if isinstance(v, float) else str(v)) for v in values]
+    label = ClassLabel(names=names)
+    found = []
+    for column, cast in ((values, False), (ids, True)):
+        # the evaluation set has one value only: its ids are those of the training set
+        train, other = images(attribute=column), images(attribute=column[:1], seed=1)
+        if cast:
+            train, other = (part.cast_column("attribute", label) for part in (train, other))
+        run = trainer(tmp_path, train, eval_dataset=other, compute_metrics=GroupMetrics(train), objective="group_dro")
+        assert run.train_dataset.features["attribute"].names == names
+        run.train()
+        metrics = run.evaluate()
+        found.append({k: v for k, v in metrics.items() if "time" not in k and "second" not in k})
+        assert training_group_counts(train).tolist() == [[3, 3], [3, 3]]
+    assert found[0] == found[1] and f"eval_group_accuracy/cat/{names[ids[0]]}" in found[0]
+
+
+def test_attributes_are_numbered_alike_by_name():
+    a, b = images(attribute=["sky", "sea"]), images(attribute=["ice", "sky"])
+    changed, names = with_attribute_ids({"a": a, "b": b}, None)
+    assert names == ["sea", "sky", "ice"]
+    texts = {name: part.features["attribute"].int2str(part["attribute"][:]) for name, part in changed.items()}
+    assert texts == {"a": a["attribute"][:], "b": b["attribute"][:]}
+    assert with_attribute_ids({"b": b}, names)[0]["b"]["attribute"][:4] == [2, 2, 1, 1]
+    plain = images(attribute=[0, 1])
+    assert with_attribute_ids({"a": plain}, None) == ({"a": plain}, None)
+    with pytest.raises(ValueError, match="attribute of b has the numbers '0', '1', that of a 'sea', 'sky'"):
+        with_attribute_ids({"a": a, "b": plain}, None)
+    # small numbers are names where the other set has large ones
+    few, many = images(attribute=[7, 5]), images(attribute=[5, 7000, 7])
+    assert with_attribute_ids({"many": many, "few": few}, None)[0]["few"]["attribute"][:4] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [([0, None], "missing .*row 2"), (["a", None], "missing .*row 2"), ([0, -1], "-1 in row 2"), ([0.5, 1.0], "0.5")],
+)
+def test_attributes_that_are_none(tmp_path, values, words):
+    """They are refused at construction where they are needed, and else not read."""
+    wrong = images(attribute=values)
+    with pytest.raises(
+        ValueError, match=f"attribute of eval_dataset.*{words}|{words}.*attribute of eval_dataset|{words}"
+    ):
+        trainer(tmp_path, eval_dataset=wrong, compute_metrics=GroupMetrics())
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, wrong, objective="reweight")
+    run = trainer(
+        tmp_path, wrong, eval_dataset=wrong, compute_metrics=lambda prediction: {"n": len(prediction.label_ids)}
+    )
+    run.train()
+    assert run.evaluate()["eval_n"] == N
+
+
+def test_a_table_by_group_has_the_size_of_the_values_that_occur():
+    logits, labels = np.eye(2)[[0, 1, 1, 1]], np.array([0, 1, 0, 1])
+    prediction = type("", (), {"predictions": logits, "label_ids": (labels, np.array([3_000_000_001, 5, 5, 7]))})
+    found = GroupMetrics()(prediction)
+    assert found["worst_group_accuracy"] == 0 and found["group_accuracy/0/5"] == 0
+    assert found["group_accuracy/0/3000000001"] == found["group_accuracy/1/5"] == found["group_accuracy/1/7"] == 1
+
+
+# ---- Columns ----
+
+
+def without(column, dataset=None):
+    return (images() if dataset is None else dataset).remove_columns(column)
+
+
+def paths():
+    return datasets.Dataset.from_dict({"image": ["a.png"] * 4, "label": [0, 1, 0, 1]})
+
+
+def lists():
+    return datasets.Dataset.from_dict({"image": [[[0] * 20] * 20] * 4, "label": [0, 1, 0, 1]})
+
+
+def with_labels(values):
+    return without("label").add_column("label", values)
+
+
+WRONG_COLUMNS = {
+    "image": (lambda: images().rename_column("image", "img"), ["'img'", "rename_column('img', 'image')"]),
+    "label": (lambda: images().rename_column("label", "fine_label"), ["rename_column('fine_label', 'label')"]),
+    "neither": (lambda: without("label", without("image", images(other=[0] * N))), ["'other'", "image"]),
+    "paths": (paths, ["string", "cast_column('image', datasets.Image())"]),
+    "lists": (lists, ["List", "Image.fromarray"]),
+    "texts": (lambda: with_labels(["cat"] * N), ["texts", "class_encode_column('label')"]),
+    "None": (lambda: with_labels([0, None] * (N // 2)), ["row 1", "None"]),
+    "floats": (lambda: with_labels([0.0, 1.0] * (N // 2)), ["float", "cast_column"]),
+    "no image": (lambda: images().cast_column("image", ImageFeature(decode=False)), None),
+    "pairs": (pairs, ["pair_dataset"]),
+    "rows of images": (lambda: [{"image": noise(0), "label": 0}], ["'image', 'label'", "from_list(list(rows))"]),
+    "tuples": (lambda: [(noise(0), 0)], ["tuple", "from_list"]),
+    "torch": (Tuples, ["tuple", "from_list"]),
+    "a path": (lambda: "data/train", ["load_dataset"]),
+}
+
+
+@pytest.mark.parametrize("form", WRONG_COLUMNS)
+@pytest.mark.parametrize("argument", ["train", "eval_dataset"])
+def test_columns_that_are_not_found(tmp_path, form, argument):
+    make, words = WRONG_COLUMNS[form]
+    given = {argument: make(), "compute_metrics": lambda prediction: {}}
+    if words is None:
+        trainer(tmp_path, **given).train()
+        return
+    with pytest.raises(ValueError, match="train_dataset" if argument == "train" else "eval_dataset") as failure:
+        trainer(tmp_path, **given)
+    assert all(word in str(failure.value) for word in words), failure.value
+
+
+def test_raw_images_need_an_image_processor(tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset has raw images .*=AutoImageProcessor"):
+        trainer(tmp_path, processing_class=None, pair_dataset=small.pairs(4))
+
+
+@pytest.mark.parametrize("row", [0, 5, N - 1])
+def test_a_missing_image_is_named(tmp_path, row):
+    columns = images().cast_column("image", ImageFeature(decode=False))
+    stored = [None if number == row else value for number, value in enumerate(columns["image"][:])]
+    broken = without("image").add_column("image", stored, feature=ImageFeature())
+    with pytest.raises(
+        ValueError, match=rf"train_dataset has no image \(None\) in 1 of {N} rows, the first is row {row}"
+    ):
+        trainer(tmp_path, broken)
+    trainer(tmp_path, broken.select([number for number in range(N) if number != row]))
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "arrow"])
+def test_a_format_changes_no_training(tmp_path, form):
+    ends = []
+    for make in (lambda dataset: dataset, lambda dataset: dataset.with_format(form)):
+        run = trainer(tmp_path, make(images()), make(pairs()), eval_dataset=make(images(seed=3)))
+        run.train()
+        ends.append((small.weights(run.model), run.evaluate()["eval_loss"]))
+    assert small.bit_equal(ends[0][0], ends[1][0]) and ends[0][1] == ends[1][1]
+
+
+def test_image_rows_name_their_columns(tmp_path):
+    renamed = images().rename_column("image", "img")
+    rows = ImageRows(renamed, PROCESSOR, {"img": "pixel_values"}, keep=["label"])
+    trainer(tmp_path, rows, eval_dataset=rows).train()
+    with pytest.raises(ValueError, match=r"train_dataset .* no 'label'"):
+        trainer(tmp_path, ImageRows(renamed, PROCESSOR, {"img": "pixel_values"}))
+
+
+def test_what_users_collate_themselves_is_theirs(tmp_path):
+    def collate(rows):
+        batch = PROCESSOR([image for image, _ in rows], return_tensors="pt")
+        return {**batch, "labels": torch.tensor([label for _, label in rows])}
+
+    rows = [(noise(i), i % 2) for i in range(8)]
+    trainer(tmp_path, rows, data_collator=collate, remove_unused_columns=False).train()
+
+    class OwnLoader(small.IPGTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(self.train_dataset, 4, collate_fn=collate)
+
+    trainer(tmp_path, rows, kind=OwnLoader).train()
+
+
+# ---- Columns of pairs, and streams ----
+
+
+def stream_of(dataset):
+    return dataset.to_iterable_dataset()
+
+
+WRONG_PAIRS = {
+    "other names": (
+        lambda: pairs().rename_columns({"image_a": "x", "image_b": "y"}),
+        ["'x': 'image_a', 'y': 'image_b'"],
+    ),
+    "one other name": (lambda: pairs().rename_column("image_b", "y"), ["{'y': 'image_b'}"]),
+    "single images": (images, ["overlay_pairs"]),
+    "paths": (lambda: datasets.Dataset.from_dict({"image_a": ["a"], "image_b": ["b"]}), ["image_a", "Image()"]),
+    "a stream of paths": (
+        lambda: stream_of(datasets.Dataset.from_dict({"image_a": ["a"], "image_b": ["b"]})),
+        ["image_a"],
+    ),
+    "a stream that is not decoded": (lambda: stream_of(pairs()).decode(False), ["image_a", "decode(True)"]),
+    "a stream of nothing": (lambda: stream_of(pairs()).filter(lambda row: False), ["empty"]),
+}
+
+
+@pytest.mark.parametrize("form", WRONG_PAIRS)
+def test_columns_of_pairs(tmp_path, form):
+    make, words = WRONG_PAIRS[form]
+    with pytest.raises(ValueError, match="pair_dataset") as failure:
+        trainer(tmp_path, pair_dataset={"colour": make()})
+    assert all(word in str(failure.value) for word in [*words, "'colour'"]), failure.value
+
+
+@pytest.mark.parametrize("labels, words", [(["cat"] * N, "texts"), ([0] * (N - 1) + [None], f"row {N - 1}")])
+def test_labels_of_held_out_pairs(tmp_path, labels, words):
+    wrong = pairs(label=labels)
+    trainer(tmp_path, pair_dataset=wrong)  # training never reads them
+    with pytest.raises(ValueError, match=f"eval_pair_dataset.*{words}"):
+        trainer(tmp_path, eval_pair_dataset=wrong)
