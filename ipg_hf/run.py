@@ -185,7 +185,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     Raises:
         FileExistsError: there is a file `output` already.
     """
-    if output and args.process_index == 0:
+    if output:
         refuse_existing(output)
     data = recipe.load_data(args.data_order_seed, with_pairs=False)
     model, processor = load_trained(name, recipe, data)
