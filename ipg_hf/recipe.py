@@ -322,7 +322,7 @@ def _hint(key: str, method: str, known: Sequence[str]) -> str:
 
 
 def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaults: Any) -> Any:
-    """Calls a function of the library with options of a recipe, which win over the defaults that it knows.
+    """Calls a function of the library with options of a recipe; drops defaults that the function does not take.
 
     Raises:
         RecipeError: an option is none of its arguments, or one that it needs is missing.
