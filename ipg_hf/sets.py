@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from .losses import ATTRIBUTE
 from .metrics import read_attributes
@@ -25,6 +26,8 @@ from .pairs.classes import is_text, model_names, shown, values_of, with_column
 from .pairs.loader import is_stream
 from .pairs.transforms import ImageRows
 from .seeding import seeded
+
+logger = logging.get_logger(__name__)
 
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing", "unsplit"}
 TRAINING_SPLITS = {"train", "training", "unsplit"}
@@ -417,7 +420,25 @@ def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> 
     return changed, order
 
 
-def names_of_model(model: Any) -> list[str] | None:
-    """Returns the names of a model's classes in their order; None without a config, or where they say nothing."""
+def names_for_training(model: Any, columns: Mapping[str, Any]) -> list[str] | None:
+    """Returns the names of a model's classes in their order; None without a config, or where they say nothing.
+
+    A model that was made for as many other classes gets the names of the training set, with a warning: it would be
+    published under names that have nothing to do with what it was trained on.
+
+    Args:
+        model: the model; its config may be changed.
+        columns: what [`class_columns`] returns.
+    """
     config = getattr(model, "config", None)
-    return model_names(config) if getattr(config, "id2label", None) else None
+    own = model_names(config) if getattr(config, "id2label", None) else None
+    features = [feature for title, feature in columns.items() if title.endswith(" of train_dataset")]
+    names = next((list(f.names) for f in features if isinstance(f, datasets.ClassLabel)), None)
+    if own is None or names is None or len(own) != len(names) or {*own} & {*names}:
+        return own
+    logger.warning(
+        f"The model has the classes {shown(own)}, and train_dataset has {shown(names)}: the model gets the names of "
+        "the data (id2label and label2id of its config). Its head starts from what it knew."
+    )
+    config.id2label, config.label2id = dict(enumerate(names)), {name: number for number, name in enumerate(names)}
+    return names

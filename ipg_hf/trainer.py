@@ -53,7 +53,7 @@ from .sets import (
     check_names,
     check_pair_columns,
     class_columns,
-    names_of_model,
+    names_for_training,
     pair_sets,
     with_attribute_ids,
 )
@@ -229,8 +229,9 @@ class IPGTrainer(PublishingTrainer):
                     problem_type=getattr(config, "problem_type", None),
                 )
             check_labels(dataset, title, num_labels)
-        own = names_of_model(self.model)
-        check_names(class_columns(sets, LABEL_COLUMNS) | self._label_columns_of_pairs(), own)
+        columns = class_columns(sets, LABEL_COLUMNS)
+        own = names_for_training(self.model, columns)
+        check_names(columns | self._label_columns_of_pairs(), own)
         check_names(class_columns(sets, [ATTRIBUTE]))
         used = {
             t: d for t, d in sets.items() if (t != "train_dataset" and self._takes_attributes()) or self._by_group()

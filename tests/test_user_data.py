@@ -154,6 +154,17 @@ def test_the_sets_of_a_trainer_have_one_order(tmp_path):
     trainer(tmp_path, images(names=turned), labelled, model=model, eval_dataset=images(names=turned))
 
 
+def test_a_model_of_other_classes_gets_the_names_of_the_training_set(tmp_path, caplog):
+    """It is published under the names that it was trained on; a model with some of the names is refused above."""
+    model = small.vit(id2label={0: "ant", 1: "bee"}, label2id={"ant": 0, "bee": 1})
+    run = trainer(tmp_path, model=model)
+    assert run.model.config.id2label == dict(enumerate(NAMES))
+    assert run.model.config.label2id == {name: number for number, name in enumerate(NAMES)}
+    assert all(name in caplog.text for name in ("'ant', 'bee'", "'cat', 'dog'", "train_dataset"))
+    placeholders = trainer(tmp_path, model=small.vit())
+    assert placeholders.model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
 def test_the_sides_of_pairs_and_the_sets_have_one_order_of_attributes(tmp_path):
     def kind(*names):
         return ClassLabel(names=list(names))
