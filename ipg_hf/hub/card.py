@@ -170,7 +170,7 @@ def model_card(
         "not_recorded": NOT_RECORDED,
         "title": name.split("/")[-1],
         "repo": name if "/" in name else f"<your-name>/{name}",
-        "repo_note": "" if "/" in name else "  # your name on the Hub",
+        "repo_note": "" if "/" in name else "# replace <your-name> by your name on the Hub\n",
         "license": license,
         "results": shown_results,
         "names": [_in_one_line(split) for split in splits],
