@@ -226,8 +226,8 @@ def find_head(
         linear = [name for name, module in model.named_modules() if _is_linear(module)]
         if _num_labels(model) == 0:
             raise ValueError(
-                f"{type(model).__name__} has no classifier (num_classes is 0): choose a model with a classifier, or "
-                "wrap it in a module of your own whose forward returns the logits of a linear layer."
+                f"{type(model).__name__} has no classifier (num_classes is 0): choose a model that has one, or wrap it "
+                "in a module of your own whose forward returns the logits of a linear layer."
             )
         raise ValueError(
             f"{type(model).__name__} has no linear layer with {_num_labels(model)} outputs (its config.num_labels). "
