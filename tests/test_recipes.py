@@ -25,6 +25,7 @@ from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
 from ipg_hf.recipe import MAKERS, parse_recipe, parse_settings
 from ipg_hf.record import NOT_RECORDED, read_records, resolved_settings
+from ipg_hf.run import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RECORDS, RESULTS = RECIPES / "records", RECIPES / "results"
@@ -62,7 +63,7 @@ def suite(name):
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "scripts"))
-    for name in ("table", "pair_quality", "readability"):
+    for name in ("table", "seeds", "run", "pair_quality", "readability", "checkpoints"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import table
 
@@ -379,34 +380,81 @@ def test_the_launchers_page_names_tests_that_exist_and_the_recorded_memory():
 @pytest.fixture
 def elsewhere(script, tmp_path, monkeypatch):
     """The scripts with folders of their own, and a recipe of a few steps."""
-    import pair_quality
-    import readability
+    import seeds
 
-    for module in (pair_quality, readability):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-        monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(seeds, "RECORDS", tmp_path / "records")
     path = tmp_path / "digits/tiny.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump({**TINY, "learning_rate": 1e-2}))
-    return path, pair_quality, readability
+    return path
+
+
+def written(path, collection):
+    """The records that a script has written beside a recipe."""
+    return read_records(path.parents[1] / "records" / f"{collection}.jsonl")
+
+
+def test_a_recipe_is_run_once_a_seed(elsewhere):
+    import run
+    import seeds
+
+    options = seeds.parser("").parse_args([str(elsewhere), "--seeds", "3", "5"])
+    for _ in range(2):  # what has a record is not run again
+        seeds.for_each(options, run.run)
+    found = written(elsewhere, "digits")
+    assert [(record["run"], record["seed"]) for record in found] == [("tiny-seed3", 3), ("tiny-seed5", 5)]
+    assert found[0]["metrics"] != found[1]["metrics"]
 
 
 def test_pairs_are_spoiled_for_a_run_and_its_record_says_so(elsewhere, monkeypatch):
-    path, pair_quality, _ = elsewhere
+    import pair_quality
+
     monkeypatch.setitem(pair_quality.LEVELS, "mislabelled", (1.0,))
-    for _ in range(2):  # what has a record is not run again
-        pair_quality.run(path, 0, ["mislabelled"])
-    clean, spoiled = read_records(pair_quality.RECORDS / "pair_quality_digits.jsonl")
+    pair_quality.run(elsewhere, 0, ["mislabelled"])
+    clean, spoiled = written(elsewhere, "pair_quality_digits")
     assert [clean["run"], spoiled["run"]] == ["tiny-none-0-seed0", "tiny-mislabelled-1-seed0"]
     assert [run["settings"].pop("degrade_pairs") for run in (clean, spoiled)] == [{}, {"mislabelled": 1.0}]
     assert clean["settings"] == spoiled["settings"] and clean["metrics"] != spoiled["metrics"]
 
 
 def test_features_are_probed_before_and_after_a_training(elsewhere):
-    path, _, readability = elsewhere
-    readability.run(path, 0)
-    (record,) = read_records(readability.RECORDS / "readability_digits.jsonl")
+    import readability
+
+    readability.run(elsewhere, 0)
+    (record,) = written(elsewhere, "readability_digits")
     assert record["run"] == "tiny-seed0" and {*record["probes"]} == {"before", "after"}
     assert record["probes"]["before"]["label"] != record["probes"]["after"]["label"]
     again = read_records(RECORDS / "readability_digits.jsonl")[0]
     assert {*again["probes"]["before"]} == {*record["probes"]["before"]}
+
+
+def test_a_choice_is_that_of_a_training_with_its_metric(elsewhere):
+    """On the same pairs: the metric changes nothing but the choice."""
+    import checkpoints
+    import seeds
+
+    elsewhere.write_text(yaml.safe_dump({**TINY, "learning_rate": 1e-2, "max_steps": 8}))
+    checkpoints.run(elsewhere, 1)
+    (record,) = written(elsewhere, "checkpoints_digits")
+    assert record["data"]["pair_sets"]["pairs"]["pairs"] == 32
+    assert record["data"]["held_out"] == {"from_validation": 300, "from_training": 8}
+    choices = record["choices"]
+    assert [*choices] == [*checkpoints.RULES, "last"] and choices["last"]["step"] == 8
+    assert choices[checkpoints.PAIR_ACCURACY]["step"] == record["chosen_step"]
+    assert choices["last"]["step"] != choices["worst_group_accuracy"]["step"] != record["chosen_step"]
+    flags = ["--metric_for_best_model", "worst_group_accuracy"]
+    recipe, args, given = seeds.settings(elsewhere, 1, elsewhere.parent / "alone", *flags)
+    alone = train(recipe, args, given, data=checkpoints.with_held_out(recipe.load_data(1), 1))
+    chosen = {
+        "step": alone["chosen_step"],
+        "test": {name: alone["metrics"]["test"][name] for name in checkpoints.MEASURED},
+    }
+    assert chosen == choices["worst_group_accuracy"]
+
+
+def test_of_equal_checkpoints_the_earliest_is_chosen(script):
+    from checkpoints import chosen_step
+
+    looks = [{"step": 10 * n, "eval_accuracy": a, "eval_x/flip_rate": 1 - a} for n, a in enumerate([0.5, 0.9, 0.9])]
+    assert chosen_step(looks, "accuracy") == chosen_step(looks, "x/flip_rate") == 10

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import seeds
 
+from ipg_hf.data.benchmark import Benchmark
 from ipg_hf.metrics import is_higher_better
 from ipg_hf.pairs.held_out import hold_out_pairs
 from ipg_hf.record import read_json
@@ -37,28 +38,35 @@ def run(path: Path, seed: int) -> None:
     """Trains one seed of a recipe, and measures the checkpoint that each rule chooses."""
     dataset, name = seeds.dataset_of(path), f"{path.stem}-seed{seed}"
     output = seeds.ROOT / "outputs" / f"checkpoints-{dataset}-{name}"
+    seeds.record_once(f"checkpoints_{dataset}", name, lambda: train_and_choose(path, seed, output))
 
-    def make() -> dict:
-        recipe, args, given = seeds.settings(path, seed, output, "--metric_for_best_model", PAIR_ACCURACY)
-        args.save_total_limit = None  # every checkpoint is kept
-        data = recipe.load_data(args.data_order_seed)
-        kept, held_out = hold_out_pairs(data.pairs, "the training pairs", seed=args.data_order_seed)
-        held_out = {"from_validation": data.validation_pairs, "from_training": held_out}
-        record = train(recipe, args, given, data=replace(data, pairs=kept, validation_pairs=held_out))
-        record["data"]["held_out"] = {name: len(pairs) for name, pairs in held_out.items()}
-        looks = [entry for entry in read_json(output / "trainer_state.json")["log_history"] if "eval_loss" in entry]
-        steps = {rule: chosen_step(looks, rule) for rule in RULES} | {LAST: record["steps"]}
-        tested = {record["chosen_step"]: record["metrics"]["test"]}
-        for step in {*steps.values()} - {*tested}:
-            tested[step] = evaluate(str(output / f"checkpoint-{step}"), recipe, args, "test", None)
-        record["choices"] = {
-            rule: {"step": step, "test": {metric: tested[step][metric] for metric in MEASURED}}
-            for rule, step in steps.items()
-        }
-        return record
 
-    seeds.record_once(f"checkpoints_{dataset}", name, make)
-    shutil.rmtree(output, ignore_errors=True)
+def train_and_choose(path: Path, seed: int, output: Path) -> dict:
+    """The record of a training, with what each rule chooses."""
+    recipe, args, given = seeds.settings(path, seed, output, "--metric_for_best_model", PAIR_ACCURACY)
+    args.save_total_limit = None  # every checkpoint is kept
+    data = with_held_out(recipe.load_data(args.data_order_seed), args.data_order_seed)
+    record = train(recipe, args, given, data=data)
+    record["data"]["held_out"] = {name: len(pairs) for name, pairs in data.validation_pairs.items()}
+    looks = [entry for entry in read_json(output / "trainer_state.json")["log_history"] if "eval_loss" in entry]
+    steps = {rule: chosen_step(looks, rule) for rule in RULES} | {LAST: record["steps"]}
+    tested = {record["chosen_step"]: record["metrics"]["test"]}
+    for step in {*steps.values()} - {*tested}:
+        tested[step] = evaluate(str(output / f"checkpoint-{step}"), recipe, args, "test", None)
+    record["choices"] = {
+        rule: {"step": step, "test": {metric: tested[step][metric] for metric in MEASURED}}
+        for rule, step in steps.items()
+    }
+    shutil.rmtree(output)
+    return record
+
+
+def with_held_out(data: Benchmark, seed: int) -> Benchmark:
+    """The benchmark with a fifth of its training pairs held out, beside the pairs of its validation set."""
+    kept, held_out = hold_out_pairs(data.pairs, "the training pairs", seed=seed)
+    return replace(
+        data, pairs=kept, validation_pairs={"from_validation": data.validation_pairs, "from_training": held_out}
+    )
 
 
 def chosen_step(looks: list[dict], rule: str) -> int:

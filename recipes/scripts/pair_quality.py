@@ -7,21 +7,20 @@ A record is the run `<recipe>-<kind>-<level>-seed<n>` in `recipes/records/pair_q
 record is not run again.
 """
 
-import argparse
 import re
 import shutil
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import seeds
 
 from ipg_hf.baselines import degrade_pairs
 from ipg_hf.bench.tables import spread
-from ipg_hf.recipe import parse_recipe
-from ipg_hf.record import append_record, read_records
+from ipg_hf.record import read_records
 from ipg_hf.run import train
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "recipes/records"
 DATASETS = ("digits", "colored_mnist")
 LEVELS = {
     "mislabelled": (0.1, 0.3, 0.6, 1.0),
@@ -37,29 +36,28 @@ TITLES = {
 
 def run(path: Path, seed: int, kinds: list[str]) -> None:
     """Trains one seed of a recipe: on the pairs as they are, and on pairs with each kind of fault at each level."""
-    dataset = path.resolve().parent.name
-    records = RECORDS / f"pair_quality_{dataset}.jsonl"
+    dataset = seeds.dataset_of(path)
     for kind, level in [("none", 0.0), *((fault, level) for fault in kinds for level in LEVELS[fault])]:
-        name = f"{path.stem}-{kind}-{level:g}-seed{seed}"
-        if any(record["run"] == name for record in read_records(records)):
-            continue
-        print(name, flush=True)
-        output = ROOT / "outputs" / f"pair-quality-{dataset}-{name}"
-        flags = ["--seed", str(seed), "--output_dir", str(output), "--overwrite_output_dir", "true"]
-        recipe, args, given = parse_recipe(str(path), flags)
-        data = recipe.load_data(args.data_order_seed)
-        faults = {kind: level} if level else {}
-        data = replace(data, pairs=degrade_pairs(data.pairs, **faults, seed=args.data_order_seed)) if faults else data
-        record = train(recipe, args, given, data=data)
-        record["settings"]["degrade_pairs"] = faults
-        append_record(records, {"run": name, **record})
-        shutil.rmtree(output)
+        name, faults = f"{path.stem}-{kind}-{level:g}-seed{seed}", {kind: level} if level else {}
+        output = seeds.ROOT / "outputs" / f"pair-quality-{dataset}-{name}"
+        seeds.record_once(f"pair_quality_{dataset}", name, partial(train_on, path, seed, output, faults))
+
+
+def train_on(path: Path, seed: int, output: Path, faults: dict[str, float]) -> dict:
+    """Trains one seed of a recipe on pairs with faults."""
+    recipe, args, given = seeds.settings(path, seed, output)
+    data = recipe.load_data(args.data_order_seed)
+    data = replace(data, pairs=degrade_pairs(data.pairs, **faults, seed=args.data_order_seed)) if faults else data
+    record = train(recipe, args, given, data=data)
+    record["settings"]["degrade_pairs"] = faults
+    shutil.rmtree(output)
+    return record
 
 
 def curves(dataset: str) -> dict[str, dict[str, dict[float, list[float]]]]:
     """Recipe -> kind -> level -> worst-group accuracies on the test set, one a seed; level 0 is the clean set."""
     found: dict = {}
-    for record in read_records(RECORDS / f"pair_quality_{dataset}.jsonl"):
+    for record in read_records(seeds.RECORDS / f"pair_quality_{dataset}.jsonl"):
         recipe, kind, level = re.fullmatch(r"(\w+)-(\w+)-([\d.]+)-seed\d+", record["run"]).groups()
         for name in TITLES if kind == "none" else (kind,):
             levels = found.setdefault(recipe, {}).setdefault(name, {})
@@ -115,16 +113,8 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+if __name__ == "__main__":
+    parser = seeds.parser(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     options = parser.parse_args()
-    for seed in options.seeds:
-        for recipe in options.recipes:
-            run(recipe, seed, options.kinds)
-
-
-if __name__ == "__main__":
-    main()
+    seeds.for_each(options, partial(run, kinds=options.kinds))

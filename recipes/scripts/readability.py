@@ -8,37 +8,34 @@ counts the same (`ipg_hf.audit.numbers.linear_probe`). A record is the run `<rec
 `recipes/records/readability_<dataset>.jsonl`: that of the training, with `probes`. What has a record is not run again.
 """
 
-import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import seeds
 from transformers import set_seed
 
 from ipg_hf.audit.measure import audit
 from ipg_hf.bench.tables import spread
-from ipg_hf.recipe import parse_recipe
-from ipg_hf.record import append_record, read_records, resolved_settings
+from ipg_hf.record import read_json, read_records, resolved_settings
 from ipg_hf.run import load_trained, train
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "recipes/records"
 DATASETS = ("digits", "colored_mnist", "scenes")
 TIMES, TARGETS = ("before", "after"), ("label", "attribute")
 
 
 def run(path: Path, seed: int) -> None:
     """Probes one seed of a recipe as it began and as it ended; trains it where `run.py` has not."""
-    dataset, name = path.resolve().parent.name, f"{path.stem}-seed{seed}"
-    records = RECORDS / f"readability_{dataset}.jsonl"
-    if any(record["run"] == name for record in read_records(records)):
-        return
-    output = ROOT / "outputs" / f"{dataset}-{name}"  # run.py's
-    flags = ["--seed", str(seed), "--output_dir", str(output), "--overwrite_output_dir", "true"]
-    recipe, args, given = parse_recipe(str(path), flags)
+    dataset, name = seeds.dataset_of(path), f"{path.stem}-seed{seed}"
+    output = seeds.ROOT / "outputs" / f"{dataset}-{name}"  # run.py's
+    seeds.record_once(f"readability_{dataset}", name, lambda: probe(path, seed, output))
+
+
+def probe(path: Path, seed: int, output: Path) -> dict:
+    """The record of a training, with its probes."""
+    recipe, args, given = seeds.settings(path, seed, output)
     finished = output / "run.json"
-    record = json.loads(finished.read_text()) if finished.exists() else train(recipe, args, given)
+    record = read_json(finished) if finished.exists() else train(recipe, args, given)
     wanted = resolved_settings(recipe, args)
     other = [key for key, value in record["settings"].items() if value != wanted.get(key)]
     if other:
@@ -49,14 +46,13 @@ def run(path: Path, seed: int) -> None:
     models = {"before": ("", before, processor), "after": (str(output), after, processor)}
     # the audit of held-out pairs is not wanted here
     report, _ = audit(models, replace(data, test_pairs=None), batch_size=args.per_device_eval_batch_size)
-    probes = {entry["name"]: entry["probes"] for entry in report["models"]}
-    append_record(records, {"run": name, **record, "probes": probes})
+    return record | {"probes": {entry["name"]: entry["probes"] for entry in report["models"]}}
 
 
 def scores(dataset: str) -> dict[str, dict[tuple[str, str], list[float]]]:
     """Recipe -> time and target -> the scores, one a seed."""
     found: dict = {}
-    for record in read_records(RECORDS / f"readability_{dataset}.jsonl"):
+    for record in read_records(seeds.RECORDS / f"readability_{dataset}.jsonl"):
         recipe = found.setdefault(record["run"].rsplit("-seed", 1)[0], {})
         for time in TIMES:
             for target in TARGETS:
@@ -107,15 +103,5 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", type=Path)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    options = parser.parse_args()
-    for seed in options.seeds:
-        for recipe in options.recipes:
-            run(recipe, seed)
-
-
 if __name__ == "__main__":
-    main()
+    seeds.for_each(seeds.parser(__doc__).parse_args(), run)
