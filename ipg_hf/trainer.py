@@ -381,6 +381,25 @@ class IPGTrainer(PublishingTrainer):
         dataset = self._as_inputs(dataset, is_training, self.args.data_order_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
+    def _check_own_loader(self, loader: Any, getter: str) -> None:
+        """Raises a ValueError if an overridden getter gives raw images to the model, without the image processor."""
+        if not isinstance(loader, DataLoader) or getattr(type(self), getter) is getattr(Trainer, getter):
+            return
+        dataset = loader.dataset
+        if is_stream(dataset) or self._as_inputs(dataset, is_training=False, seed=0) is dataset:
+            return
+        with seeded(0):  # a random collator of the user's own draws from the global generators
+            try:
+                batch, why = loader.collate_fn([dataset[0]]), "which is not an input of the model"
+            except Exception as failure:
+                batch, why = {}, f"of which the collator makes no batch ({failure})"
+        if self._inputs[0] not in batch:
+            raise ValueError(
+                f"{type(self).__name__}.{getter} loads raw images, the column 'image', {why}: call super().{getter}(), "
+                f"which applies the image processor (override _get_train_sampler to choose rows), or load an "
+                f"ipg_hf.pairs.ImageRows(dataset, processor, {{'image': {self._inputs[0]!r}}}, keep=['label'])."
+            )
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in self._kept_columns if name not in self._signature_columns]
@@ -439,15 +458,16 @@ class IPGTrainer(PublishingTrainer):
 
     # ---- The step ----
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`. Before it, the head is found and proven anew.
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, *args: Any) -> tuple[Any, Any]:
+        """As in `Trainer`. Before it, the head is found and proven anew, and a loader of the user's own is looked at.
 
         The head may have been replaced since construction (`reset_classifier`, `model_init`), and the model is not yet
         sharded here.
         """
+        self._check_own_loader(train_dataloader, "get_train_dataloader")
         if self.is_guided:
             self.head = self._find_needed_head()
-        return super().create_optimizer(model)
+        return super()._prepare_for_training(max_steps, train_dataloader, *args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`; `resume_from_checkpoint=True` goes on from the newest whole checkpoint."""
@@ -602,9 +622,11 @@ class IPGTrainer(PublishingTrainer):
         finally:
             self._prefix_of_pairs = None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`; the first of an evaluation adds the metrics of the held-out pairs."""
-        output = super().evaluation_loop(*args, **kwargs)
+        is_test = description == "Prediction"  # as Trainer.predict says
+        self._check_own_loader(dataloader, "get_test_dataloader" if is_test else "get_eval_dataloader")
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
         prefix, self._prefix_of_pairs = self._prefix_of_pairs, None
         if prefix is not None:  # here, before they are logged and callbacks read them
             output.metrics.update(self.evaluate_pair_sets(self.eval_pair_datasets, prefix))

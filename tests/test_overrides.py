@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Subclasses of IPGTrainer as users write them: each is exact, or an error that names the override."""
 
+import datasets
+import numpy as np
 import pytest
 import small
 import torch
+from PIL import Image
 from small import bit_equal, config, grouped, logged, pairs, rows, trainer, weights
 from torch.nn import functional as F
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import Trainer, ViTImageProcessor
 
 from ipg_hf import IPGTrainer
+from ipg_hf.pairs import ImageRows
 
 
 class OwnLoss(IPGTrainer):
@@ -142,3 +147,175 @@ def test_epochs_of_rows_are_counted_only_for_random_draws(tmp_path):
     assert "RowEpochs" not in names
     names = [type(callback).__name__ for callback in trainer(tmp_path, random_flip=True).callback_handler.callbacks]
     assert "RowEpochs" in names
+
+
+# ---- An optimizer of ones own, and a head that is another one than at construction ----
+
+RATIONALES = {"invariance_distance": "rationale", "invariance_threshold": 1e-4, "learning_rate": 1e-2}
+
+
+class LayerwiseDecay(IPGTrainer):
+    """Gives lower layers a lower rate, without super."""
+
+    def create_optimizer(self, model=None):
+        model = self.model if model is None else model
+        rates = {"vit.embeddings": 0.25, "vit.layers.0": 0.5, "vit.layers.1": 0.75}
+        groups = [
+            {
+                "params": [parameter],
+                "lr": self.args.learning_rate * next((r for start, r in rates.items() if name.startswith(start)), 1.0),
+            }
+            for name, parameter in model.named_parameters()
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        return self.optimizer
+
+
+class LayerwiseDecayBySuper(LayerwiseDecay):
+    """The same optimizer, and then super."""
+
+    def create_optimizer(self, model=None):
+        super().create_optimizer(model)
+        return IPGTrainer.create_optimizer(self, model)
+
+
+def vit_of_many_heads(trial=None):
+    """Makes a model each time, as `model_init` does."""
+    return small.vit()
+
+
+def test_an_optimizer_of_ones_own_with_model_init(tmp_path):
+    ends = []
+    for kind in (LayerwiseDecay, LayerwiseDecayBySuper):
+        args = config(tmp_path, **RATIONALES)
+        run = kind(None, args, train_dataset=rows(24), pair_dataset=pairs(10), model_init=vit_of_many_heads)
+        run.train()
+        assert run.head.modules == (run.model.classifier,)
+        ends.append(weights(run.model))
+    assert bit_equal(*ends)
+
+
+def replaced_head(run):
+    """A head of other first weights in the place of the model's."""
+    torch.manual_seed(1)
+    run.model.classifier = torch.nn.Linear(32, 2)
+    return weights(run.model)
+
+
+def test_an_optimizer_of_ones_own_with_a_head_that_was_replaced(tmp_path):
+    ends = []
+    for kind in (LayerwiseDecay, LayerwiseDecayBySuper):
+        run = trainer(tmp_path, kind=kind, **RATIONALES)
+        before = replaced_head(run)
+        run.train()
+        ends.append(weights(run.model))
+        assert not torch.equal(before["classifier.weight"], ends[-1]["classifier.weight"])
+        assert all(entry["ipg/corrective_grad_norm"] > 0 for entry in logged(run))
+    assert bit_equal(*ends)
+    plain = trainer(tmp_path, kind=LayerwiseDecay, pair_dataset={}, **RATIONALES)
+    replaced_head(plain)
+    plain.train()
+    assert small.differences(ends[0], weights(plain.model)) > 1e-4  # the pairs act
+
+
+def test_an_optimizer_of_ones_own_in_a_search(tmp_path):
+    pytest.importorskip("optuna")
+    args = config(tmp_path, **RATIONALES)
+    run = LayerwiseDecay(
+        None, args, train_dataset=rows(24), eval_dataset=rows(8), pair_dataset=pairs(10), model_init=vit_of_many_heads
+    )
+    best = run.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3)},
+        compute_objective=lambda metrics: metrics["eval_loss"],
+        n_trials=2,
+        backend="optuna",
+    )
+    assert best.objective > 0
+
+
+def test_a_head_of_ones_own_that_is_none_is_an_error_before_the_first_step(tmp_path):
+    run = trainer(tmp_path, kind=LayerwiseDecay, **RATIONALES)
+    run.model.classifier = torch.nn.Sequential(torch.nn.Linear(32, 2), torch.nn.ReLU())
+    with pytest.raises(ValueError, match="its output is not the logits"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+# ---- A data loader of ones own, with raw images ----
+
+
+def raw_images(n, columns, seed=0):
+    """A data set of pictures, whose further columns have the label of the row."""
+    pictures = np.random.default_rng(seed).integers(0, 255, (len(columns), n, 20, 20, 3), dtype=np.uint8)
+    table = {name: [Image.fromarray(p) for p in side] for name, side in zip(columns, pictures, strict=True)}
+    features = {name: datasets.Image() for name in columns} | {"label": datasets.ClassLabel(names=["no", "yes"])}
+    return datasets.Dataset.from_dict(table | {"label": [i % 2 for i in range(n)]}, datasets.Features(features))
+
+
+class OwnLoader(IPGTrainer):
+    """Makes the data loader without super, as one does to weigh rows."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.data_collator)
+
+
+class OwnEvaluationLoader(IPGTrainer):
+    """Makes the loader of the evaluation without super."""
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return DataLoader(self.eval_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
+
+
+class OwnCollator(OwnLoader):
+    """Makes the loader without super, and the model inputs in its collator."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.collate)
+
+    def collate(self, rows):
+        inputs = self.processing_class([row["image"] for row in rows], return_tensors="pt")
+        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
+
+
+class LoaderBySuper(IPGTrainer):
+    """Changes the loader that super makes."""
+
+    def get_train_dataloader(self):
+        return super().get_train_dataloader()
+
+
+PROCESSOR = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
+IN_ORDER = {"train_sampling_strategy": "sequential", "processing_class": PROCESSOR, "learning_rate": 1e-2}
+raw_pairs = pytest.mark.parametrize("has_pairs", [True, False], ids=["pairs", "no pairs"])
+
+
+@raw_pairs
+def test_raw_images_in_a_loader_of_ones_own_are_refused(tmp_path, has_pairs):
+    given = raw_images(10, ["image_a", "image_b"]) if has_pairs else {}
+    run = trainer(tmp_path, train=raw_images(24, ["image"]), pair_dataset=given, kind=OwnLoader, **IN_ORDER)
+    with pytest.raises(ValueError, match=r"OwnLoader\.get_train_dataloader loads raw images.*super\(\)") as failure:
+        run.train()
+    assert "\n" not in str(failure.value)
+    assert run.state.global_step == 0
+
+
+def test_raw_images_in_an_evaluation_loader_of_ones_own_are_refused(tmp_path):
+    data = {"train": raw_images(24, ["image"]), "eval_dataset": raw_images(8, ["image"])}
+    run = trainer(
+        tmp_path, pair_dataset=raw_images(10, ["image_a", "image_b"]), kind=OwnEvaluationLoader, **data, **IN_ORDER
+    )
+    with pytest.raises(ValueError, match=r"OwnEvaluationLoader\.get_eval_dataloader loads raw images"):
+        run.evaluate()
+
+
+@raw_pairs
+@pytest.mark.parametrize("kind", [OwnLoader, OwnCollator, LoaderBySuper])
+def test_a_loader_of_ones_own_that_gives_model_inputs_is_exact(tmp_path, kind, has_pairs):
+    train, ends = raw_images(24, ["image"]), []
+    given = raw_images(10, ["image_a", "image_b"], seed=1) if has_pairs else {}
+    for other in (IPGTrainer, kind):
+        loads = ImageRows(train, PROCESSOR, {"image": "pixel_values"}, keep=["label"]) if other is OwnLoader else train
+        run = trainer(tmp_path, train=loads, pair_dataset=given, kind=other, **IN_ORDER)
+        run.train()
+        ends.append(weights(run.model))
+    assert bit_equal(*ends)
