@@ -15,8 +15,9 @@ The equations are in `guidance.py`. The rules R1 to R12 that the comments cite a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -193,7 +194,7 @@ class GuidedStep:
                 if not distance.requires_grad:
                     raise ValueError(self.no_gradient)
                 if self.needs_gradient(divergence):
-                    self.accelerator.backward(weight * distance)
+                    backward(weight * distance, self.accelerator)
             return distance.detach(), divergence, logits.detach()
         with torch.no_grad(), inference(module):
             outputs = [self.forward(module, chunk) for chunk in chunks_of_pairs(batch, size)]
@@ -203,7 +204,7 @@ class GuidedStep:
         distance, divergence = self.distance_and_divergence(logits, z)
         if not self.needs_gradient(divergence):
             return distance.detach(), divergence, logits.detach()
-        self.accelerator.backward(weight * distance)
+        backward(weight * distance, self.accelerator)
         for chunk in chunks_of_pairs({**batch, GRADIENT: leaf.grad}, size):
             gradient = chunk.pop(GRADIENT)
             with inference(module):
@@ -277,21 +278,8 @@ class GuidedStep:
             The norm of the gradient's mean over all processes, before clipping, a scalar; None where it is not finite,
             and then nothing was updated.
         """
-        accelerator, optimizer = self.accelerator, self.trainer.optimizer
-        if accelerator.num_processes > 1:
-            average_gradients(module, accelerator)
-        accelerator.unscale_gradients(optimizer)
-        norm = gradient_norm(module)
-        is_finite = bool(torch.isfinite(norm))  # waits for the device: once, and before the update is queued
-        if is_finite:
-            if self.args.max_grad_norm > 0:
-                scale_gradients(module, (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
-            with without_weight_decay(optimizer.optimizer), not_accumulating(accelerator):
-                self.optimizer_step()
-        elif accelerator.scaler is not None:
-            accelerator.scaler.update()
-        module.zero_grad()
-        return norm if is_finite else None
+        optimizer, limit = self.trainer.optimizer, self.args.max_grad_norm
+        return update_on_gradients(module, optimizer, self.accelerator, limit, self.optimizer_step)
 
     def optimizer_step(self) -> None:
         """θ ← σ(θ, η, g), with the state (momentum, Adam moments) that both updates share."""
@@ -372,17 +360,50 @@ def pair_gradients(module: nn.Module, accelerator: Accelerator) -> Iterator[None
 
 @contextmanager
 def not_accumulating(accelerator: Accelerator) -> Iterator[None]:
-    """Within the block an optimizer that accelerate has wrapped makes its step.
+    """Within the block, accelerate takes backward and optimizer as those of a step without accumulation.
 
-    Before the last micro-batch it would skip the step silently (accelerate issues 439, 641).
+    Before the last micro-batch a wrapped optimizer would skip its step silently (accelerate issues 439, 641), and
+    `accelerator.backward` would divide by the number of micro-batches.
     """
-    state = accelerator.gradient_state
+    state, micro_batches = accelerator.gradient_state, accelerator.gradient_accumulation_steps
     synchronized = state.sync_gradients
     state._set_sync_gradients(True)
+    accelerator.gradient_accumulation_steps = 1
     try:
         yield
     finally:
         state._set_sync_gradients(synchronized)
+        accelerator.gradient_accumulation_steps = micro_batches
+
+
+def backward(value: Tensor, accelerator: Accelerator) -> None:
+    """As `accelerator.backward`, but not divided by the number of micro-batches: the pairs are not accumulated (R6)."""
+    with not_accumulating(accelerator):
+        accelerator.backward(value)
+
+
+def update_on_gradients(
+    module: nn.Module,
+    optimizer: Any,
+    accelerator: Accelerator,
+    max_grad_norm: float,
+    optimizer_step: Callable[[], None],
+) -> Tensor | None:
+    """Does the work of [`GuidedStep.corrective_update`] and of [`corrective_update`], by the gradients of a module."""
+    if accelerator.num_processes > 1:
+        average_gradients(module, accelerator)
+    accelerator.unscale_gradients(optimizer)
+    norm = gradient_norm(module)
+    is_finite = bool(torch.isfinite(norm))  # waits for the device: once, and before the update is queued
+    if is_finite:
+        if max_grad_norm > 0:
+            scale_gradients(module, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
+        with without_weight_decay(optimizer), not_accumulating(accelerator):
+            optimizer_step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()
+    module.zero_grad()
+    return norm if is_finite else None
 
 
 @contextmanager
@@ -412,6 +433,51 @@ def skip_update(model: nn.Module, accelerator: Accelerator) -> None:
 def loss_scale_of(accelerator: Accelerator) -> float:
     """The factor on gradients while they are accumulated: fp16's loss scale, else 1."""
     return 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+
+
+# ---- A training loop of the user's own ----
+
+
+def corrective_update(
+    distance: Tensor, module: nn.Module, optimizer: Any, accelerator: Accelerator, max_grad_norm: float = 1.0
+) -> Tensor:
+    """Descends on d in a training loop of the user's own: its gradient, and one step of the optimizer (steps 1 and 2).
+
+    It comes once in an optimizer step, before the first micro-batch. `Accelerator(gradient_accumulation_steps=k)`
+    changes nothing in it. As in [`IPGTrainer`], no weights decay in it, and the gradients are gone afterwards.
+
+    Args:
+        distance: d of the pairs with its graph, a scalar, e.g. from `guidance.root_divergence`.
+        module: the model, not wrapped: `accelerator.unwrap_model(model)`.
+        optimizer: the optimizer of the task update, from `accelerator.prepare`.
+        accelerator: the loop's.
+        max_grad_norm: the largest norm of the gradient; a longer one is clipped to it. 0 clips nothing.
+
+    Returns:
+        ‖∇d‖, the norm of the gradient's mean over all processes, before clipping, a scalar.
+
+    Raises:
+        ValueError: the parameters have gradients already, d depends on none of them, or the mixed precision or the
+            launcher is one with which the update would not be exact.
+        FloatingPointError: the gradient is not finite; nothing was updated.
+    """
+    check_launch(accelerator)
+    if accelerator.scaler is not None:
+        raise ValueError("corrective_update takes no mixed_precision='fp16', whose gradients are scaled: use 'bf16'.")
+    if not distance.requires_grad:
+        raise ValueError(GuidedStep.no_gradient)
+    if any(parameter.grad is not None and parameter.grad.any() for parameter in module.parameters()):
+        raise ValueError(
+            "corrective_update found gradients in the parameters, and would mix them with the gradient of the pairs: "
+            "call it once in an optimizer step, before the first micro-batch (where accelerator.sync_gradients is True "
+            "before accelerator.accumulate begins)."
+        )
+    with pair_gradients(module, accelerator):
+        backward(distance, accelerator)
+    norm = update_on_gradients(module, optimizer, accelerator, max_grad_norm, optimizer.step)
+    if norm is None:
+        raise FloatingPointError("the gradient of the pairs is not finite: look at the pairs and the learning rate.")
+    return norm
 
 
 # ---- Launchers and optimizers ----

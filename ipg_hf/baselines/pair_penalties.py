@@ -21,7 +21,7 @@ from ..inference import inference
 from ..losses import IGNORED, summed_loss
 from ..pairs.checks import named_sets
 from ..pairs.loader import PairCollator, is_stream
-from ..step import GuidedStep, chunks_of_pairs, num_pairs
+from ..step import GuidedStep, backward, chunks_of_pairs, num_pairs
 from ..trainer import IPGTrainer
 
 PairObjective = Literal["kl", "features", "rationales", "augmentation"]
@@ -107,7 +107,7 @@ class PairPenaltyStep(GuidedStep):
                 )
                 if not penalty.requires_grad:
                     raise ValueError(self.no_gradient)
-                self.accelerator.backward(weight * share * penalty)
+                backward(weight * share * penalty, self.accelerator)
             divergence = invariance_divergence(*logits.detach().chunk(2), problem_type=self.problem_type)
             parts.append(share * torch.stack([penalty.detach(), divergence.to(penalty.dtype)]))
             outputs.append(logits.detach())
