@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -94,6 +95,25 @@ def _starts(names: Collection[str]) -> set[str]:
     """The names themselves, and each of their starts up to a dot."""
     parts = [name.split(".") for name in names]
     return {".".join(words[:count]) for words in parts for count in range(1, len(words) + 1)}
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Raises a ValueError if an optimizer was made before layers of the model were replaced: it would not train these.
+
+    Args:
+        optimizer: the optimizer, or None. It may have parameters besides the model's, or lack some, but not both.
+        model: the model. Nothing is said of a sharded one, whose parameters are others than before.
+    """
+    if optimizer is None or isinstance(model, FSDPModule):
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing and held - {id(parameter) for parameter in model.parameters()}:
+        names = ", ".join(map(repr, missing[-2:]))
+        raise ValueError(
+            f"the optimizer does not have {names}, but parameters that are no longer in the model: make the optimizer "
+            "after the layer was replaced, or set trainer.optimizer = None before train()."
+        )
 
 
 @contextmanager

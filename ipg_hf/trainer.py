@@ -12,9 +12,10 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import DynamoBackend
+from PIL.Image import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer
+from torch.utils.data import DataLoader, default_collate
+from transformers import BaseImageProcessor, PreTrainedModel, Trainer, default_data_collator
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from .callbacks import GroupShares, PairProgress, RowEpochs, SaveAtStepEnd, restored
 from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig, chooses_by_pairs
-from .gradients import parameters_matching
+from .gradients import check_optimizer, parameters_matching
 from .guidance import ProblemType, invariance_divergence, root_divergence
 from .heads import ClassifierHead, CompiledRun, find_head
 from .hub.publish import PublishingTrainer
@@ -44,6 +45,7 @@ from .pairs.checks import (
     named_sets,
     title_of,
 )
+from .pairs.classes import shown
 from .pairs.held_out import hold_out_pairs
 from .pairs.loader import PairCollator, PairLoader, is_stream
 from .pairs.transforms import ImageRows, as_model_inputs
@@ -382,22 +384,21 @@ class IPGTrainer(PublishingTrainer):
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
 
     def _check_own_loader(self, loader: Any, getter: str) -> None:
-        """Raises a ValueError if an overridden getter gives raw images to the model, without the image processor."""
-        if not isinstance(loader, DataLoader) or getattr(type(self), getter) is getattr(Trainer, getter):
+        """Raises a ValueError if an overridden getter gives raw images to a collator that makes no batch of them."""
+        is_own = isinstance(loader, DataLoader) and getattr(type(self), getter) is not getattr(Trainer, getter)
+        if not is_own or loader.collate_fn not in (default_collate, default_data_collator):
             return
-        dataset = loader.dataset
-        if is_stream(dataset) or self._as_inputs(dataset, is_training=False, seed=0) is dataset:
+        if is_stream(loader.dataset) or not len(loader.dataset):
             return
-        with seeded(0):  # a random collator of the user's own draws from the global generators
-            try:
-                batch, why = loader.collate_fn([dataset[0]]), "which is not an input of the model"
-            except Exception as failure:
-                batch, why = {}, f"of which the collator makes no batch ({failure})"
-        if self._inputs[0] not in batch:
+        with seeded(0):  # a random transform of the user's own draws from the global generators
+            row = loader.dataset[0]
+        images = [name for name, value in row.items() if isinstance(value, Image)] if isinstance(row, Mapping) else []
+        if images and self._inputs[0] not in row:
             raise ValueError(
-                f"{type(self).__name__}.{getter} loads raw images, the column 'image', {why}: call super().{getter}(), "
-                f"which applies the image processor (override _get_train_sampler to choose rows), or load an "
-                f"ipg_hf.pairs.ImageRows(dataset, processor, {{'image': {self._inputs[0]!r}}}, keep=['label'])."
+                f"{type(self).__name__}.{getter} loads raw images ({shown(images)}) without the image processor: call "
+                f"super().{getter}(), which applies it (processing_class), and override _get_train_sampler to choose "
+                "rows. Or load ipg_hf.pairs.ImageRows(dataset, processor, "
+                f"{{{images[0]!r}: {self._inputs[0]!r}}}, keep=['label'])."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -467,6 +468,7 @@ class IPGTrainer(PublishingTrainer):
         self._check_own_loader(train_dataloader, "get_train_dataloader")
         if self.is_guided:
             self.head = self._find_needed_head()
+            check_optimizer(self.optimizer, self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, *args)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
@@ -543,6 +545,11 @@ class IPGTrainer(PublishingTrainer):
                 self.task_loss.begin_training(kept.shares)
                 kept.loss, self._loss_state = self.task_loss, self.state
             self.task_loss.was_used = False
+            if self._by_group() and ATTRIBUTE not in batches[0]:
+                raise ValueError(
+                    f"objective={self.args.objective!r} needs {ATTRIBUTE!r} in each batch, but the data loader of "
+                    f"{type(self).__name__} gives {shown(batches[0])}: keep the column in its collator."
+                )
             self.task_loss.begin_step(batches, self.accelerator)
         return batches, count
 
@@ -596,7 +603,9 @@ class IPGTrainer(PublishingTrainer):
             loss = loss * (count / num_items_in_batch * processes)
         return (loss, outputs) if return_outputs else loss
 
-    def _of_the_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _of_the_model(self, inputs: Any) -> Any:
+        if not isinstance(inputs, Mapping):
+            return inputs  # a user's own loader and compute_loss may agree on tuples
         return {name: value for name, value in inputs.items() if name in self._inputs or name not in self.row_columns}
 
     # ---- Evaluation ----

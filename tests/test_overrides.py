@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from small import bit_equal, config, grouped, logged, pairs, rows, trainer, weights
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, ViTImageProcessor
 
 from ipg_hf import IPGTrainer
@@ -241,6 +241,31 @@ def test_a_head_of_ones_own_that_is_none_is_an_error_before_the_first_step(tmp_p
     assert run.state.global_step == 0
 
 
+def test_an_optimizer_that_was_made_before_the_head_was_replaced_is_refused(tmp_path):
+    model = small.vit()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = trainer(tmp_path, model=model, optimizers=(optimizer, None))
+    replaced_head(run)
+    with pytest.raises(
+        ValueError, match=r"does not have 'classifier.weight', 'classifier.bias'.*trainer.optimizer = None"
+    ):
+        run.train()
+    run.optimizer = None
+    before = replaced_head(run)
+    run.train()
+    assert not torch.equal(before["classifier.weight"], run.model.classifier.weight)
+
+
+@pytest.mark.parametrize("surplus", [True, False], ids=["more", "fewer"])
+def test_an_optimizer_of_more_or_of_fewer_parameters_is_taken(tmp_path, surplus):
+    model = small.vit()
+    centres = [torch.nn.Parameter(torch.zeros(2, 32))]  # as a metric loss has them
+    chosen = [*model.parameters(), *centres] if surplus else model.classifier.parameters()
+    run = trainer(tmp_path, model=model, optimizers=(torch.optim.SGD(chosen, 0.1), None))
+    run.train()
+    assert run.state.global_step == 3
+
+
 # ---- A data loader of ones own, with raw images ----
 
 
@@ -306,6 +331,75 @@ def test_raw_images_in_an_evaluation_loader_of_ones_own_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"OwnEvaluationLoader\.get_eval_dataloader loads raw images"):
         run.evaluate()
+
+
+class SomeRows(IPGTrainer):
+    """Makes the loader of some rows without super."""
+
+    def get_train_dataloader(self):
+        some = Subset(self.train_dataset, range(16))
+        return DataLoader(some, self.args.train_batch_size, collate_fn=self.data_collator)
+
+
+@pytest.mark.parametrize("kind", [OwnLoader, SomeRows])
+@pytest.mark.parametrize("processor", [None, PROCESSOR], ids=["no processor", "processor"])
+def test_raw_images_are_found_in_any_map_style_set(tmp_path, kind, processor):
+    run = trainer(tmp_path, train=raw_images(24, ["image"]), kind=kind, processing_class=processor)
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.get_train_dataloader loads raw images"):
+        run.train()
+
+
+class OwnNames(OwnCollator):
+    """Its loader and its loss agree on names that are not the model's."""
+
+    def collate(self, rows):
+        batch = super().collate(rows)
+        return {"pictures": batch["pixel_values"], "labels": batch["labels"]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return F.cross_entropy(model(inputs["pictures"]).logits, inputs["labels"])
+
+
+class Tuples(OwnNames):
+    """Its loader and its loss agree on tuples."""
+
+    def collate(self, rows):
+        return tuple(super().collate(rows).values())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return F.cross_entropy(model(inputs[0]).logits, inputs[1])
+
+
+@pytest.mark.parametrize("kind", [OwnNames, Tuples])
+@raw_pairs
+def test_a_loader_and_a_loss_that_agree_are_taken(tmp_path, kind, has_pairs):
+    given, ends = raw_images(10, ["image_a", "image_b"], seed=1) if has_pairs else {}, []
+    for other in (OwnLoss, kind):
+        run = trainer(tmp_path, train=raw_images(24, ["image"]), pair_dataset=given, kind=other, **IN_ORDER)
+        run.train()
+        ends.append(weights(run.model))
+    assert bit_equal(*ends)
+
+
+class WithoutAttribute(OwnLoader):
+    """Makes the loader without super; its collator drops the attribute."""
+
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, self.args.train_batch_size, collate_fn=self.collate)
+
+    def collate(self, rows):
+        images = torch.stack([row["pixel_values"] for row in rows]).float()
+        return {"pixel_values": images, "labels": torch.stack([row["label"] for row in rows])}
+
+
+@pytest.mark.parametrize("objective", ["reweight", "group_dro", "class_balanced"])
+def test_a_loader_without_the_attribute_is_refused_where_the_loss_needs_it(tmp_path, objective):
+    run = trainer(tmp_path, train=grouped(), kind=WithoutAttribute, objective=objective)
+    if objective == "class_balanced":
+        run.train()
+        return
+    with pytest.raises(ValueError, match=f"'{objective}' needs 'attribute' .* of WithoutAttribute gives"):
+        run.train()
 
 
 @raw_pairs

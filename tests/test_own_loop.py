@@ -97,6 +97,28 @@ def test_the_loop_of_the_guide_is_that_of_the_trainer(tmp_path, micro_batches):
     assert small.differences(looped(micro_batches), by_trainer(tmp_path / "whole")) < 1e-9
 
 
+def test_the_distance_of_the_paper_is_that_of_the_trainer(tmp_path):
+    """With the changes that the guide names."""
+    assert all(
+        name in SECTION for name in ("find_head(network", "head.run(network, ", "rationale_distance(head.weight,")
+    )
+    changes = {
+        "logits = logits_of(network(**send_to_device(next(pair_loader), accelerator.device)))": (
+            "pairs = next(pair_loader); head = find_head(network, inputs=pairs); logits, z = head.run(network, pairs)"
+        ),
+        "root_divergence(own, c)": "rationale_distance(head.weight, *z.chunk(2))",
+        "import inference, logits_of": "import inference; from ipg_hf import find_head",
+        "loss_gradient_scale, root_divergence": "loss_gradient_scale, rationale_distance",
+    }
+    code = CODE
+    for written, changed in changes.items():
+        assert code.count(written) == 1
+        code = code.replace(written, changed)
+    expected = by_trainer(tmp_path, invariance_distance="rationale")
+    assert small.differences(looped(2, loop_of_the_guide(code)), expected) < 1e-9
+    assert small.differences(looped(2), expected) > 1e-4
+
+
 def test_by_hand_the_correction_is_divided_and_left_out(tmp_path):
     """What one writes without corrective_update: accelerate takes the pairs for a micro-batch."""
 
