@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -35,7 +37,9 @@ def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator
         writes: whether this process writes the marker of an unfinished checkpoint and removes it.
 
     Raises:
-        OSError: saving failed. safetensors and torch raise errors of other types if the disk is full.
+        OSError: the files could not be written; the message has the cause and the fix. (safetensors and torch raise
+            errors of other types then.)
+        Exception: any other failure as it is, with a note of what became of the checkpoint.
     """
     folder = Path(folder)
     several = dist.is_available() and dist.is_initialized()
@@ -57,12 +61,27 @@ def whole_or_removed(folder: str | os.PathLike, writes: bool = True) -> Iterator
             shutil.rmtree(folder, ignore_errors=True)
             _mark(folder).unlink(missing_ok=True)
         kept = "which was removed; those before it are whole" if writes else "which a resume will pass over"
-        raise OSError(
-            f"could not save {folder.name}, {kept}. Free disk space, or save less (save_total_limit, save_only_model). "
-            f"The cause: {failure}"
-        ) from failure
+        said, fix = f"could not save {folder.name}, {kept}.", _fix(failure, folder)
+        if fix is None:
+            failure.add_note(said)
+            raise
+        raise OSError(f"{said} The cause: {' '.join(str(failure).split())}. {fix}") from failure
     if writes:
         _mark(folder).unlink()
+
+
+def _fix(failure: Exception, folder: Path) -> str | None:
+    """Returns how to mend a failure to write files, or `None` if the failure is another one."""
+    text = str(failure)
+    of_safetensors, of_torch = (
+        re.search(r"\(os error (\d+)\)", text),
+        re.search(r"inline_container\.cc|basic_ios", text),
+    )
+    number = int(of_safetensors[1]) if of_safetensors else failure.errno if isinstance(failure, OSError) else None
+    # torch says why it could not open a file, and not why it could not write on
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (of_torch and "strerror" not in text):
+        return "Free disk space, or save less (save_total_limit, save_only_model)."
+    return f"See whether {folder.parent} can be written to." if number or of_torch else None
 
 
 @contextmanager

@@ -240,14 +240,65 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
     assert ["checkpoint-14" in passed_over[0], "checkpoint-12" in passed_over[1], len(passed_over)] == [True, True, 2]
 
 
-def test_a_failed_save_is_removed_and_named(tmp_path):
-    kept = checkpoint(tmp_path, 2)
-    path = checkpoint(tmp_path, 4)
-    with pytest.raises(OSError, match=r"could not save checkpoint-4.*No space left") as error, whole_or_removed(path):
-        assert not (path / "trainer_state.json").exists()  # an older checkpoint no longer counts as whole
-        raise RuntimeError("No space left")
-    assert isinstance(error.value.__cause__, RuntimeError)
-    assert kept.exists() and not path.exists()
+def failure_of(write):
+    """What a real attempt to write raises."""
+    try:
+        write()
+    except Exception as failure:
+        return failure
+    raise AssertionError("it was written")
+
+
+def beyond_a_limit(write, folder):
+    """What writing raises where a file cannot grow; a soft limit, which is lifted again."""
+    before, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        return failure_of(lambda: write(torch.zeros(10_000), folder / "file"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+WRITERS = {
+    "safetensors": lambda value, path: save_file({"value": value}, path),
+    "torch": lambda value, path: torch.save(value, path),
+    "Python": lambda value, path: Path(path).write_bytes(bytes(len(value))),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_disk_is_blamed_for_what_is_the_disks_fault(tmp_path, writer):
+    write = WRITERS[writer]
+    full = beyond_a_limit(write, tmp_path)
+    in_the_way = failure_of(lambda: write(torch.zeros(3), tmp_path))  # a folder
+    for failure, wanted, other in (
+        (full, "Free disk space", "can be written to"),
+        (in_the_way, f"{tmp_path} can be written to", "disk space"),
+    ):
+        kept, path = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+        with pytest.raises(OSError, match=r"could not save checkpoint-4") as error, whole_or_removed(path):
+            assert not (path / "trainer_state.json").exists()  # an older checkpoint no longer counts as whole
+            raise failure
+        said = str(error.value)
+        assert wanted in said and other not in said and " ".join(str(failure).split()) in said and "\n" not in said
+        assert error.value.__cause__ is failure
+        assert kept.exists() and not path.exists()
+        shutil.rmtree(kept)
+
+
+class Unsavable(ViTImageProcessor):
+    def save_pretrained(self, *args, **kwargs):
+        raise TypeError("Object of type Path is not JSON serializable")
+
+
+def test_another_failure_to_save_is_what_it_is(tmp_path):
+    size = {"height": small.SIZE, "width": small.SIZE}
+    run = small.trainer(tmp_path, processing_class=Unsavable(size=size), save_strategy="steps", save_steps=2)
+    with pytest.raises(TypeError, match="not JSON serializable") as error:
+        run.train()
+    (note,) = error.value.__notes__
+    assert note.startswith("could not save checkpoint-2, which was removed") and not [*tmp_path.glob("*checkpoint*")]
 
 
 def test_a_failure_after_the_save_keeps_the_checkpoint(tmp_path):
@@ -272,9 +323,9 @@ def test_a_checkpoint_is_whole_when_all_processes_have_written(tmp_path, monkeyp
 
 def test_other_processes_remove_nothing(tmp_path):
     path = checkpoint(tmp_path, 4, whole=False)
-    with pytest.raises(OSError, match="could not save"), whole_or_removed(path, writes=False):
+    with pytest.raises(RuntimeError, match="a fault") as error, whole_or_removed(path, writes=False):
         raise RuntimeError("a fault of this process")
-    assert path.exists()
+    assert path.exists() and "which a resume will pass over" in error.value.__notes__[0]
 
 
 def cut(path):
