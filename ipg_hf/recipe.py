@@ -55,6 +55,7 @@ MAKERS: dict[str, Callable] = {
     "table": pairs_from_table,
 }
 FROM_FILES = ("folders", "table")
+EDITS = ("recolor", "overlay")  # makers of pairs of any single image, so also of those of validation and test
 MAPPINGS = ("dataset_options", "pairs", "mix_pairs", "model_config", "image_processor", "about")
 
 
@@ -143,15 +144,22 @@ class Recipe:
         """Whether the method reads the training pairs."""
         return METHODS[self.method].uses_pairs
 
-    def load_data(self, seed: int, *, with_pairs: bool = True) -> Benchmark:
+    def load_data(
+        self, seed: int, *, with_pairs: bool = True, held_out: Sequence[str] = ("validation", "test")
+    ) -> Benchmark:
         """Loads the benchmark.
 
         Args:
             seed: seed of all that is drawn.
             with_pairs: whether the recipe's makers make the training pairs, which an evaluation does not read.
+            held_out: splits that are measured on held-out pairs. Where the benchmark has none of them, a maker that
+                edits images makes them of the images of the split.
         """
         defaults = {"data_dir": self.data_dir, "num_pairs": self.num_pairs, "oriented_pairs": self.oriented_pairs}
         data = _called(self._loader(), self.dataset_options, seed=seed, **defaults)
+        if self.pairs:
+            made = {f"{split}_pairs": self._held_out_pairs(data, split, seed) for split in held_out}
+            data = replace(data, **made)
         if not with_pairs:
             return replace(data, pairs=None)
         if self.pairs:
@@ -171,6 +179,19 @@ class Recipe:
             mixed = {name: _called(mix_pairs, self.mix_pairs, pairs, seed=seed) for name, pairs in sets}
             data = replace(data, pairs=mixed if isinstance(data.pairs, dict) else mixed[ONLY_SET])
         return data
+
+    def _held_out_pairs(self, data: Benchmark, split: str, seed: int) -> Any:
+        """The held-out pairs of a split: those of the benchmark, or else those that the recipe's makers make of it."""
+        own, images = getattr(data, f"{split}_pairs"), getattr(data, split)
+        sets = {ONLY_SET: self.pairs} if "maker" in self.pairs else self.pairs
+        if own is not None or not isinstance(images, datasets.Dataset):
+            return own
+        edits = {}
+        for name, options in sets.items():
+            options = dict(options) if isinstance(options, Mapping) else {"maker": options}
+            if options.get("maker") in EDITS and options.get("attribute", "image") in images.column_names:
+                edits[name] = self._make_pairs(options | {"num_pairs": None}, replace(data, train=images), seed)
+        return edits.get(ONLY_SET, edits or None)
 
     def _loader(self) -> Callable[..., Benchmark]:
         """The loader of the benchmark, or of the Hub set where `dataset` is no benchmark's name."""
@@ -274,6 +295,8 @@ def parse_settings(
     for key in given:
         if f"--{key}" not in actions:
             raise RecipeError(f"{title}: unknown key {key!r}.{_hint(key, name, [option[2:] for option in actions])}")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is not given has the defaults of the two classes
     words = [word for key, value in given.items() for word in _as_flag(key, value)]
     try:
         parser.parse_args(words)
@@ -283,16 +306,15 @@ def parse_settings(
         flag = word.split("=")[0]
         if word.startswith("--") and flag not in actions:
             raise RecipeError(f"unknown flag {flag}.{_hint(flag[2:], name, [option[2:] for option in actions])}")
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    names = [*vars(parser.parse_args([*words, *flags]))]
+    values = vars(parser.parse_args([*words, *flags]))
     for key, value in method.settings.items():
-        if key in names:
+        if key in values:
             raise RecipeError(f"{title}: method={name!r} sets {key}={value!r} itself: leave {key} out.")
-    fixed = [word for key, value in method.settings.items() for word in _as_flag(key, value)]
-    parser = _Parser((Recipe, method.config), allow_abbrev=False, add_help=False)
+    names, of_recipe = [*values], {entry.name for entry in fields(Recipe)}
+    settings = {key: value for key, value in values.items() if key not in of_recipe} | method.settings
     try:
-        recipe, args = parser.parse_args_into_dataclasses([*fixed, *words, *flags], look_for_args_file=False)
+        recipe = Recipe(**{key: value for key, value in values.items() if key in of_recipe})
+        args = method.config(**settings)
     except RecipeError:
         raise
     except ValueError as failure:
@@ -360,19 +382,33 @@ def _help_line(entry: Field) -> str:
     return f"  --{entry.name:<28}{entry.metadata['help']} [{default}]"
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML, which forbids a key that stands twice in a mapping. PyYAML takes the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}: leave one out.")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
     if not os.path.isfile(path):
-        raise RecipeError(f"{path}: no such file.")
+        raise RecipeError(f"{path} is a folder: name a YAML file." if os.path.isdir(path) else f"{path}: no such file.")
     with open(path, encoding="utf-8") as file:
         try:
-            values = yaml.safe_load(file)
+            values = yaml.load(file, _UniqueKeys)
         except yaml.YAMLError as failure:
             raise RecipeError(f"{path} is not YAML: {failure}") from failure
         except UnicodeDecodeError as failure:
             raise RecipeError(f"{path} is not UTF-8 ({failure}): save it as UTF-8.") from failure
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must be a mapping of keys to values, but is a {type(values).__name__}.")
+    if wrong := [key for key in values if not isinstance(key, str)]:
+        raise RecipeError(f"{path}: the key {wrong[0]!r} is a {type(wrong[0]).__name__}, but keys are names.")
     return values
 
 

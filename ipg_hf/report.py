@@ -44,10 +44,12 @@ def summary_table(columns: Mapping[str, Mapping[str, float]], split: str = "test
 
 
 def group_table(metrics: Mapping[str, float]) -> str:
-    """A table of the accuracy (of a regression: the error) of each group with its size."""
+    """A table of the accuracy (of a regression: the error) of each group with its size; empty without groups."""
     errors = any(key.startswith("group_mae/") for key in metrics)
     prefix = "group_mae/" if errors else "group_accuracy/"
     groups = {key[len(prefix) :]: value for key, value in metrics.items() if key.startswith(prefix)}
+    if not groups:
+        return ""
     # a line break in a name would tear the table
     rows = [(" ".join("/".join(group_parts(name)).split()), name, value) for name, value in groups.items()]
     width = max([len("label/attribute"), *(len(title) for title, _, _ in rows)]) + 2

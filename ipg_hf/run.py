@@ -13,7 +13,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import datasets
-from transformers import AutoConfig, AutoImageProcessor, PrinterCallback, ProgressCallback, set_seed
+from transformers import AutoConfig, AutoImageProcessor, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import report
@@ -24,7 +24,7 @@ from .config import IPGConfig, chooses_by_pairs
 from .data import Benchmark, describe
 from .hub.publish import check_can_push
 from .metrics import GroupErrors, GroupMetrics
-from .models import load_image_classifier
+from .models import load_trained_classifier
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import ONLY_SET, named_sets
 from .pairs.classes import model_names, order_of_base, order_of_model
@@ -61,12 +61,13 @@ def train(
     commit = commit or current_commit()
     if args.push_to_hub and args.process_index == 0:
         check_can_push(args)  # before another run is removed, and before hours of training
-    resume = _prepare_output(recipe, args)
-    data = data or recipe.load_data(args.data_order_seed, with_pairs=recipe.uses_pairs)
+    resume, replaced = _look_at_output(recipe, args)
+    splits = ("validation", "test") if recipe.measure_test else ("validation",)
+    data = data or recipe.load_data(args.data_order_seed, with_pairs=recipe.uses_pairs, held_out=splits)
     data = _in_order_of_base(data, recipe.model_name_or_path)
     if chooses_by_pairs(args) and data.validation_pairs is None and recipe.uses_pairs:
         data = _with_held_out(data, args.data_order_seed)
-    record, trainer = _train_one(recipe, args, given, data, resume, commit)
+    record, trainer = _train_one(recipe, args, given, data, resume, commit, replaced)
     split = "test" if recipe.measure_test else "validation"
     columns = {recipe.method: record["metrics"][split]}
     if recipe.compare == "erm" and recipe.method != "erm":
@@ -115,9 +116,15 @@ def _without_method(args: IPGConfig, method: str, output_dir: str) -> IPGConfig:
 
 
 def _train_one(
-    recipe: Recipe, args: IPGConfig, given: Sequence[str], data: Benchmark, resume: str | None, commit: str | None
+    recipe: Recipe,
+    args: IPGConfig,
+    given: Sequence[str],
+    data: Benchmark,
+    resume: str | None,
+    commit: str | None,
+    replaced: Sequence[Path] = (),
 ) -> tuple[dict, IPGTrainer]:
-    """Returns the record and the trainer."""
+    """Returns the record and the trainer; the files `replaced` are removed when the training has begun."""
     method, processor = METHODS[recipe.method], recipe.build_processor()
     sets = _inputs(data, recipe, processor, ("label", *method.trainer.row_columns))
     set_seed(args.seed)  # the weights of a model from scratch
@@ -132,6 +139,8 @@ def _train_one(
         **({"pair_dataset": sets["pairs"]} if recipe.uses_pairs else {}),
     )
     _silence(trainer)
+    if replaced and trainer.is_world_process_zero():
+        trainer.add_callback(_Removal(replaced))
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < trainer.state.max_steps:  # SIGTERM, enable_jit_checkpoint: nothing to measure yet
@@ -187,7 +196,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     """
     if output:
         refuse_existing(output)
-    data = recipe.load_data(args.data_order_seed, with_pairs=False)
+    data = recipe.load_data(args.data_order_seed, with_pairs=False, held_out=())
     model, processor = load_trained(name, recipe, data)
     data = data.with_labels(model_names(model.config) or data.label_names)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
@@ -198,8 +207,9 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     _silence(trainer)
     metrics = _measure(trainer, {split: getattr(data, split), f"{split}_pairs": getattr(data, f"{split}_pairs")}, split)
     if args.process_index == 0:
-        print(f"\n{report.summary_table({Path(name).name: metrics}, split)}\n")
-        print(f"{report.group_table(metrics)}\n\n{recipe.dataset}, drawn with seed {args.data_order_seed}")
+        tables = [report.summary_table({Path(name).name: metrics}, split), report.group_table(metrics)]
+        tables.append(f"{recipe.dataset}, drawn with seed {args.data_order_seed}")
+        print("\n" + "\n\n".join(filter(None, tables)))
         if output:
             write_json(output, {"model": name, "split": split, "dataset": recipe.dataset, "metrics": metrics})
     return metrics
@@ -217,7 +227,7 @@ def load_trained(name: str, recipe: Recipe, data: Benchmark) -> tuple[Any, Any]:
     Raises:
         ValueError: the model does not have the classes of the benchmark.
     """
-    model = load_image_classifier(name)
+    model = load_trained_classifier(name)
     if data.label_names is not None:
         order_of_model(data.label_names, model.config, name)
     elif model.config.num_labels != 1:
@@ -225,33 +235,53 @@ def load_trained(name: str, recipe: Recipe, data: Benchmark) -> tuple[Any, Any]:
     return model, AutoImageProcessor.from_pretrained(name)
 
 
-def _prepare_output(recipe: Recipe, args: IPGConfig) -> str | None:
-    """Looks at what the output folder holds; returns the checkpoint to go on from.
+def _look_at_output(recipe: Recipe, args: IPGConfig) -> tuple[str | None, list[Path]]:
+    """Looks at what the output folder holds.
+
+    Returns:
+        The checkpoint to go on from, and the files of another run that are to be removed.
 
     Raises:
-        RecipeError: it holds another run, and neither a resume nor overwriting is asked for.
+        RecipeError: the folder holds another run, and neither a resume nor overwriting is asked for; or there is no
+            such checkpoint.
         ValueError: there is nothing to go on from.
     """
-    folder = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        if args.resume_from_checkpoint.lower() not in ("last", "true"):
-            return args.resume_from_checkpoint
-        return newest_checkpoint(folder)
-    held = [path for path in _run_files(folder) if path.exists()]
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if resume and resume.lower() in ("last", "true"):
+        return newest_checkpoint(folder), []
+    if resume and not Path(resume).is_dir():
+        raise RecipeError(f"resume_from_checkpoint={resume!r} is no folder: name a checkpoint of a run, or 'last'.")
+    if resume and Path(resume).resolve().parent == folder.resolve():
+        return resume, []
+    held = _run_files(folder)
     if held and not recipe.overwrite_output_dir:
         raise RecipeError(
             f"{folder} holds another run ({held[0].name}). Go on with it by --resume_from_checkpoint last, replace it "
             "by --overwrite_output_dir true, or choose another --output_dir."
         )
-    if args.process_index == 0:
-        for path in held:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return None
+    # jtt writes its errors anew before its own training
+    return resume, [path for path in held if recipe.method != "jtt" or path.name != ERRORS]
 
 
 def _run_files(folder: Path) -> list[Path]:
-    names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", ERRORS, "erm"]
-    return [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(folder / name for name in names)]
+    """The files and folders of a run that a folder holds."""
+    checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", ERRORS]
+    files = [path for path in (folder / name for name in names) if path.exists()]
+    beside = folder / "erm"  # which may also be a folder of somebody's own
+    return [*checkpoints, *files, *([beside] if beside.is_dir() and _run_files(beside) else [])]
+
+
+class _Removal(TrainerCallback):
+    """Removes the files of another run after the first optimizer step, when all that is checked has been."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = [*paths]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        while self.paths:
+            path = self.paths.pop()
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _inputs(data: Benchmark, recipe: Recipe, processor: Any, keep: Sequence[str]) -> dict[str, Any]:

@@ -112,6 +112,56 @@ def test_overwriting_on_demand_and_resuming(trained, tmp_path):
     assert json.loads((out / "run.json").read_text())["steps"] == 6
 
 
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dataset": "files"},  # no data_dir
+        {"dataset": "files", "data_dir": "nowhere"},
+        {"num_pairs": 10**6},  # more than there are
+        {"pairs": {"maker": "table"}},  # it lacks an argument
+        {"model_type": None, "model_name_or_path": "nowhere"},
+        {"model_config": {"image_size": 4}},  # the first forward fails
+    ],
+)
+def test_a_run_that_cannot_begin_loses_nothing(trained, tmp_path, capsys, changes):
+    out = tmp_path / "out"
+    shutil.copytree(trained / "out", out)
+    before = files_of(out)
+    config = write(tmp_path / "recipe.yaml", output_dir=str(out), overwrite_output_dir=True, **changes)
+    assert main(["train", "--config", config]) == 2
+    assert before and files_of(out) == before
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ipg train: error: ")
+
+
+def test_overwriting_removes_a_run_and_nothing_else(trained, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained / "out", out)
+    shutil.rmtree(out / "erm")
+    mine = ["erm/notes.txt", "checkpoint-best/model.safetensors", "checkpoint-9.txt", "notes.txt", "data/config.json"]
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(name)
+    config = write(tmp_path / "recipe.yaml", output_dir=str(out), measure_test=False, max_steps=2, save_steps=2)
+    assert main(["train", "--config", config, "--eval_steps", "2", "--overwrite_output_dir", "true"]) == 0
+    assert [(out / name).read_text() for name in mine] == mine
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-best", "checkpoint-9.txt"}
+
+
+def test_going_on_from_another_folders_checkpoint_replaces_no_run(trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(trained / "out", out)
+    before = files_of(out)
+    config = write(tmp_path / "recipe.yaml", output_dir=str(out))
+    for checkpoint, said in ((trained / "out" / "checkpoint-3", "another run"), ("checkpoint-3", "is no folder")):
+        assert main(["train", "--config", config, "--resume_from_checkpoint", str(checkpoint)]) == 2
+        assert said in capsys.readouterr().err
+    assert files_of(out) == before
+
+
 def test_the_plain_training_beside_it_is_resumed_too(trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
     before = json.loads((tmp_path / "out" / "erm" / "run.json").read_text())
