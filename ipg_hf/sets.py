@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
@@ -22,7 +21,17 @@ from .losses import ATTRIBUTE
 from .metrics import read_attributes
 from .pairs.adversarial import AdversarialPairs
 from .pairs.checks import LABEL_COLUMNS, ONLY_SET
-from .pairs.classes import is_text, model_names, shown, values_of, with_column
+from .pairs.classes import (
+    folded,
+    is_class_label,
+    is_text,
+    model_names,
+    one_form,
+    shown,
+    values_of,
+    warn_of_look_alikes,
+    with_column,
+)
 from .pairs.loader import is_stream
 from .pairs.transforms import ImageRows
 from .seeding import seeded
@@ -38,6 +47,7 @@ WANTED = (
     "pixel_values_b)."
 )
 STORED = (datasets.Dataset, datasets.IterableDataset)
+MODEL = "the model (config.id2label)"
 
 
 # ---- The form of pair sets ----
@@ -100,25 +110,27 @@ def check_pair_form(pairs: Any, title: str, argument: str) -> None:
     elif isinstance(pairs, Mapping):
         fix = "Give one of its entries, or one flat dict of sets."
     elif hasattr(pairs, "columns") and hasattr(pairs, "iloc"):
-        fix = "Make a set of it: datasets.Dataset.from_pandas(frame), then cast_column('image_a', datasets.Image())."
+        fix = "Make a set of it: datasets.Dataset.from_list(frame.to_dict('records'))."
     elif isinstance(pairs, DataLoader):
         fix = f"Give the data set of the loader, {argument}=loader.dataset."
     elif isinstance(pairs, (tuple, list)) and len(pairs) and hasattr(pairs[0], "column_names"):
         what = f"a {_kind(pairs)} of {len(pairs)} data sets"
         fix = "Sets of pairs get names, {'colour': pairs, ...}; the two sides of pairs go into one set's columns."
-    elif hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__"):
+    elif hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__") and not isinstance(pairs, type):
         if not len(pairs):
             raise ValueError(f"{title} is empty: give it at least one pair.")
         with seeded(0):  # a random transform of the user's own draws from the global generators
             row = pairs[0]
+        what = f"a {_kind(pairs)} whose rows are of type {_kind(row)}"
+        fix = "Make a set of it: datasets.Dataset.from_list([{'image_a': a, 'image_b': b} for a, b in pairs])."
         if isinstance(row, Mapping):
-            if not any(isinstance(row.get(side), Image.Image) for side in PAIR_SIDES):
-                return
-            what, fix = f"a {_kind(pairs)} whose rows are dicts of images", "datasets.Dataset.from_list(list(pairs))."
-        else:
-            what = f"a {_kind(pairs)} whose rows are of type {_kind(row)}"
-            fix = "datasets.Dataset.from_list([{'image_a': a, 'image_b': b} for a, b in pairs])."
-        fix = f"Make a set of it: {fix}"
+            names = {str(name).removesuffix("_a") for name in row if f"{str(name).removesuffix('_a')}_b" in row}
+            if names - {"image", "label", "attribute"}:
+                return  # model inputs
+            what, fix = f"a {_kind(pairs)} whose rows are dicts of {shown(row)}", ""
+            if "image" in names:
+                what = f"a {_kind(pairs)} whose rows are dicts of images"
+                fix = "Make a set of it: datasets.Dataset.from_list(list(pairs))."
     raise ValueError(f"{title} is {what}. {WANTED} {fix}".rstrip())
 
 
@@ -155,6 +167,8 @@ def check_columns(
     names_its_images = isinstance(dataset, ImageRows)
     dataset = dataset.dataset if names_its_images else dataset
     features = getattr(dataset, "features", None) or {}
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise ValueError(f"{title} is empty: give it at least one row.")
     if not isinstance(dataset, STORED):
         _check_first_row(dataset, title, inputs)
         return
@@ -185,13 +199,17 @@ def check_pair_columns(pairs: Any, title: str, main_input: str, *, has_processor
     if not has_processor or f"{main_input}_a" in features:
         return
     found = [name for name in PAIR_SIDES if name in features]
-    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    if len(found) < 2 and images:
+    if len(found) < 2:
+        images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         missing = [name for name in PAIR_SIDES if name not in features]
         others = [name for name in images if name not in found]
         fix = f"rename_columns({dict(zip(others, missing, strict=True))})." if len(others) == len(missing) else ""
         if images == ["image"]:
-            fix = "its rows are single images: make pairs of them, e.g. by ipg_hf.pairs.overlay_pairs or match_pairs."
+            fix = "Its rows are single images: make pairs of them, e.g. by ipg_hf.pairs.overlay_pairs or match_pairs."
+        lists = [name for name, kind in features.items() if isinstance(kind, datasets.List)]
+        if lists and not images:
+            sides = f"{{'image_a': row[{lists[0]!r}][0], 'image_b': row[{lists[0]!r}][1]}}"
+            fix = f"Take the images out of the list: map(lambda row: {sides}, remove_columns=[{lists[0]!r}])."
         raise ValueError(f"{title} has the columns {shown(features)}, but no {shown(missing)}. {fix}".rstrip())
     for name in found:
         if not isinstance(features[name], datasets.Image):
@@ -201,7 +219,7 @@ def check_pair_columns(pairs: Any, title: str, main_input: str, *, has_processor
                 f"{title} is a stream of encoded images, Image(decode=False) in its column {name!r}: decode them, "
                 f"{title}.decode(True)."
             )
-    if found and isinstance(pairs, datasets.Dataset):
+    if isinstance(pairs, datasets.Dataset):
         check_no_image_is_missing(pairs, found, title)
 
 
@@ -210,11 +228,12 @@ def _is_custom(dataset: Any) -> bool:
 
 
 def _check_first_row(dataset: Any, title: str, inputs: Sequence[str]) -> None:
-    if isinstance(dataset, (str, os.PathLike, Mapping)) or hasattr(dataset, "iloc"):
+    is_set = hasattr(dataset, "__getitem__") or is_stream(dataset)
+    if not is_set or isinstance(dataset, (str, os.PathLike, Mapping)) or hasattr(dataset, "iloc"):
         raise ValueError(
             f"{title} is a {_kind(dataset)}: give it a set, e.g. datasets.load_dataset(..., split='train')."
         )
-    if is_stream(dataset) or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or not len(dataset):
+    if is_stream(dataset) or (hasattr(dataset, "__getitem__") and not hasattr(dataset, "__len__")):
         return
     with seeded(0):  # a random transform of the user's own draws from the global generators
         row = dataset[0]
@@ -332,24 +351,23 @@ def check_names(columns: Mapping[str, Any], own: Sequence[str] | None = None) ->
 
     Args:
         columns: what a column is, for messages -> its feature. Only a ClassLabel has names. The names `"0"`, `"1"`, ...
-            in this order are none.
+            in this order are none, except beside the same names in another order.
         own: the names of the model's classes in their order, if it has names.
     """
-    own = None if own is None or [*own] == [str(number) for number in range(len(own))] else own
-    named = {} if own is None else {"the model (config.id2label)": [*own]}
-    for title, feature in columns.items():
-        names = list(getattr(feature, "names", None) or []) if isinstance(feature, datasets.ClassLabel) else []
-        if names != [str(number) for number in range(len(names))]:
-            named[title] = names
+    named = {} if own is None else {MODEL: one_form(own)}
+    named |= {title: one_form(kind.names) for title, kind in columns.items() if is_class_label(kind) and kind.names}
+    numbers = {title for title, names in named.items() if names == [str(number) for number in range(len(names))]}
+    others = [{*names} for title, names in named.items() if title not in numbers]
+    named = {title: names for title, names in named.items() if title not in numbers or {*names} in others}
     if len(named) < 2:
         return
     titles = list(named)
-    first = titles[1] if own is not None else titles[0]  # the set, so that the message says what to cast to
+    first = titles[titles[0] == MODEL]  # the set, so that the message says what to cast to
     for title in titles:
         if title == first or all(a == b for a, b in zip(named[first], named[title])):  # noqa: B905 - one may have more
             continue
         fix = f"number the classes alike, cast {title} to the names of {first} (Dataset.align_labels_with_mapping)."
-        if title.startswith("the model"):
+        if title == MODEL:
             fix = (
                 "set id2label and label2id of its config to the names of the data (a new head), or number the data as "
                 "the model does (Dataset.align_labels_with_mapping)."
@@ -364,10 +382,13 @@ def class_columns(sets: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     """Returns the features of some columns of several sets: `<column> of <set>` -> feature."""
     found = {}
     for title, dataset in sets.items():
-        dataset = dataset.source if isinstance(dataset, AdversarialPairs) else dataset
-        features = getattr(dataset.dataset if isinstance(dataset, ImageRows) else dataset, "features", None) or {}
+        features = _features(dataset.source if isinstance(dataset, AdversarialPairs) else dataset)
         found |= {f"{name} of {title}": features[name] for name in names if name in features}
     return found
+
+
+def _features(dataset: Any) -> Mapping[str, Any]:
+    return getattr(dataset.dataset if isinstance(dataset, ImageRows) else dataset, "features", None) or {}
 
 
 # ---- The attribute ----
@@ -385,8 +406,15 @@ def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> 
         The sets, and the names in their order.
 
     Raises:
-        ValueError: a value is missing, negative or no class; or some sets have names and others numbers.
+        ValueError: a value is missing, negative or no class; some sets have names and others numbers; or a stream or
+            an `ImageRows` has texts.
     """
+    for title, dataset in sets.items():
+        if not isinstance(dataset, datasets.Dataset) and is_text(_features(dataset).get(ATTRIBUTE)):
+            raise ValueError(
+                f"{title} is a {_kind(dataset)} with texts as attribute, which are not numbered here: "
+                f"cast_column({ATTRIBUTE!r}, datasets.ClassLabel(names=[...]))."
+            )
     read = {
         title: read_attributes(dataset, f"attribute of {title}")
         for title, dataset in sets.items()
@@ -411,6 +439,7 @@ def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> 
         )
     for names in texts.values():
         order += [name for name in names if name not in order]
+    warn_of_look_alikes(order)
     changed = dict(sets)
     for title, names in texts.items():
         ids = read[title][0]
@@ -434,7 +463,7 @@ def names_for_training(model: Any, columns: Mapping[str, Any]) -> list[str] | No
     own = model_names(config) if getattr(config, "id2label", None) else None
     features = [feature for title, feature in columns.items() if title.endswith(" of train_dataset")]
     names = next((list(f.names) for f in features if isinstance(f, datasets.ClassLabel)), None)
-    if own is None or names is None or len(own) != len(names) or {*own} & {*names}:
+    if own is None or names is None or len(own) != len(names) or {*folded(own)} & {*folded(names)}:
         return own
     logger.warning(
         f"The model has the classes {shown(own)}, and train_dataset has {shown(names)}: the model gets the names of "

@@ -5,6 +5,7 @@ from itertools import permutations
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import small
 import torch
@@ -93,13 +94,56 @@ WRONG_FORMS = {
     "columns": (lambda: {"image_a": [1], "image_b": [2]}, ["columns 'image_a', 'image_b'", "from_dict"]),
     "two sets": (lambda: (images(4), images(4)), ["tuple of 2 data sets"]),
     "a path": (lambda: "pairs/train", ["'pairs/train'", "load_dataset"]),
-    "a table": (Frame, ["Frame", "from_pandas"]),
+    "a table": (Frame, ["Frame", "from_list(frame.to_dict('records'))"]),
     "a loader": (lambda: DataLoader(small.pairs(4)), ["DataLoader", "loader.dataset"]),
     "an iterator": (lambda: iter([{}]), ["list_iterator"]),
     "a number": (lambda: 300, ["int"]),
+    "paths of images": (lambda: [{"image_a": "a.png", "image_b": "b.png"}], ["dicts of images", "from_list"]),
+    "one side": (lambda: [{"pixel_values": torch.zeros(3, 4, 4)}], ["dicts of 'pixel_values'"]),
+    "numbers as names": (lambda: [{0: torch.zeros(3), 1: torch.zeros(3)}], ["dicts of 0, 1"]),
+    "a class": (lambda: datasets.Dataset, ["type"]),
     "a dict in a dict": (lambda: {"colour": {"all": pairs(4)}}, ["pair_dataset['colour'] is a dict"]),
     "an empty list": (list, ["empty"]),
 }
+
+
+def test_the_advice_for_pairs_in_memory_works(tmp_path):
+    """Each message names a call; what that call makes of the same pairs trains."""
+    rows = [dict(row) for row in pairs(4)]
+    for made in (
+        datasets.Dataset.from_list(rows),
+        datasets.Dataset.from_list([{"image_a": a, "image_b": b} for a, b in [tuple(row.values()) for row in rows]]),
+        datasets.Dataset.from_list(pandas.DataFrame(rows).to_dict("records")),
+        datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]}),
+    ):
+        assert made[3]["image_b"].tobytes() == rows[3]["image_b"].tobytes()
+        trainer(tmp_path, pair_dataset=made)
+    listed = datasets.Dataset.from_dict({"both": [[*row.values()] for row in rows]})
+    for given in (listed, listed.to_iterable_dataset()):
+        with pytest.raises(
+            ValueError, match=r"pair_dataset has the columns 'both', but no 'image_a', .*: map\("
+        ) as error:
+            trainer(tmp_path, pair_dataset=given)
+        advice = str(error.value).split(": ", 1)[1].removesuffix(".")
+        trainer(tmp_path, pair_dataset=eval(f"given.{advice}", {"given": given}))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))] * 8)
+
+
+def test_a_stream_of_tuples_is_named(tmp_path):
+    with pytest.raises(ValueError, match="a row of the pair set is of type tuple: it must be a dict"):
+        trainer(tmp_path, pair_dataset=Stream()).train()
+
+
+@pytest.mark.parametrize("argument", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("make, words", [(lambda: iter([1]), "list_iterator"), (lambda: images().select([]), "empty")])
+def test_sets_without_rows_or_an_order(tmp_path, argument, make, words):
+    sets = {"train_dataset": images(), argument: make()}
+    with pytest.raises(ValueError, match=f"{argument} is .*{words}"):
+        small.IPGTrainer(small.vit(), small.config(tmp_path), processing_class=PROCESSOR, **sets)
 
 
 @pytest.mark.parametrize("form", WRONG_FORMS)
@@ -133,6 +177,30 @@ def test_every_order_of_names_but_the_same_is_refused():
     check_names({"a": ClassLabel(names=["ant", "bee"]), "b": ClassLabel(names=list(own))}, own)  # some are not used
     check_names({"a": ClassLabel(names=list(own))}, ["0", "1", "2"])
     check_names({"a": ClassLabel(num_classes=3), "b": ClassLabel(names=list(own)), "c": datasets.Value("int64")}, own)
+
+
+@pytest.mark.parametrize("order", [order for order in permutations("012") if order != ("0", "1", "2")])
+def test_numbers_are_names_beside_the_same_numbers_in_another_order(order):
+    numbers = ClassLabel(num_classes=3)
+    for columns, model in (({"a": numbers, "b": ClassLabel(names=list(order))}, None), ({"a": numbers}, order)):
+        with pytest.raises(ValueError, match="one number would mean different classes"):
+            check_names(columns, model)
+
+
+def test_one_name_in_two_unicode_forms_is_one_name(tmp_path):
+    composed, parts = "w\u00e4rme", "wa\u0308rme"
+    check_names({"a": ClassLabel(names=["ant", composed]), "b": ClassLabel(names=["ant", parts])}, ["ant", parts])
+    with pytest.raises(ValueError, match="different classes"):
+        check_names({"a": ClassLabel(names=["ant", composed]), "b": ClassLabel(names=[parts, "ant"])})
+
+
+@pytest.mark.parametrize("change", [str.upper, str.title, lambda name: f"{name} "])
+def test_names_that_differ_in_capitals_or_spaces_are_no_other_classes(tmp_path, change):
+    """A model of other classes gets the names of the data; one of the same classes in another order must not."""
+    names = [change(name) for name in NAMES[::-1]]
+    model = small.vit(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    with pytest.raises(ValueError, match=r"the model \(config.id2label\)"):
+        trainer(tmp_path, model=model)
 
 
 def test_the_sets_of_a_trainer_have_one_order(tmp_path):
@@ -271,6 +339,22 @@ def test_attributes_that_are_none(tmp_path, values, words):
     )
     run.train()
     assert run.evaluate()["eval_n"] == N
+
+
+@pytest.mark.parametrize("form", ["stream", "rows"])
+def test_texts_that_cannot_be_numbered_are_refused(tmp_path, form):
+    texts = images(attribute=["sky", "sea"])
+    given = texts.to_iterable_dataset()
+    if form == "rows":
+        given = ImageRows(texts, PROCESSOR, {"image": "pixel_values"}, keep=["label", "attribute"])
+    with pytest.raises(ValueError, match=r"eval_dataset is a .* with texts as attribute, .*cast_column\('attribute'"):
+        trainer(tmp_path, eval_dataset=given, compute_metrics=GroupMetrics())
+    trainer(tmp_path, eval_dataset=given, compute_metrics=lambda prediction: {})
+
+
+def test_values_that_look_alike_are_said(caplog):
+    with_attribute_ids({"a": images(attribute=["sky", "sea"]), "b": images(attribute=["Sky", "sea"])}, None)
+    assert "'Sky', 'sky' differ only in capitals or spaces" in caplog.text
 
 
 def test_a_table_by_group_has_the_size_of_the_values_that_occur():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,28 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=float) if all(map(NUMBER.fullmatch, names)) else names
 
 
+def one_form(names: Iterable[str]) -> list[str]:
+    """Gives names one Unicode form: the name of a folder may hold "ö" as one character or as two."""
+    return [unicodedata.normalize("NFC", name) for name in names]
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Names without what a slip changes: capitals, and spaces at their ends."""
+    return [name.strip().casefold() for name in names]
+
+
+def warn_of_look_alikes(names: Iterable[str]) -> None:
+    """Warns if names of classes differ only in capitals or in spaces at their ends."""
+    names = sorted(names)
+    short = folded(names)
+    alike = [name for name, form in zip(names, short, strict=True) if short.count(form) > 1]
+    if alike:
+        logger.warning(
+            f"The names {shown(alike)} differ only in capitals or spaces, and are different classes: if they are not "
+            "meant to be, spell them alike."
+        )
+
+
 def shown(names: Iterable[Any]) -> str:
     """The first names of a list, for a message."""
     names = list(names)
@@ -103,7 +126,7 @@ def coded(dataset: datasets.Dataset, column: str, where: str) -> Coded:
         )
     check_filled(values, where)
     if is_class_label(feature):
-        ids, names = values.to_numpy(zero_copy_only=False).astype(np.int64), list(feature.names)
+        ids, names = values.to_numpy(zero_copy_only=False).astype(np.int64), one_form(feature.names)
         wrong = np.flatnonzero((ids < 0) | (ids >= len(names)))
         if len(wrong):
             raise ValueError(
@@ -112,9 +135,8 @@ def coded(dataset: datasets.Dataset, column: str, where: str) -> Coded:
             )
         return Coded(ids, names, True)
     if pa.types.is_floating(values.type):
-        whole = pc.all(pc.equal(pc.floor(values), values)).as_py()
-        if whole is False:
-            value = next(value for value in values.to_pylist() if value != int(value))
+        value = next((value for value in values.to_pylist() if value % 1 != 0), None)  # inf % 1 is NaN
+        if value is not None:
             raise ValueError(
                 f"{where} has numbers like {value}, but must be names or whole numbers: make groups of it."
             )
@@ -123,7 +145,7 @@ def coded(dataset: datasets.Dataset, column: str, where: str) -> Coded:
         raise ValueError(f"{where} is of type {values.type}, but must be names or whole numbers.")
     encoded = values.dictionary_encode()
     names = encoded.dictionary.to_pylist()
-    names = [str(name).lower() if isinstance(name, bool) else str(name) for name in names]
+    names = one_form(str(name).lower() if isinstance(name, bool) else str(name) for name in names)
     return Coded(encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), names, False)
 
 
@@ -131,6 +153,7 @@ def common_names(columns: Mapping[str, Coded]) -> list[str]:
     """The names of all columns in one order: that of the first ClassLabel, then the others, sorted."""
     declared = next((column.names for column in columns.values() if column.is_declared), [])
     used = set().union(*(column.used for column in columns.values()))
+    warn_of_look_alikes(used)
     return [*declared, *sorted_names(used - set(declared))]
 
 
@@ -143,7 +166,8 @@ def numbered(dataset: datasets.Dataset, column: str, read: Coded, names: Sequenc
         read: the classes of the column. `names` must have all that rows use.
         names: names of the ClassLabel, in its order.
     """
-    if read.is_declared and read.names == [*names]:
+    kind = dataset.features[column]
+    if is_class_label(kind) and kind.names == [*names]:
         return dataset
     number = {name: position for position, name in enumerate(names)}
     ids = np.array([number.get(name, -1) for name in read.names], np.int64)[read.ids]
@@ -186,7 +210,7 @@ def match_labels(dataset: Any, names: Sequence[str], where: str, column: str = "
 def model_names(config: Any) -> list[str] | None:
     """The names of a model's classes in their order; None if it has the names `LABEL_0`, ... that say nothing."""
     known = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
-    names = [known[number] for number in sorted(known)]
+    names = one_form(known[number] for number in sorted(known))
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
@@ -236,7 +260,7 @@ def order_of_base(names: Sequence[str], config: Any, place: str) -> list[str]:
     if {*own} == {*names}:
         logger.info(f"the data's classes are numbered as those of {place}: {shown(own)}.")
         return own
-    if {*own} & {*names}:
+    if {*folded(own)} & {*folded(names)}:
         raise ValueError(
             f"{place} has the labels {shown(own)}, the data has {shown(names)}: the head would be trained on from "
             "classes of other names. Give the classes that are the same one name, in the data or in the model's "

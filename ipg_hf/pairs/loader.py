@@ -98,6 +98,11 @@ class PairCollator:
 
     def names(self, row: Mapping[str, Any]) -> list[str]:
         """Returns the names of the model inputs that a row holds for both sides."""
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"a row of the pair set is of type {type(row).__name__}: it must be a dict of model inputs, e.g. "
+                f"{self.main_input}_a and {self.main_input}_b."
+            )
         found = [key[:-2] for key in row if key.endswith("_a") and f"{key[:-2]}_b" in row]
         names = [name for name in found if name in self.input_names]
         if self.main_input not in names:
