@@ -135,6 +135,32 @@ def test_texts_and_class_labels_are_matched_by_name(tmp_path):
     assert len({tuple(getattr(data, split).features["label"].names) for split in SPLITS}) == 1
 
 
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
+    composed, parts = "w\u00e4rme", "wa\u0308rme"
+    tree(tmp_path, ["ant", composed], ["train"])
+    tree(tmp_path, ["ant", parts], ["validation"])
+    tree(tmp_path, [composed, parts, "ant"], ["test"], count=1)
+    data = load_files(data_dir=str(tmp_path))
+    assert data.label_names == ["ant", composed] and data.test["label"][:].count(1) == 2
+    for order in (["ant", parts], [parts, "ant"]):
+        config = ViTConfig(id2label=dict(enumerate(order)))
+        assert order_of_model(data.label_names, config, "m")[order.index(parts)] == composed
+    for side, name in (("a", composed), ("b", parts)):
+        save(tmp_path / "sides" / side / f"{name}.png")
+    assert len(pairs_from_folders(tmp_path / "sides/a", tmp_path / "sides/b")) == 1
+
+
+@pytest.mark.parametrize("column", ["label", "attribute"])
+@pytest.mark.parametrize("other", ["Ant", "ANT", "ant ", " ant"])
+def test_names_that_look_alike_are_said(tmp_path, caplog, column, other):
+    columns = {"label": ["ant", "bee", "ant"], "attribute": ["bee", "ant", "ant"]}
+    columns[column] = ["ant", "bee", other]
+    whole = table(columns["label"], attribute=columns["attribute"])
+    load_files(data_dir=write_splits(tmp_path, train=whole, validation=whole, test=whole))
+    alike = ", ".join(map(repr, sorted(["ant", other])))
+    assert f"The names {alike} differ only in capitals or spaces" in caplog.text
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_label_that_training_lacks_is_refused(tmp_path, split):
     tree(tmp_path, NAMES[:2])
@@ -196,6 +222,23 @@ def test_whole_numbers_stored_as_fractions_are_said_to_be_numbers(tmp_path, warn
     data = load_files(data_dir=write_splits(tmp_path, train=whole, validation=whole, test=whole))
     assert data.label_names is None
     assert "taken for numbers (a regression)" in warnings[0]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_classes_stored_as_fractions_in_another_split_are_classes(tmp_path, split):
+    """A table with an empty cell writes its whole numbers as fractions; train says what the labels are."""
+    splits = dict.fromkeys(SPLITS, table([3, 1])) | {split: table([1.0, 3.0])}
+    data = load_files(data_dir=write_splits(tmp_path, **splits))
+    assert data.label_names == ["1", "3"] and getattr(data, split)["label"][:] == [0, 1]
+    write_splits(tmp_path, **{split: table([1.5, 3.0])})
+    assert load_files(data_dir=str(tmp_path)).label_names is None
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 0.5])
+def test_numbers_that_are_no_groups(tmp_path, value):
+    whole = table(["a", "b"]).add_column("attribute", [value, 1.0])
+    with pytest.raises(ValueError, match=rf"the attribute of train of .* has numbers like {value}"):
+        load_files(data_dir=write_splits(tmp_path, train=whole, validation=whole, test=whole))
 
 
 # ---- The model's classes ----
@@ -265,6 +308,9 @@ def test_the_order_of_a_models_classes():
     assert order_of_base(["a", "b"], config("c", "d"), "m") == ["a", "b"]  # with a warning
     with pytest.raises(ValueError, match="m has the labels 'b', 'c', the data has 'a', 'b'"):
         order_of_base(["a", "b"], config("b", "c"), "m")
+    for names in (["B", "A"], ["b ", "A"]):  # the same classes, spelled otherwise
+        with pytest.raises(ValueError, match="Give the classes that are the same one name"):
+            order_of_base(["a", "b"], config(*names), "m")
     with pytest.raises(ValueError, match="m has 3 labels, the data has 2"):
         order_of_model(["a", "b"], ViTConfig(num_labels=3), "m")
 
@@ -359,6 +405,56 @@ def test_parts_of_a_split_must_have_the_same_classes(tmp_path, change):
     with pytest.raises(
         ValueError, match=r"train-00000-of-00002\.parquet and .*train-00001.* have another column 'label'"
     ):
+        load_files(data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train.tsv", "test.json", "training.xlsx", "Train.ZIP", "val.tar"])
+def test_tables_and_archives_that_are_not_read_are_named(tmp_path, warnings, name):
+    """Without them, two folders of images beside the tables would be taken for two classes."""
+    tree(tmp_path, ["left", "right"], ["."])
+    (tmp_path / name).write_text("x")
+    with pytest.raises(ValueError, match=f"has '{name}', which are not read"):
+        load_files(data_dir=str(tmp_path))
+    tree(tmp_path, ["left", "right"])
+    load_files(data_dir=str(tmp_path))
+    assert f"'{name}'" in warnings[0] and "are left out" in warnings[0]
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_table_with_other_marks_between_columns_is_named(tmp_path, mark):
+    save(tmp_path / "img/0.png")
+    (tmp_path / "train.csv").write_text(f"image{mark}label\nimg/0.png{mark}ant\n")
+    with pytest.raises(ValueError, match=r"train\.csv has the one column .*: save it with commas"):
+        load_files(data_dir=str(tmp_path))
+
+
+def test_a_table_from_windows(tmp_path, warnings):
+    for number in range(2):
+        save(tmp_path / "img" / "day 1" / f"{number}.png", number)
+    for split in SPLITS:
+        (tmp_path / f"{split}.csv").write_bytes(
+            b"\xef\xbb\xbfimage,label\r\nimg\\day 1\\0.png,ant\r\nimg\\day 1\\1.png,bee\r\n"
+        )
+    data = load_files(data_dir=str(tmp_path))
+    assert [np.asarray(row["image"]).tolist() for row in data.train] == [
+        np.asarray(picture(n)).tolist() for n in (0, 1)
+    ]
+    assert not warnings  # the folder of the images is not left out
+
+
+@pytest.mark.parametrize("labels", [["ant"], ["ant", "bee"]])
+def test_splits_in_another_place_are_named(tmp_path, labels):
+    for label in labels:
+        tree(tmp_path / label, [""], count=1)
+    advice = f"give --data_dir {tmp_path}/ant" if len(labels) == 1 else "put the splits above the labels, test/ant"
+    with pytest.raises(ValueError, match=advice):
+        load_files(data_dir=str(tmp_path))
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    tree(tmp_path, ["ant", "bee"])
+    (tmp_path / "train/ant/gone.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(ValueError, match=r"row 3 of train of .*gone\.png.* cannot be read"):
         load_files(data_dir=str(tmp_path))
 
 

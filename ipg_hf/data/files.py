@@ -110,7 +110,8 @@ def load_files(
     """
     if data_dir is None or not Path(data_dir).is_dir():
         raise FileNotFoundError(
-            f"data_dir={data_dir!r} is no folder: give the folder with the files, --data_dir FOLDER."
+            f"data_dir={data_dir!r} is no folder: give the folder with the files (of an archive, unpack it first), "
+            "--data_dir FOLDER."
         )
     folder = Path(data_dir)
     sets = _read_folder(folder, image, pairs)
@@ -230,10 +231,11 @@ def _read_folder(folder: Path, image: str, pairs: str | None) -> dict[str, datas
             return _read_common_metadata(folder / name)
     names: dict[str, str] = {}
     files: dict[str, list[Path]] = {}
-    left_out = []
+    left_out, unread = [], []
     for path in [entry for place in (folder, folder / "data") if place.is_dir() for entry in sorted(place.iterdir())]:
         is_table = path.is_file() and path.suffix.lower() in TABLES
-        if path.name.startswith(".") or not (is_table or path.is_dir()):
+        if path.name.startswith((".", "__")) or not (is_table or path.is_dir()):
+            unread += [path.name] if path.is_file() and path.stem.lower() in SPLIT_NAMES else []
             continue
         shard = SHARD.fullmatch(path.stem) if is_table else None
         name = shard[1] if shard else path.stem if is_table else path.name
@@ -242,12 +244,23 @@ def _read_folder(folder: Path, image: str, pairs: str | None) -> dict[str, datas
             names[place] = name
             files.setdefault(place, []).append(path)
         elif name not in (pairs, "data"):
-            left_out.append(path.name)
+            left_out.append(path)
     if not names:
+        if unread:
+            raise ValueError(
+                f"{folder} has {shown(unread)}, which are not read: save tables as {', '.join(TABLES)}, and unpack "
+                "archives."
+            )
         _check_no_splits(folder)
         return {"train": _read_images(folder, skip=pairs)}
-    if left_out:
-        logger.warning(f"{folder}: {shown(left_out)} are left out, since their names are not those of splits.")
+    if all(paths[0].is_file() for paths in files.values()):  # the folders have the images that the tables name
+        left_out = [path for path in left_out if path.is_file()]
+    unread += [path.name for path in left_out]
+    if unread:
+        logger.warning(
+            f"{folder}: {shown(unread)} are left out, since they are no folder and no table ({', '.join(TABLES)}) with "
+            "the name of a split."
+        )
     return {split: _read_split(files[place], image) for split, place in _splits(names, folder).items()}
 
 
@@ -368,11 +381,14 @@ def _read_images(folder: Path, skip: str | None = None) -> datasets.Dataset:
 
 def _check_no_splits(folder: Path) -> None:
     """Raises a ValueError if the sub-folders of what looks like labels are splits."""
-    for path in sorted(folder.glob("*/*")):
-        if path.is_dir() and path.name.lower() in SPLIT_NAMES:
-            raise ValueError(
-                f"{folder} has no split, but {path.parent} has {path.name}: give --data_dir {path.parent}."
-            )
+    splits = [path for path in sorted(folder.glob("*/*")) if path.is_dir() and path.name.lower() in SPLIT_NAMES]
+    parents = sorted({path.parent for path in splits})
+    if splits:
+        one = f"give --data_dir {parents[0]}."
+        several = f"put the splits above the labels, {splits[0].name}/{parents[0].name}."
+        raise ValueError(
+            f"{folder} has no split, but {parents[0]} has {splits[0].name}: {one if len(parents) == 1 else several}"
+        )
 
 
 def _read_pairs(
@@ -380,7 +396,10 @@ def _read_pairs(
 ) -> datasets.Dataset:
     files = [path for path in sorted(folder.rglob("*.parquet")) if not path.name.startswith(".")]
     if not files:
-        raise FileNotFoundError(f"{folder} has no Parquet files: add the training pairs, or set pairs=None.")
+        raise FileNotFoundError(
+            f"{folder} has no Parquet files: add the training pairs. If a maker makes them, set pairs=None "
+            "(dataset_options: {pairs: null})."
+        )
     splits: dict[str | None, list[Path]] = {}
     for path in files:
         shard = SHARD.fullmatch(path.stem)
@@ -508,9 +527,9 @@ def _as_images(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
 
 
 def _with_labels(sets: dict[str, datasets.Dataset], where: str) -> dict[str, datasets.Dataset]:
-    """Numbers the labels by name, or makes all of them floats if some are fractions (a regression)."""
-    kinds = {split: dataset.features["label"] for split, dataset in sets.items()}
-    if any(isinstance(kind, datasets.Value) and kind.dtype.startswith("float") for kind in kinds.values()):
+    """Numbers the labels by name, or makes all of them floats: those of train, or some fractions (a regression)."""
+    floats = {split: values_of(part, "label") for split, part in sets.items() if _has_floats(part.features["label"])}
+    if "train" in floats or any(pc.any(pc.not_equal(pc.floor(values), values)).as_py() for values in floats.values()):
         return {split: _with_floats(dataset, f"the label of {split} of {where}") for split, dataset in sets.items()}
     read = {split: coded(dataset, "label", f"the label of {split} of {where}") for split, dataset in sets.items()}
     known = read["train"].names if read["train"].is_declared else sorted_names(read["train"].used)
@@ -528,6 +547,10 @@ def _with_labels(sets: dict[str, datasets.Dataset], where: str) -> dict[str, dat
         logger.warning(f"train of {where} has no rows of the labels {shown(sorted_names(missing))}.")
     names = known if read["train"].is_declared else common_names(read)
     return {split: numbered(dataset, "label", read[split], names) for split, dataset in sets.items()}
+
+
+def _has_floats(kind: Any) -> bool:
+    return isinstance(kind, datasets.Value) and kind.dtype.startswith("float")
 
 
 def _with_floats(dataset: datasets.Dataset, where: str) -> datasets.Dataset:

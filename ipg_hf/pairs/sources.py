@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from .classes import coded, common_names, is_class_label, is_text, numbered, sorted_names
+from .classes import coded, common_names, is_class_label, is_text, numbered, one_form, sorted_names
 from .makers import draw_rows, draw_swap
 
 # what PIL writes only, and what it knows but cannot read by itself
@@ -168,13 +168,16 @@ def read_table(files: Sequence[Path]) -> datasets.Dataset:
         _check_alike(files)
     names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     try:
-        return datasets.load_dataset(kind, data_files=[*map(str, files)], split="train", **options)
+        table = datasets.load_dataset(kind, data_files=[*map(str, files)], split="train", **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, NotImplementedError) as failure:
         cause: BaseException = failure
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ValueError(f"{names} cannot be read as {kind.upper()}: {reason}") from failure
+    if kind == "csv" and len(table.column_names) == 1 and {*table.column_names[0]} & {";", "\t"}:
+        raise ValueError(f"{names} has the one column {table.column_names[0]!r}: save it with commas between columns.")
+    return table
 
 
 def _check_alike(files: Sequence[Path]) -> None:
@@ -295,7 +298,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
             path = place / entry.name
             if entry.is_dir() and not entry.name.startswith((".", "__")):
                 read(path, (*above, real))
-            elif entry.is_file() and not entry.name.startswith("."):
+            elif not entry.is_dir() and not entry.name.startswith("."):  # a link to nothing is refused when it is read
                 (images if path.suffix.lower() in SUFFIXES else others).append(path)
 
     read(folder, ())
@@ -307,7 +310,7 @@ def _images_in(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder} is not a folder.")
     found: dict[str, Path] = {}
     for path in image_files(folder)[0]:
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        (name,) = one_form([path.relative_to(folder).with_suffix("").as_posix()])
         if name in found:
             raise ValueError(f"{name!r} is twice in {folder}: {found[name].name} and {path.name}. Remove one.")
         found[name] = path
@@ -330,6 +333,8 @@ def with_paths(source: datasets.Dataset, column: str, folder: Path, where: str) 
     """
     paths = [folder / value if value else None for value in source[column][:]]
     for row, path in enumerate(paths):
+        if path is not None and "\\" in path.name and not path.is_file():  # a table from Windows
+            path = paths[row] = folder / str(source[row][column]).replace("\\", "/")
         if path is None or not path.is_file():
             raise ValueError(
                 f"{where}: row {row} names {path} in the column {column!r}, which is no file: correct the path."
