@@ -25,6 +25,7 @@ from ipg_hf.pairs import (
     background_pairs,
     makers,
     match_pairs,
+    matching,
     overlay_pairs,
     pairs_from_columns,
     pairs_from_folders,
@@ -274,6 +275,29 @@ def test_a_value_that_does_not_say_whether_there_is_an_overlay_is_refused(values
         overlay_pairs(lists, attribute="x")
 
 
+def test_the_number_of_a_class_that_is_the_name_of_another_is_refused():
+    source = of_values([0, 1], datasets.ClassLabel(names=["1", "0"]))
+    with pytest.raises(ValueError, match="present=1 is the number of the class '0' of 'x', and the name of another"):
+        overlay_pairs(source, attribute="x", present=1)
+    assert overlay_pairs(source, attribute="x", present="1")["source_id"][:] == [1, 3, 5, 7]
+    with pytest.raises(ValueError, match="all 8 images have the overlay already"):
+        overlay_pairs(source, attribute="x", present=["0", "1"])
+
+
+def test_a_value_that_a_stream_does_not_show_is_said(caplog):
+    stream = of_values(["ruler", "skin"], datasets.Value("string")).to_iterable_dataset()
+    assert len([*overlay_pairs(stream, attribute="x", present="Ruler")]) == 8
+    assert (
+        "present='Ruler' is no value of 'x' in the first rows of the stream, which have ['ruler', 'skin']"
+        in caplog.text
+    )
+    caplog.clear()
+    assert len([*overlay_pairs(stream, attribute="x", present="ruler")]) == 4 and not caplog.text
+    unnamed = datasets.IterableDataset.from_generator(lambda: iter([{"image": photo(0)}]))
+    with pytest.raises(ValueError, match="the stream does not say what its columns are"):
+        overlay_pairs(unnamed)
+
+
 @pytest.mark.parametrize("names", [["green", "red"], ["red", "green"]])
 def test_a_text_attribute_works_like_a_class_label(names):
     """Texts are put in alphabetical order, as those of folders are."""
@@ -391,6 +415,47 @@ def test_pairs_of_an_edited_function_are_made_anew(tmp_path, monkeypatch):
         pairs, kept = made_in(tmp_path / "cache", monkeypatch, partial(overlay_pairs, source, overlay=put))
         assert pairs[3]["image_b"].getpixel((2, 2)) == color
         assert not kept and pairs.cache_files  # on disk until the process ends
+
+
+class OwnProcessor(ViTImageProcessor):
+    """Its code may change from one start to the next."""
+
+
+def test_features_for_matching_are_computed_once(tmp_path, monkeypatch):
+    """They are computed anew for another weight, processor, image or row, and always with code that no hash knows."""
+    computed = []
+
+    def counted(*args, **settings):
+        computed.append(extract_features(*args, **settings))
+        return computed[-1]
+
+    monkeypatch.setattr(matching, "extract_features", counted)
+    source, other = as_files(photos(8), "PNG"), as_files(photos(16).select(range(8, 16)), "PNG")
+    model, changed, own = small.vit(), small.vit(), small.vit()
+    with torch.no_grad():
+        changed.vit.embeddings.cls_token[..., 0] += 1
+    own.vit.layernorm = type("OwnNorm", (torch.nn.LayerNorm,), {})(own.config.hidden_size)
+    processor = ViTImageProcessor(size={"height": small.SIZE, "width": small.SIZE})
+    darker = ViTImageProcessor(**{**processor.to_dict(), "image_mean": [0.6] * 3})
+    for used, given, rows in (
+        (model, processor, source),
+        (changed, processor, source),
+        (model, darker, source),
+        (model, processor, other),
+        (model, processor, source.select(range(8)[::-1])),
+    ):
+        match = partial(match_pairs, rows, model=used, processor=given)
+        count = len(computed)
+        made, _ = made_in(tmp_path / "cache", monkeypatch, match)
+        assert len(computed) == count + 1 and equal(match(), made) and len(computed) == count + 1
+    for settings in (
+        {"model": own, "processor": processor},
+        {"model": model, "processor": OwnProcessor.from_dict(processor.to_dict())},
+    ):
+        count = len(computed)
+        for _ in range(2):
+            match_pairs(source, **settings)
+        assert len(computed) == count + 2
 
 
 def test_pairs_are_made_where_nothing_can_be_kept(tmp_path, monkeypatch):

@@ -344,6 +344,16 @@ def test_an_image_file_that_changed_is_transformed_again(tmp_path):
     assert shades[1] - shades[0] > 0.5 and len(kept_files(tmp_path / "kept")) == 2
 
 
+class OwnProcessor(ViTImageProcessor):
+    """Its code may change from one start to the next."""
+
+
+def test_inputs_of_a_processor_of_the_users_own_are_not_kept(tmp_path):
+    own = OwnProcessor.from_dict(processor.to_dict())
+    ImageRows(raw_pairs(), own, PAIR, preload=True, preload_dir=str(tmp_path))
+    assert not kept_files(tmp_path)
+
+
 @pytest.mark.parametrize("settings", [{"random_flip": True}, {"random_crop_scale": 0.9}])
 def test_preload_refuses_random_draws(settings):
     with pytest.raises(ValueError, match="preload=True keeps one version of each image"):

@@ -8,6 +8,7 @@ map-style set are kept in the cache folder of `datasets`, under a hash of the im
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,10 +17,14 @@ from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
+from .classes import is_class_label, is_text, sorted_names
 from .images import check_depth, file_of, read_image, stored_images
 from .makers import check_choice, check_columns, draw_rows, encode_image, map_cached
+
+logger = logging.getLogger(__name__)
 
 Recoloring = Literal["hue", "channels", "gray"]
 Overlay = Literal["mark", "frame", "text", "watermark", "ruler"]
@@ -27,6 +32,7 @@ Edit = Callable[[Image.Image, Mapping[str, Any], np.random.Generator], tuple[Ima
 
 ABSENT_PRESENT = {("0", "1"), ("false", "true"), ("no", "yes"), ("without", "with"), ("absent", "present")}
 
+FIRST_ROWS = 256  # of a stream, in which the values of an attribute are looked for
 FILL_MARGIN = 9  # pixels, odd: masks are not exact at their edges, and the fill would copy rests of the foreground
 FILL_BLUR = 6.0  # pixels
 CANDIDATES = 16  # backgrounds drawn for a side: the new foreground hides the filled part of the chosen one best
@@ -128,7 +134,8 @@ def overlay_pairs(
         random_position: put a mark, a text or an image at a position that is drawn for each image.
         attribute: column that says which images have the overlay already. These images are left out.
         present: the value of `attribute` that means "has the overlay", or a list of such values: names or numbers. It
-            may be left out if the column has the values 0 and 1, or names that say it, such as "no" and "yes".
+            may be left out if the column has the values 0 and 1, or a ClassLabel whose names say it, such as "no" and
+            "yes". A number of a ClassLabel is the number of a class, not its name.
         fill_present: use images that have the overlay already. Side b is the image as it is. On side a the area of the
             overlay is filled from the pixels around it. If the overlay occurs with one label only, this gives pairs of
             all labels. It needs `attribute` and an overlay at a fixed position.
@@ -411,6 +418,12 @@ def _edited(
     made |= {"label": features["label"]} if "label" in columns else {}
     made |= {"attribute_a": names, "attribute_b": names, "source_id": datasets.Value("int64")}
 
+    def left_out(row: Mapping[str, Any], number: int) -> bool:
+        try:
+            return leave_out is not None and leave_out(row)
+        except ValueError as failure:
+            raise ValueError(f"row {number}: {failure}") from failure
+
     def pair(row: dict[str, Any], number: int) -> dict[str, Any]:
         where = f"row {number}{file_of(row['image'])}"
         file = read_image(row["image"], f"the image of row {number}")
@@ -439,18 +452,16 @@ def _edited(
 
         def pairs(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            kept = [
-                (row, number) for row, number in zip(rows, numbers, strict=True) if not (leave_out and leave_out(row))
-            ]
-            found = [pair(row, number) for row, number in kept]
+            found = [pair(row, n) for row, n in zip(rows, numbers, strict=True) if not left_out(row, n)]
             return {name: [row[name] for row in found] for name in made}
 
         options = {"batched": True, "batch_size": 1, "with_indices": True}
         return stored.map(pairs, **options, remove_columns=needed, features=made)
     rows = np.arange(len(source))
     if leave_out:
-        values = stored.select_columns(list(needs))
-        rows = rows[[not leave_out(row) for row in values]]
+        rows = rows[[not left_out(row, number) for number, row in enumerate(stored.select_columns(list(needs)))]]
+        if not len(rows):
+            raise ValueError(f"all {len(source)} images have the overlay already: there are none to lay it over.")
     rows = rows[draw_rows(len(rows), num_pairs, seed=seed, of="source rows")]
     return map_cached(
         stored.select(rows),
@@ -463,25 +474,32 @@ def _edited(
 
 def _with_features(source: Any) -> Any:
     """Returns a stream whose features are unknown with the features of its first rows."""
-    is_unknown = isinstance(source, datasets.IterableDataset) and source.features is None
-    return source._resolve_features() if is_unknown else source
+    if not isinstance(source, datasets.IterableDataset) or source.features is not None:
+        return source
+    try:
+        return source._resolve_features()
+    except pa.ArrowInvalid as failure:  # rows with PIL images
+        raise ValueError(
+            "the stream does not say what its columns are: name them, "
+            "IterableDataset.from_generator(..., features=Features(image=Image(), ...))."
+        ) from failure
 
 
 def _attribute_ids(source: Any, attribute: str) -> tuple[Any, dict[Any, int]]:
     """Returns the feature of an attribute in a pair set, and the id of each of its values."""
     feature = _attribute_feature(source, attribute)
-    if isinstance(feature, datasets.ClassLabel):
+    if is_class_label(feature):
         return feature, {number: number for number in range(feature.num_classes)}
     if feature.dtype == "bool":
         return datasets.ClassLabel(names=["False", "True"]), {False: 0, True: 1}
-    if not _is_text(feature):
+    if not is_text(feature):
         return feature, {0: 0, 1: 1}
     if isinstance(source, datasets.IterableDataset):
         raise ValueError(
             f"the values of {attribute!r} are texts, and a stream does not tell which there are: cast the column, "
             f"cast_column({attribute!r}, datasets.ClassLabel(names=[...]))."
         )
-    names = sorted({value for value in source.with_format(None)[attribute][:] if value is not None})
+    names = sorted_names({value for value in source.with_format(None)[attribute][:] if value is not None})
     if len(names) != 2:
         raise ValueError(f"{attribute!r} must have two values, but has {names}: drop the rows of the others.")
     return datasets.ClassLabel(names=names), {name: number for number, name in enumerate(names)}
@@ -490,22 +508,35 @@ def _attribute_ids(source: Any, attribute: str) -> tuple[Any, dict[Any, int]]:
 def _presence(source: Any, attribute: str, present: Any) -> Callable[[Any], bool]:
     """Returns a function that says whether a value of `attribute` means that the image has the overlay."""
     feature = _attribute_feature(source, attribute)
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    names = feature.names if is_class_label(feature) else None
     is_list = isinstance(present, Collection) and not isinstance(present, str)
     wanted = [*present] if is_list else [] if present is None else [present]
-    known: Collection[Any] | None = range(len(names)) if names else None
-    if known is None and not isinstance(source, datasets.IterableDataset):
-        known = sorted({value for value in source.with_format(None)[attribute][:] if not _is_missing(value)})
-    if not wanted and (tuple(name.lower() for name in names) not in ABSENT_PRESENT if names else _is_text(feature)):
+    is_stream = isinstance(source, datasets.IterableDataset)
+    known: Collection[Any] = range(len(names)) if names else []
+    if not names:
+        rows = source.select_columns([attribute]).take(FIRST_ROWS) if is_stream else source.with_format(None)
+        known = {row[attribute] for row in rows} if is_stream else {*rows[attribute][:]}
+        known = sorted(value for value in known if not _is_missing(value))
+    if not wanted and (tuple(name.lower() for name in names) not in ABSENT_PRESENT if names else is_text(feature)):
         raise ValueError(
-            f"the column {attribute!r} has the values {names or known or 'of a text'}: name the one that means that an "
-            "image has the overlay already, for example "
-            f"present={(names or known or ['with'])[-1]!r}."
+            f"the column {attribute!r} has the values {names or known}: name the one that means that an image has the "
+            "overlay already, present=..."
         )
+    for value in wanted if names else ():
+        if not isinstance(value, str) and str(value) in names and names.index(str(value)) != value:
+            raise ValueError(
+                f"present={value!r} is the number of the class {names[value] if value in known else None!r} of "
+                f"{attribute!r}, and the name of another: give the name, present={str(value)!r} or another of {names}."
+            )
     wanted = [names.index(value) if names and value in names else value for value in wanted]
-    for value in wanted if known is not None else ():
-        if value not in known:
+    for value in wanted:
+        if value in known:
+            continue
+        if not is_stream or names:
             raise ValueError(f"present={present!r} is no value of {attribute!r}, which has {names or known}: name one.")
+        logger.warning(
+            f"present={present!r} is no value of {attribute!r} in the first rows of the stream, which have {known}."
+        )
     allowed = None if wanted else {0, 1}
     wanted = wanted or [1]
 
@@ -517,7 +548,7 @@ def _presence(source: Any, attribute: str, present: Any) -> Callable[[Any], bool
             )
         return value in wanted
 
-    for value in known if known is not None and not names else ():
+    for value in () if names else known:
         has_overlay(value)
     return has_overlay
 
@@ -530,10 +561,6 @@ def _attribute_feature(source: Any, attribute: str) -> Any:
             f"the column {attribute!r} is a {type(feature).__name__}: an attribute has one name or number a row."
         )
     return feature
-
-
-def _is_text(feature: Any) -> bool:
-    return feature.dtype in ("string", "large_string")
 
 
 def _is_missing(value: Any) -> bool:

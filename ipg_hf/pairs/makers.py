@@ -233,6 +233,25 @@ def map_cached(
         return source.map(function, with_indices=True, **options)
 
 
+def array_cached(make: Callable[[], np.ndarray], facts: Sequence[Any] | None) -> np.ndarray:
+    """Makes an array, and keeps it on disk under a hash of all that it depends on.
+
+    Args:
+        make: makes the array.
+        facts: what it depends on, as for [`map_cached`]. `None`: no hash can tell, and nothing is kept.
+    """
+    folder = None if facts is None else _cache_folder()
+    if folder is None:
+        return make()
+    file = folder / f"{content_hash(*facts)}.npy"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            part = file.with_suffix(".part.npy")
+            np.save(part, make())
+            os.replace(part, file)
+        return np.load(file)
+
+
 def content_hash(*facts: Any) -> str:
     """Hashes plain values, sets with encoded images, and the code that makes pairs. An image file counts by its path,
     size and time of change."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal, get_args
 
 import datasets
@@ -18,9 +19,9 @@ from ..heads import find_head
 from ..inference import inference
 from ..models import forward_inputs
 from .images import read_image, stored_images
-from .makers import check_choice, check_columns, draw_rows, encode_image, known_values, map_cached
+from .makers import array_cached, check_choice, check_columns, draw_rows, encode_image, known_values, map_cached
 from .sources import pairs_from_rows
-from .transforms import ImageRows
+from .transforms import ImageRows, package_versions
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +51,8 @@ def match_pairs(
     Args:
         source: a set with the columns `image`, `label` and the attribute.
         match_on: `"features"` minimises the sum of the distances within the pairs of a label (Hungarian method). The
-            distance of two images is the Euclidean distance of their features, standardised over the set. `"random"`
+            distance of two images is the Euclidean distance of their features, standardised over the set. Features of
+            a model of transformers or timm are kept in the cache folder of `datasets`. `"random"`
             pairs at random, as a baseline. Either way, a label gives as many pairs as its smaller side has images.
         model: an image classifier. The features are what enters its classifier head, in inference mode, on the device
             of the model.
@@ -105,7 +107,10 @@ def match_pairs(
     if match_on == "features":
         if max_per_group is not None:
             rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
-        features = extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size)
+        features = array_cached(
+            lambda: extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size),
+            _facts(plain.select(rows), model, processor, head, batch_size),
+        )
         features = _standardised(features)
     matches, chance = [], []
     for a, b in drawn.values():
@@ -130,6 +135,22 @@ def match_pairs(
     pairs = pairs.add_column("source_id", a[kept]).add_column("source_id_b", b[kept])
     pairs = _fitted(pairs, tuple(size)) if size else pairs
     return pairs.add_column("distance", distances[kept]) if features is not None else pairs
+
+
+def _facts(
+    images: datasets.Dataset, model: nn.Module, processor: Any, head: str | None, batch_size: int
+) -> list[Any] | None:
+    """What features depend on, for their name on disk. None if they depend on code that no hash can tell."""
+    parts = {type(part).__module__.split(".")[0] for part in (*model.modules(), processor)}
+    if not parts <= {"transformers", "timm", "torch"}:
+        return None
+    weights = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        weights.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        weights.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    settings = [model.config.to_dict(), processor.to_dict(), head, batch_size, next(model.parameters()).device.type]
+    stored = stored_images(images.select_columns(["image"]), ["image"])
+    return ["features", type(model).__name__, weights.hexdigest(), settings, package_versions(), stored]
 
 
 @torch.no_grad()

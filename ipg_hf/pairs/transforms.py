@@ -48,6 +48,7 @@ class ImageRows(torch.utils.data.Dataset):
         preload_dir: with `preload`, a folder that keeps the tensors for the next run, as one safetensors file. The name
             of the file is a hash of the images (for an image that is a file of its own: path, size and time of change),
             of the settings of the processor and of the versions of the packages that transform. No file is removed.
+            A processor that is no class of transformers keeps nothing: no hash can tell what its code does.
 
     Attributes:
         preloaded: the tensors of all rows by name, (number of rows, ...); `None` without `preload`.
@@ -184,7 +185,8 @@ class ImageRows(torch.utils.data.Dataset):
 
     def _load_all(self, folder: str | None) -> dict[str, Tensor]:
         kept = {name: torch.as_tensor(self.dataset[name][:]) for name in self.keep}
-        path = None if folder is None else Path(folder) / f"{self._content_hash()}.safetensors"
+        is_kept = folder is not None and type(self.processor).__module__.startswith("transformers.")
+        path = Path(folder) / f"{self._content_hash()}.safetensors" if is_kept else None
         if path is not None and path.is_file():
             return load_file(path) | kept
         images = self.stored.select_columns([*self.columns])
@@ -199,8 +201,7 @@ class ImageRows(torch.utils.data.Dataset):
         return inputs | kept
 
     def _content_hash(self) -> str:
-        versions = {name: _version(name) for name in TRANSFORMING}
-        facts = [type(self.processor).__name__, self.processor.to_dict(), versions, self.columns]
+        facts = [type(self.processor).__name__, self.processor.to_dict(), package_versions(), self.columns]
         content = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
         for name in self.columns:
             stored = self.stored.select_columns([name])
@@ -208,6 +209,11 @@ class ImageRows(torch.utils.data.Dataset):
                 for image in stored[start : start + PRELOAD_CHUNK][name]:
                     content.update(image_content(image))
         return content.hexdigest()
+
+
+def package_versions() -> dict[str, str | None]:
+    """The versions of the packages that make model inputs and features; `None` for one that is not installed."""
+    return {name: _version(name) for name in TRANSFORMING}
 
 
 def _version(package: str) -> str | None:
