@@ -99,11 +99,25 @@ def check_pair_stream(dataset: Any, name: str, *, every_row: bool = True) -> Non
         return
     if not all(isinstance(features.get(side), datasets.Image) for side in SIDES):
         return
-    rows = list(dataset.decode(False).take(FAST_PAIRS))
+    first = first_pairs(dataset, name)
+    _report_findings(first, f"the first {len(first)} pairs of {name}", every_row)
+
+
+def first_pairs(stream: datasets.IterableDataset, name: str, count: int = FAST_PAIRS) -> datasets.Dataset:
+    """Stores the first pairs of a stream, so that they can be looked at.
+
+    Args:
+        stream: pairs; its features name `image_a` and `image_b` as images.
+        name: name of the pair set, for messages.
+        count: largest number of pairs.
+
+    Raises:
+        ValueError: the stream has no pairs.
+    """
+    rows = list(stream.decode(False).take(count))
     if not rows:
         raise ValueError(f"{name} is empty: its stream ended without a single row.")
-    first = datasets.Dataset.from_list(rows, features=features)
-    _report_findings(first, f"the first {len(rows)} pairs of {name}", every_row)
+    return datasets.Dataset.from_list(rows, features=stream.features)
 
 
 def _report_findings(dataset: Any, name: str, every_row: bool) -> None:
