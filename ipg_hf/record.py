@@ -24,11 +24,14 @@ import datasets
 import torch
 from transformers import Trainer
 
-from .metrics import WORST_GROUP
+from .metrics import OF_PAIRS, WORST_GROUP
 from .pairs import ImageRows, check_pairs
 
 # the value of a setting that an old record does not have and that nothing else tells
 NOT_RECORDED = "not recorded"
+
+# the split of the metrics of held-out pairs, where there are several evaluation sets
+PAIRS = "held-out pairs"
 
 RECORDED_PACKAGES = ("ipg_hf", "torch", "transformers", "accelerate", "timm", "datasets")
 
@@ -136,18 +139,20 @@ def make_record(
 
 
 def trainer_record(trainer: Trainer) -> dict[str, Any]:
-    """The record of a training without a recipe; its metrics are those of the evaluation at the chosen step, by the
-    names of the evaluation sets where there are several.
+    """The record of a training without a recipe; its metrics are those of the evaluation at the chosen step.
+
+    Where there are several evaluation sets, their names take the place of a split's, and `PAIRS` has the metrics of
+    held-out pairs.
 
     The last evaluation in the log is not that of the best checkpoint (transformers issue 15547).
     """
     state, args = trainer.state, trainer.args
     step = state.best_global_step if args.load_best_model_at_end and state.best_global_step else state.global_step
-    several = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {}
+    several = trainer.eval_dataset if isinstance(trainer.eval_dataset, Mapping) else {}
     prefixes = {name: f"eval_{name}_" for name in several} or {"evaluation": "eval_"}
-    metrics, measured_at = {}, step
+    metrics, measured_at, history = {}, step, state.log_history
     for name, prefix in prefixes.items():
-        found = [entry for entry in state.log_history if f"{prefix}loss" in entry and entry["step"] <= step]
+        found = [entry for entry in history if f"{prefix}loss" in entry and entry["step"] <= step]
         if found:
             measured_at = found[-1]["step"]
             metrics[name] = {
@@ -155,6 +160,10 @@ def trainer_record(trainer: Trainer) -> dict[str, Any]:
                 for key, value in found[-1].items()
                 if key.startswith(prefix) and not key.endswith(TIMINGS)
             }
+    if several:  # the entry of one of the sets has them, by names without a set
+        of_pairs = [{k: v for k, v in entry.items() if _is_of_pairs(k)} for entry in history if entry["step"] <= step]
+        if found := [values for values in of_pairs if values]:
+            metrics[PAIRS] = {key.removeprefix("eval_"): value for key, value in found[-1].items()}
     record = make_record(
         trainer,
         settings=resolved_settings(args),
@@ -164,6 +173,11 @@ def trainer_record(trainer: Trainer) -> dict[str, Any]:
         base_model=hub_id(getattr(getattr(trainer.model, "config", None), "_name_or_path", None)),
     )
     return record | {"chosen_step": measured_at}
+
+
+def _is_of_pairs(key: str) -> bool:
+    """Whether a logged value is a metric of held-out pairs: `eval_METRIC`, or `eval_SET/METRIC` of a pair set."""
+    return re.fullmatch(rf"eval_([^/]+/)?({'|'.join(OF_PAIRS)})", key) is not None
 
 
 def data_facts(trainer: Trainer) -> dict[str, Any]:
@@ -314,8 +328,9 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all, in a folder that is made if there is none."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(json.dumps(json_values(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -101,6 +101,40 @@ def test_every_evaluation_set_is_in_the_card(tmp_path):
     assert found["ood", "worst_group_accuracy"] == measured["eval_ood_worst_group_accuracy"]
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("several_pairs", [False, True])
+def test_what_held_out_pairs_say_is_in_the_card(tmp_path, several, several_pairs):
+    """With one evaluation set beside its metrics, with several in a part of its own; without any group too."""
+    sets = {"iid": small.rows(8), "ood": small.rows(12, seed=3)}
+    held_out = [{**row, "label": number % 2} for number, row in enumerate(small.pairs(6, seed=4))]
+    pairs = {"colour": held_out, "place": held_out[:4]} if several_pairs else held_out
+    run = small.trainer(
+        tmp_path,
+        eval_dataset=sets if several else sets["iid"],
+        eval_pair_dataset=pairs,
+        compute_metrics=GroupMetrics(),
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    run.train()
+    measured = run.evaluate_pair_sets(pairs)
+    card = card_of(run)
+    part = card.split("### held-out pairs\n")[1].split("##")[0] if several else card
+    shown = {"flip rate": "flip_rate", "pair accuracy": "pair_accuracy"}
+    if several_pairs:
+        shown |= {f"{title}, {name}": f"{name}/{key}" for title, key in shown.items() for name in pairs}
+    for title, key in shown.items():
+        assert f"\n| {title} | {measured[f'eval_{key}']:.3f} |\n" in part
+    assert re.search(r"\|\n\nFlip rate: .* Pair accuracy: .*\n\n", part)  # a text of its own below the table
+    assert ("Measured on the iid, ood, held-out pairs sets" in card) is several
+    assert {r.dataset_split for r in ModelCard(card).data.eval_results} == ({*sets} if several else {"evaluation"})
+
+
+def test_a_table_of_groups_is_of_groups():
+    assert group_table({"accuracy": 0.5, "loss": 1.0}) == ""
+    assert len(group_table({"group_accuracy/a/b": 0.5, "group_n/a/b": 3}).splitlines()) == 2
+
+
 # ---- Names ----
 
 PARTS = ["a", "/", "|", "\n", "%2F", "%", "`", "<b>", "é", " "]

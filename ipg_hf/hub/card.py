@@ -90,6 +90,13 @@ SETTINGS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
     *("freeze_norm", "running_norm", "random_flip", "random_crop_scale", "seed"),
 )
+NOTES = {  # metric -> what it is, below the results
+    "adjusted_accuracy": "Adjusted accuracy: the mean over these groups, weighted by their sizes in training.",
+    "flip_rate": "Flip rate: the share of held-out pairs whose two images get different predictions; with several pair "
+    "sets, of the worst set.",
+    "pair_accuracy": "Pair accuracy: the share of held-out pairs with both images predicted right; with several pair "
+    "sets, of the worst set.",
+}
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 MADE = {  # maker -> what its pairs are
     "recolor": "a training image, and the same image in other colours",
@@ -226,6 +233,7 @@ def _results(split: str, record: Mapping[str, Any], erm: Mapping[str, Any] | Non
         "is_number": kind == "mae",
         "labels": [*dict.fromkeys(_code(group_parts(name)[0]) for name in groups)],
         "scores": [[_cell(title), *_numbers(key, models)] for key, title in map(_titled, metrics) if title],
+        "notes": [text for name, text in NOTES.items() if name in metrics],
         "groups": [
             [
                 *map(_cell, group_parts(name)),
