@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import load_image_classifier
 from ipg_hf.hub.card import model_card
+from ipg_hf.hub.publish import PushError
 from ipg_hf.metrics import GroupMetrics, group_name, group_parts
 from ipg_hf.record import json_values
 from ipg_hf.report import group_table
@@ -75,6 +76,24 @@ def test_a_text_of_the_users_own_is_kept_beside_an_adapter(tmp_path):
     (tmp_path / "out" / "README.md").write_text("mine")
     run.save_model()
     assert card_of(run) == "mine"
+
+
+@pytest.mark.parametrize("base", ["a folder", "someone/base"])
+def test_who_pushes_an_adapter_hears_whether_others_can_load_it(tmp_path, caplog, base):
+    model = adapter(tmp_path)
+    if base != "a folder":
+        model.peft_config["default"].base_model_name_or_path = base
+    run = small.trainer(tmp_path / "out", model)
+    with pytest.raises(PushError):  # there is no Hub
+        run.push_to_hub()
+    said = [record.getMessage() for record in caplog.records if "adapter_config.json" in record.getMessage()]
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    card = card_of(run)
+    if base == "a folder":
+        assert named == str(tmp_path / "base") and len(said) == 1 and named in said[0]
+        assert "peft_config['default'].base_model_name_or_path" in said[0] and "<base model>" in card
+    else:
+        assert named == base == ModelCard(card).data.base_model and said == [] and f'    "{base}", config' in card
 
 
 # ---- Several evaluation sets ----

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from ..record import json_values, read_json, trainer_record
+from ..record import hub_id, json_values, read_json, trainer_record
 from .card import MARKER, model_card
 
 logger = logging.get_logger(__name__)
@@ -60,6 +60,8 @@ class PublishingTrainer(Trainer):
             PushError: the token cannot write to the repository, or the Hub does not answer.
         """
         if self.is_world_process_zero():
+            if hasattr(self.model, "peft_config"):
+                warn_of_local_base(self.model)
             check_can_push(self.args, token, private)
         super().init_hf_repo(token, private)
 
@@ -123,7 +125,8 @@ class PublishingTrainer(Trainer):
             logger.warning(f"{readme} is not a card of ipg_hf, and is not changed. Remove it to get a card.")
             return
         record = dict(self.run_record or trainer_record(self))
-        record["base_model"] = finetuned_from or record["base_model"]
+        base = base_of_adapter(self.model)[1] if hasattr(self.model, "peft_config") else None
+        record["base_model"] = finetuned_from or hub_id(base) or record["base_model"]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         metadata = {"language": language, "tags": [tag for tag in tags if tag not in self._tag_names]}
         if dataset_tags:
@@ -250,6 +253,23 @@ def _savable(state: Mapping[str, Any]) -> dict[str, Any]:
         else state[name].contiguous()
         for name in kept.values()
     }
+
+
+def base_of_adapter(model: Any) -> tuple[str, str | None]:
+    """Name of the first adapter of a PEFT model, and the base model that its `adapter_config.json` names."""
+    name, config = next(iter(model.peft_config.items()))
+    return name, config.base_model_name_or_path
+
+
+def warn_of_local_base(model: Any) -> None:
+    """Warns if the base model of a PEFT model has no name on the Hub, since nobody else can load the adapter then."""
+    name, base = base_of_adapter(model)
+    if hub_id(base) is None:
+        logger.warning(
+            f"The weights that are pushed are an adapter, and adapter_config.json names {base!r} as its base model, "
+            "which is no id on the Hub: nobody else can load it. Push the base model, and before this push set "
+            f"model.peft_config[{name!r}].base_model_name_or_path to its id; or train and push the whole model."
+        )
 
 
 def hub_name(args: TrainingArguments) -> str:
