@@ -299,7 +299,7 @@ def _read_split(paths: list[Path], image: str) -> datasets.Dataset:
     (folder,) = paths
     for name in METADATA:
         if (folder / name).is_file():
-            table = _read_metadata(folder / name)
+            table = _with_files(read_table([folder / name]), folder / name)
             unnamed = len(image_files(folder)[0]) - len(table)
             if unnamed > 0:
                 logger.warning(f"{folder}: {unnamed} images are left out, since {name} does not name them.")
@@ -320,8 +320,8 @@ def _check_shards(paths: list[Path]) -> None:
         )
 
 
-def _read_metadata(path: Path) -> datasets.Dataset:
-    table = read_table([path])
+def _with_files(table: datasets.Dataset, path: Path) -> datasets.Dataset:
+    """The table of a metadata file with the images that it names."""
     if "file_name" not in table.column_names:
         raise ValueError(f"{path} has no column 'file_name', only {shown(table.column_names)}.")
     if "image" in table.column_names:
@@ -337,7 +337,7 @@ def _read_common_metadata(path: Path) -> dict[str, datasets.Dataset]:
         names = table["file_name"][:] if "file_name" in table.column_names else []
         splits = [str(name).replace("\\", "/").removeprefix("./").split("/")[0] for name in names]
         splits = splits if all(name.lower() in SPLIT_NAMES for name in splits) else ["train"] * len(table)
-    table = _read_metadata(path)
+    table = _with_files(table, path)
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(splits):
         rows.setdefault(str(name), []).append(row)

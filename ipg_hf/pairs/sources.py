@@ -298,7 +298,8 @@ def image_files(folder: Path) -> tuple[list[Path], list[Path]]:
             path = place / entry.name
             if entry.is_dir() and not entry.name.startswith((".", "__")):
                 read(path, (*above, real))
-            elif not entry.is_dir() and not entry.name.startswith("."):  # a link to nothing is refused when it is read
+            # a link to nothing is refused when it is read
+            elif (entry.is_file() or not path.exists()) and not entry.name.startswith("."):
                 (images if path.suffix.lower() in SUFFIXES else others).append(path)
 
     read(folder, ())
