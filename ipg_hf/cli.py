@@ -23,7 +23,7 @@ from .audit.page import audit_table, check_folder, write_report
 from .bench.run import bench
 from .config import IPGConfig
 from .hub.card import model_card
-from .models import load_image_classifier
+from .models import load_trained_classifier
 from .pairs.checks import ONLY_SET, named_sets
 from .pairs.classes import model_names
 from .pairs.linter import check_pairs, format_findings
@@ -33,6 +33,13 @@ from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import read_json, write_json
 from .run import RECORD, evaluate, load_trained, refuse_existing, train
 from .survey import survey
+
+# after an interrupt
+GO_ON = {
+    "train": " Where it had saved a checkpoint, go on from the last by the same command and "
+    "--resume_from_checkpoint last",
+    "bench": " Finished runs are kept: the same command goes on.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,18 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_audit(options, recipe, args)
         else:
             evaluate(options.model, recipe, args, options.split, options.output)
+    except BrokenPipeError:  # the reader of a pipe has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush would fail too
+        return 1
     except (ValueError, OSError, DatasetsError, SafetensorError, Image.DecompressionBombError) as failure:
         print(f"ipg {options.command}: error: {_in_one_line(failure)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if options.command == "bench":
-            print("\nipg bench: interrupted. Finished runs are kept: the same command goes on.", file=sys.stderr)
-            return 130
-        print(
-            f"\nipg {options.command}: interrupted. Where it had saved a checkpoint, go on from the last by the same "
-            "command and --resume_from_checkpoint last",
-            file=sys.stderr,
-        )
+        print(f"\nipg {options.command}: interrupted.{GO_ON.get(options.command, '')}", file=sys.stderr)
         return 130
     return 0
 
@@ -157,7 +160,7 @@ def write_audit(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) ->
     check_folder(options.report)
     if args.process_index:
         return
-    data = recipe.load_data(args.data_order_seed, with_pairs=False)
+    data = recipe.load_data(args.data_order_seed, with_pairs=False, held_out=(options.split,))
     places = named_models([place for place in (options.model, options.against) if place])
     models = {name: (place, *load_trained(place, recipe, data)) for name, place in places.items()}
     first = next(iter(models.values()))[1]
@@ -173,7 +176,8 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
     """Checks a recipe's training pairs, or draws them; returns 1 where a check finds errors, else 0."""
     if options.action == "check" and options.output:
         refuse_existing(options.output)
-    data = recipe.load_data(args.data_order_seed)
+    # the linter compares the divergence of training pairs with that of held-out pairs
+    data = recipe.load_data(args.data_order_seed, held_out=("validation",) if options.model else ())
     sets = named_sets(data.pairs)
     page = str(options.output or "pairs").removesuffix(".html")
     pages = {name: f"{page}.html" if name == ONLY_SET else f"{page}-{name}.html" for name in sets}
@@ -182,7 +186,7 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
             refuse_existing(path)
     model = processor = None
     if options.model:
-        model, processor = load_image_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
+        model, processor = load_trained_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
     records, severities = [], set()
     for name, dataset in sets.items():
         title = recipe.dataset if name == ONLY_SET else f"{recipe.dataset} ({name})"

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ def load_image_classifier(
         A transformers image classifier. A timm model is wrapped in `TimmWrapperForImageClassification`.
 
     Raises:
-        ValueError: `name_or_path` is a transformers model already; it is a module that is not timm's; or timm's
-            architecture and `model_args` do not build the given module again.
+        ValueError: `name_or_path` is a transformers model already; it is a module that is not timm's; timm's
+            architecture and `model_args` do not build the given module again; the model is no image classifier; or its
+            weights are damaged, or have other shapes than its config says.
         OSError: nothing is found under the name.
     """
     if isinstance(name_or_path, PreTrainedModel):
@@ -48,15 +50,65 @@ def load_image_classifier(
         return _wrap_timm(name_or_path, num_labels, **kwargs)
     if num_labels is not None:
         kwargs = {"num_labels": num_labels, "ignore_mismatched_sizes": True, **kwargs}
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs)
-    except SafetensorError as failure:
+    return _from_pretrained(name_or_path, kwargs)[0]
+
+
+def load_trained_classifier(name_or_path: str | os.PathLike) -> PreTrainedModel:
+    """As [`load_image_classifier`], for a model that is measured as it is: all of its weights must be stored.
+
+    Raises:
+        ValueError: also if the model has a weight that is not stored, and so would be random.
+    """
+    model, missing = _from_pretrained(name_or_path, {})
+    lost = [] if model._hf_peft_config_loaded else without_aliases(model, missing)  # an adapter has weights of its own
+    if lost:
         raise ValueError(
-            f"the weights in {name_or_path} are damaged ({failure}): fetch or save them again."
+            f"{name_or_path} lacks {len(lost)} of the model's weights, for example {min(lost)}: they would be random. "
+            "Give a model that has been trained as a classifier."
+        )
+    return model
+
+
+def _from_pretrained(name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of its weights that were not stored under this name."""
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(name_or_path, **kwargs, output_loading_info=True)
+    except OSError as failure:
+        if os.path.isdir(name_or_path):
+            raise OSError(f"the model in {name_or_path} cannot be read: {failure}") from failure
+        raise OSError(
+            f"{name_or_path} is no folder here, and no model of that name was fetched: {failure}"
         ) from failure
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as failure:
+        raise ValueError(_damaged(name_or_path, failure)) from failure
+    except RuntimeError as failure:
+        if "mismatched" in str(failure):
+            raise ValueError(
+                f"the weights in {name_or_path} have other shapes than its config.json says (the report above lists "
+                "them): give the config that the model was saved with."
+            ) from failure
+        if "zip archive" in str(failure):
+            raise ValueError(_damaged(name_or_path, failure)) from failure
+        raise
+    except ValueError as failure:
+        if "Unrecognized configuration class" not in str(failure):
+            raise
+        raise ValueError(f"{name_or_path} is no image classifier: {str(failure).split(' for ')[0]}.") from failure
+    # ignore_mismatched_sizes is meant for the head, and would make any other layer random without an error
+    other = sorted(name for name, stored, own in info["mismatched_keys"] if stored[1:] != own[1:])
+    if other:
+        raise ValueError(
+            f"weights in {name_or_path} have other shapes than its config.json says, for example "
+            f"{other[0]}: give the config that the model was saved with."
+        )
     if isinstance(model, TimmWrapperForImageClassification):
         _set_input_size(model.config)
-    return model
+    return model, info["missing_keys"]
+
+
+def _damaged(name_or_path: str | os.PathLike, failure: Exception) -> str:
+    why = (str(failure) or type(failure).__name__).splitlines()[0]
+    return f"the weights in {name_or_path} are damaged ({why}): fetch or save them again."
 
 
 def forward_inputs(model: nn.Module) -> list[str]:

@@ -386,11 +386,11 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML, which forbids a key that stands twice in a mapping. PyYAML takes the last one without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, key in enumerate(keys):
-            if key in keys[:number]:
-                line = node.value[number][0].start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}: leave one out.")
+            if key.value in [other.value for other in keys[:number]]:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice, again in line {line}: leave one out.")
         return super().construct_mapping(node, deep)
 
 

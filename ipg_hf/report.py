@@ -101,6 +101,9 @@ def _plot_groups(axes: Any, evaluated: Sequence[Mapping[str, float]]) -> None:
     if "eval_worst_group_accuracy" in evaluated[0]:
         worst = [entry["eval_worst_group_accuracy"] for entry in evaluated]
         axes.plot(steps, worst, color="black", lw=2, label="worst group")
-    axes.set_title("validation accuracy by group")
+        axes.set_title("validation accuracy by group")
+    else:
+        axes.plot(steps, [entry["eval_accuracy"] for entry in evaluated], color="black", lw=2, label="all images")
+        axes.set_title("validation accuracy")
     axes.set_ylim(0, 1)
     axes.legend(fontsize=7)

@@ -23,8 +23,9 @@ from .checkpoints import newest_checkpoint
 from .config import IPGConfig, chooses_by_pairs
 from .data import Benchmark, describe
 from .hub.publish import check_can_push
-from .metrics import GroupErrors, GroupMetrics
+from .metrics import OF_PAIRS, GroupErrors, GroupMetrics, metric_of
 from .models import load_trained_classifier
+from .names import nearest
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import ONLY_SET, named_sets
 from .pairs.classes import model_names, order_of_base, order_of_model
@@ -125,6 +126,7 @@ def _train_one(
     replaced: Sequence[Path] = (),
 ) -> tuple[dict, IPGTrainer]:
     """Returns the record and the trainer; the files `replaced` are removed when the training has begun."""
+    _check_best_metric(args, data)
     method, processor = METHODS[recipe.method], recipe.build_processor()
     sets = _inputs(data, recipe, processor, ("label", *method.trainer.row_columns))
     set_seed(args.seed)  # the weights of a model from scratch
@@ -326,6 +328,21 @@ def _silence(trainer: IPGTrainer) -> None:
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(_Bar)
+
+
+def _check_best_metric(args: IPGConfig, data: Benchmark) -> None:
+    """Raises a RecipeError if no evaluation of a run has the metric that chooses its checkpoint."""
+    key, columns = args.metric_for_best_model, data.validation.column_names
+    if key is None or columns is None or args.eval_strategy == "no":  # a stream may not know its columns
+        return
+    name = metric_of(key) or key.removeprefix("eval_")
+    measured = ["loss", "accuracy"] if data.label_names is not None else ["loss", "mae"]
+    groups = ["worst_group_accuracy", "adjusted_accuracy"] if data.label_names is not None else ["worst_group_mae"]
+    measured += groups if "attribute" in columns else []
+    measured += OF_PAIRS if data.validation_pairs is not None else ()
+    if name not in measured:
+        why = " It needs a column attribute in the validation set." if name in groups else nearest(name, measured)
+        raise RecipeError(f"metric_for_best_model={key!r} is not measured here.{why} Measured: {', '.join(measured)}.")
 
 
 def _measure(trainer: IPGTrainer, sets: dict[str, Any], split: str) -> dict[str, float]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from .heads import find_head, noise_inputs
+from .names import nearest
 
 # A number of labels that is the width of no hidden layer.
 NUM_LABELS = 7
@@ -92,7 +93,14 @@ def survey(patterns: Sequence[str] = ()) -> Iterator[Finding]:
         for config_class, model_class in classes:
             yield examine(model_class.__name__, build_shallow(config_class, model_class))
         if not classes:
-            config = AutoConfig.from_pretrained(pattern)
+            try:
+                config = AutoConfig.from_pretrained(pattern)
+            except OSError as failure:
+                hint = nearest(pattern, [model_class.__name__ for _, model_class in transformers_classes()])
+                raise ValueError(
+                    f"{pattern} is no image classifier of transformers, no folder here, and no model of that name was "
+                    f"fetched.{hint}"
+                ) from failure
             yield examine(pattern, AutoModelForImageClassification.from_config(config))
 
 

@@ -10,6 +10,7 @@ from test_cli import write
 from ipg_hf.cli import main
 from ipg_hf.data import LOADERS
 from ipg_hf.metrics import METRICS
+from ipg_hf.recipe import Recipe
 
 
 @pytest.fixture
@@ -126,5 +127,37 @@ def test_a_folder_of_ones_own_without_pairs(tmp_path, capsys):
     assert "no training pairs of its own" in capsys.readouterr().err
     config = write(tmp_path / "recipe.yaml", **settings, pairs={"maker": "recolor", "change": "channels"})
     assert main(["train", "--config", config]) == 0
-    record = json.loads((tmp_path / "out/run.json").read_text())
-    assert "flip_rate" not in record["metrics"]["test"]  # there are no held-out pairs
+    metrics = json.loads((tmp_path / "out/run.json").read_text())["metrics"]
+    # the images of validation and test give held-out pairs by the same edit
+    assert all({"flip_rate", "pair_accuracy"} <= {*metrics[split]} for split in ("validation", "test"))
+    assert main(["evaluate", str(tmp_path / "out"), "--config", config, "--report", str(tmp_path / "audit")]) == 0
+    report = json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert report["models"][0]["pairs"]["pairs"]["n"] == 60
+    assert report["models"][0]["pairs"]["pairs"]["flip_rate"] == metrics["test"]["flip_rate"]
+
+
+def test_an_edit_makes_held_out_pairs_of_each_splits_own_images_where_none_are_given(tmp_path):
+    data = LOADERS["digits"]()
+    for split in ("train", "validation", "test"):
+        images = getattr(data, split).select(range(30)).remove_columns("attribute")
+        images.to_parquet(str(tmp_path / f"{split}.parquet"))
+    color, mark = {"maker": "recolor", "change": "gray"}, {"maker": "overlay", "overlay": "mark", "num_pairs": 7}
+
+    def load(pairs, **kwargs):
+        return Recipe(dataset="files", data_dir=str(tmp_path), pairs=pairs).load_data(0, **kwargs)
+
+    loaded = load(mark)
+    assert len(loaded.pairs) == 7 and len(loaded.validation_pairs) == len(loaded.test_pairs) == 30
+    for split in ("validation", "test"):
+        images, pairs = getattr(loaded, split), getattr(loaded, f"{split}_pairs")
+        assert all(a["image"].tobytes() == b["image_a"].tobytes() for a, b in zip(images, pairs, strict=True))
+        assert images["label"][:] == pairs["label"][:]
+    assert set(load({"color": color, "mark": mark}).test_pairs) == {"color", "mark"}
+    assert load(mark, held_out=()).test_pairs is None and load(mark, held_out=("test",)).validation_pairs is None
+    assert load(mark, with_pairs=False).pairs is None
+    # no edit of one image; a column that the split lacks; pairs of the benchmark
+    assert load({"maker": "adversarial"}).test_pairs is None
+    with pytest.raises(ValueError, match="'attribute'"):
+        load({**mark, "attribute": "attribute"})
+    own = Recipe(dataset="digits", pairs=color).load_data(0).test_pairs
+    assert [pair["image_b"].tobytes() for pair in own] == [pair["image_b"].tobytes() for pair in data.test_pairs]

@@ -144,13 +144,97 @@ def test_pairs_choose_the_checkpoint_of_a_recipe(tmp_path):
         for label in ("small", "large"):
             for value in ("red", "green"):
                 save_images(tmp_path / "files" / split / label / value, 6)
-    files = {"dataset": "files", "data_dir": str(tmp_path / "files"), "pairs": {"maker": "overlay"}, "num_pairs": 20}
-    config = write(tmp_path, **settings, **files, output_dir=str(tmp_path / "own"))
-    assert main(["train", "--config", config, "--compare", "erm"]) == 0
-    for folder in (tmp_path / "own", tmp_path / "own" / "erm"):
-        record = json.loads((folder / "run.json").read_text())
-        assert 0 <= record["metrics"]["validation"]["pair_accuracy"] <= 1
-    assert json.loads((tmp_path / "own" / "run.json").read_text())["data"]["pair_sets"]["pairs"]["pairs"] == 16
+    files = {"dataset": "files", "data_dir": str(tmp_path / "files")}
+    # an edit makes pairs of the validation images; of other makers' pairs, some are held out
+    for pairs, count in (({"maker": "overlay"}, 20), ({"maker": "match", "match_on": "random"}, 8)):
+        files |= {"pairs": pairs, "num_pairs": 20 if count == 20 else 10}
+        own = tmp_path / pairs["maker"]
+        config = write(tmp_path, **settings, **files, output_dir=str(own))
+        assert main(["train", "--config", config, "--compare", "erm"]) == 0
+        for folder in (own, own / "erm"):
+            record = json.loads((folder / "run.json").read_text())
+            assert 0 <= record["metrics"]["validation"]["pair_accuracy"] <= 1
+        assert json.loads((own / "run.json").read_text())["data"]["pair_sets"]["pairs"]["pairs"] == count
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("learning_rate: 1e-3\nseed: 1\nlearning_rate: 1e-2\n", "'learning_rate' stands twice, again in line 3"),
+        ("pairs:\n  maker: overlay\n  size: 0.2\n  maker: recolor\n", "'maker' stands twice, again in line 4"),
+        ("1: 2\n", "the key 1 is a int"),
+        ("? \n: 3\n", "the key None is a NoneType"),
+        ("dataset: digits\n\tseed: 1\n", "is not YAML"),
+        ("- seed\n", "must be a mapping"),
+    ],
+)
+def test_a_recipe_that_is_no_mapping_of_names_is_one_line(tmp_path, capsys, content, match):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    assert main(["train", "--config", str(path)]) == 2
+    error = one_error(capsys)
+    assert str(path) in error and match in error
+    assert main(["train", "--config", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder" in one_error(capsys)
+
+
+def test_keys_of_a_recipe_may_be_merged(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("about: &base {title: a, license: b}\npairs: {<<: *base, title: c}\n")
+    assert recipe.read_yaml(path)["pairs"] == {"title": "c", "license": "b"}
+
+
+@pytest.mark.parametrize("where", ["evaluate", "check", "heads"])
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "some/deep/path"])
+def test_a_model_that_is_not_there_is_named(trained, capsys, monkeypatch, where, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = str(trained / "recipe.yaml")
+    arguments = {
+        "evaluate": ["evaluate", name, "--config", config],
+        "check": ["pairs", "check", "--config", config, "--model", name],
+        "heads": ["heads", name],
+    }
+    assert main(arguments[where]) == 2
+    error = one_error(capsys)
+    assert name in error and "no folder here" in error
+
+
+def test_a_report_in_place_of_a_file_is_refused_before_any_work(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.setattr(recipe.Recipe, "load_data", None)  # any work would fail
+    for folder in ("mine", "mine/report"):
+        command = ["evaluate", str(trained / "out"), "--config", write(tmp_path), "--report", str(tmp_path / folder)]
+        assert main(command) == 2
+        assert f"{tmp_path / 'mine'} is a file" in one_error(capsys)
+
+
+def test_the_metrics_of_an_evaluation_go_to_a_new_folder(trained, tmp_path):
+    output = tmp_path / "new" / "deep" / "metrics.json"
+    config = str(trained / "recipe.yaml")
+    assert main(["evaluate", str(trained / "out"), "--config", config, "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["metrics"]["accuracy"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "match"),
+    [
+        ("worst_group_accuracy", "needs a column attribute"),
+        ("eval_adjusted_accuracy", "needs a column attribute"),
+        ("acuracy", "Did you mean 'accuracy'"),
+        ("flip_rates", "Did you mean 'flip_rate'"),
+        ("mae", "Measured: loss, accuracy, flip_rate"),
+    ],
+)
+def test_a_metric_that_is_not_measured_cannot_choose_the_checkpoint(tmp_path, capsys, metric, match):
+    for split in ("train", "validation", "test"):
+        for label in ("small", "large"):
+            save_images(tmp_path / "files" / split / label, 6)
+    files = {"dataset": "files", "data_dir": str(tmp_path / "files"), "pairs": {"maker": "overlay"}, "num_pairs": 8}
+    assert main(["train", "--config", write(tmp_path, **files, metric_for_best_model=metric)]) == 2
+    error = one_error(capsys)
+    assert metric in error and match in error
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+    assert main(["train", "--config", write(tmp_path, **files, metric_for_best_model="flip_rate")]) == 0
 
 
 def save_images(folder, count):

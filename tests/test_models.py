@@ -6,13 +6,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small import resnet, vit
 from test_heads import LABELS, TIMM, images, timm_module
 from torch import nn
 from transformers import AutoModelForImageClassification, pipeline
 
 from ipg_hf import find_head, load_image_classifier
+from ipg_hf.models import load_trained_classifier
 
 
 @pytest.mark.parametrize(("name", "kwargs", "path"), TIMM, ids=[row[0] for row in TIMM])
@@ -99,3 +102,65 @@ def test_load_image_classifier_refuses_what_is_no_classifier(tmp_path):
         load_image_classifier(vit())
     with pytest.raises(OSError):
         load_image_classifier(tmp_path / "nothing")
+
+
+def damaged(folder, kind):
+    """The saved model in a folder with other weights: in a file that cannot be read, of other shapes, or with none."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind in ("pickle", "empty", "archive"):
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        content = (folder / "pytorch_model.bin").read_bytes()
+        content = {"pickle": b"\x80\x04xx", "empty": b"", "archive": content[: len(content) // 2]}[kind]
+        (folder / "pytorch_model.bin").write_bytes(content)
+        weights.unlink()
+    elif kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "wider":
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    elif kind == "text":
+        config.write_text('{"model_type": "bert"}')
+    elif kind == "backbone":
+        save_file({name: value for name, value in load_file(weights).items() if "classifier" not in name}, weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("pickle", "are damaged"),
+        ("empty", "are damaged"),
+        ("archive", "cannot be read"),
+        ("cut", "are damaged"),
+        ("wider", "have other shapes than its config.json says"),
+        ("text", "is no image classifier"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error_that_names_the_folder(tmp_path, kind, match):
+    vit().save_pretrained(tmp_path)
+    damaged(tmp_path, kind)
+    with pytest.raises((ValueError, OSError), match=match) as raised:
+        load_image_classifier(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+    with pytest.raises((ValueError, OSError), match=match):  # of a new head alone other shapes are meant
+        load_image_classifier(tmp_path, num_labels=3)
+    vit().save_pretrained(tmp_path)
+    assert load_image_classifier(tmp_path, num_labels=3).config.num_labels == 3
+
+
+def test_a_model_is_measured_with_stored_weights_alone(tmp_path):
+    vit().save_pretrained(tmp_path)
+    assert torch.equal(load_trained_classifier(tmp_path).classifier.weight, vit().classifier.weight)
+    damaged(tmp_path, "backbone")
+    assert load_image_classifier(tmp_path).config.num_labels == 2  # to fine-tune
+    with pytest.raises(ValueError, match=r"lacks 2 of the model's weights, for example classifier\.bias"):
+        load_trained_classifier(tmp_path)
+
+
+def test_weights_of_an_adapter_are_stored_weights(tmp_path):
+    base = vit()
+    base.base_model.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"], r=2)
+    adapted = get_peft_model(load_image_classifier(tmp_path / "base"), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = load_trained_classifier(tmp_path / "adapter")
+    head = adapted.base_model.model.classifier.modules_to_save["default"].weight
+    assert any(torch.equal(value, head) for value in again.parameters())

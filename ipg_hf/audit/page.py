@@ -23,7 +23,15 @@ PAGE, NUMBERS = "report.html", "report.json"
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Raises a FileExistsError if a folder holds a report."""
+    """Raises an error if a folder holds a report, or if a file stands where the folder would be made.
+
+    Raises:
+        FileExistsError: the folder holds a report.
+        NotADirectoryError: the folder, or one that it would stand in, is a file.
+    """
+    for place in (Path(folder), *Path(folder).parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file, and no folder for a report: name another folder.")
     for name in (PAGE, NUMBERS):
         if (Path(folder) / name).exists():
             raise FileExistsError(f"{folder} holds another report ({name}): remove it, or give another folder.")
