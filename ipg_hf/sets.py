@@ -22,6 +22,7 @@ from .metrics import read_attributes
 from .pairs.adversarial import AdversarialPairs
 from .pairs.checks import LABEL_COLUMNS, ONLY_SET
 from .pairs.classes import (
+    check_filled,
     folded,
     is_class_label,
     is_text,
@@ -299,12 +300,7 @@ def _check_label_column(
         if not isinstance(feature, (datasets.Value, datasets.ClassLabel)) or not isinstance(dataset, datasets.Dataset):
             continue
         values = values_of(dataset, name)
-        missing = np.flatnonzero(pc.is_null(values, nan_is_null=True).to_numpy(zero_copy_only=False))
-        if len(missing):
-            raise ValueError(
-                f"{title} has no {name} (None or NaN) in {len(missing)} of {len(values)} rows, the first is row "
-                f"{missing[0]}: drop these rows, or give them a label."
-            )
+        check_filled(values, f"the {name} of {title}")
         is_number = pa.types.is_floating(values.type) and problem_type != "regression"
         if is_number and (num_labels or 1) > 1:
             raise ValueError(

@@ -102,8 +102,8 @@ def check_filled(values: pa.Array, where: str) -> None:
     rows = np.flatnonzero(missing.to_numpy(zero_copy_only=False))
     if len(rows):
         raise ValueError(
-            f"{where} is missing in {len(rows)} of {len(values)} rows, the first is row {rows[0]}: fill it in, or drop "
-            "these rows."
+            f"{where} is missing in {len(rows)} of {len(values)} rows, the first is row {rows[0]} "
+            f"({values[int(rows[0])].as_py()!r}): fill it in, or drop these rows."
         )
 
 
