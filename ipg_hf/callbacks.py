@@ -19,8 +19,12 @@ from .pairs.transforms import ImageRows
 
 logger = logging.get_logger(__name__)
 
-# Probabilities that differ by less than this over all images of a window's pair batches are one constant output.
-CONSTANT_SPREAD = 1e-3
+# Spread: the largest difference of a class's probability between any two images of a pair batch. Outputs have become
+# one constant where it falls below the first after a step above the second.
+COLLAPSED_SPREAD, NOT_FRESH = 1e-3, 0.1
+# A training stalls where it is below the first for that many steps in a row and more than the warm-up, and no step has
+# been above the last. (A head that begins at zero has left it by then, and a fresh one may be above 0.1.)
+STALLED_SPREAD, STALLED_STEPS, HAS_LEARNED = 5e-3, 100, 0.5
 
 
 def restored(kind: type, callbacks: list[TrainerCallback], state: TrainerState) -> tuple[Any, bool]:
@@ -71,8 +75,11 @@ class PairProgress(TrainerCallback, ExportableState):
         self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
         self.skipped = 0
-        self.peak_spread = 0.0
-        self.warned = False
+        self.peak_spread: Tensor | float = 0.0  # the largest of any step
+        self.constant_steps: Tensor | int = 0  # optimizer steps in a row, up to the last, below STALLED_SPREAD
+        self.warmup_steps = 0
+        self.warned = False  # of a collapse
+        self.warned_of_stall = False
         self.wait = 0  # optimizer steps until the next pair batch
         self.last: dict[str, Tensor] = {}  # metrics of the last pair batch, for the steps without one
         self.waited = self.stepped = 0.0  # seconds since the last log line: waiting for pairs, and in optimizer steps
@@ -94,8 +101,10 @@ class PairProgress(TrainerCallback, ExportableState):
             "sums": {name: float(value) for name, value in self.sums.items()},
             "steps": self.steps,
             "skipped": self.skipped,
-            "peak_spread": self.peak_spread,
+            "peak_spread": float(self.peak_spread),
+            "constant_steps": int(self.constant_steps),
             "warned": self.warned,
+            "warned_of_stall": self.warned_of_stall,
             "wait": self.wait,
             "last": {name: float(value) for name, value in self.last.items()},
         }
@@ -103,7 +112,7 @@ class PairProgress(TrainerCallback, ExportableState):
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Goes on from what `state()` gave, or from nothing."""
-        attributes = (state or PairProgress().state())["attributes"]
+        attributes = PairProgress().state()["attributes"] | (state["attributes"] if state else {})
         attributes = {"last" if name == "held" else name: value for name, value in attributes.items()}  # before 0.2
         for name, value in attributes.items():
             setattr(self, name, value)
@@ -114,6 +123,12 @@ class PairProgress(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         """As `TrainerCallback.on_train_begin`."""
         self.is_called = False
+        self.warmup_steps = args.get_warmup_steps(state.max_steps)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """As `TrainerCallback.on_train_end`; the steps since the last log line may have to be warned of too."""
+        if self.is_called:  # not where a finished training is resumed
+            self._is_constant(args.alpha, args.learning_rate)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """As `TrainerCallback.on_pre_optimizer_step`.
@@ -157,29 +172,24 @@ class PairProgress(TrainerCallback, ExportableState):
         for name, value in values.items():
             value = value if value.device.type == "mps" else value.double()  # MPS has no float64
             self.sums[name] = self.sums.get(name, 0.0) + value
+        if "spread" in values:
+            self.peak_spread = values["spread"].clamp(min=self.peak_spread)
+            self.constant_steps = (self.constant_steps + 1) * (values["spread"] < STALLED_SPREAD)
         self.steps += 1
 
     def pop(self, alpha: float, learning_rate: float) -> dict[str, float]:
-        """The means since the last call, as log entries; warns once where the pairs' outputs became one constant."""
+        """The means since the last call, as log entries; warns where the outputs on the pairs are one constant.
+
+        Each of the two warnings comes once a training: of outputs that have become constant, and of outputs that have
+        been from the start. `ipg/collapsed` is 1 as long as they are. Outputs of a regression or of several labels have
+        no such entry and no warning.
+        """
         logs: dict[str, float] = {}
         if self.steps:
-            logs = {f"ipg/{name}": float(value) / self.steps for name, value in self.sums.items()}
-            spread = logs.pop("ipg/spread", None)
-            if spread is not None:
-                self.peak_spread = max(self.peak_spread, spread)
-                # a fresh head is constant too: only a run that was not and has become so has collapsed
-                collapsed = spread < CONSTANT_SPREAD < 0.1 * self.peak_spread
+            collapsed = self._is_constant(alpha, learning_rate)
+            logs = {f"ipg/{name}": float(value) / self.steps for name, value in self.sums.items() if name != "spread"}
+            if collapsed is not None:
                 logs["ipg/collapsed"] = float(collapsed)
-                if collapsed and not self.warned:
-                    logger.warning(
-                        "The model's outputs on the pairs have become one constant: the trivial solution, which has "
-                        "distance and divergence 0. Use the defaults of invariance_distance, max_loss_scale, "
-                        "warmup_steps and lr_scheduler_type where they were changed ('constant' has no warm-up), a "
-                        f"larger alpha (now {alpha}) or a smaller learning_rate (now {learning_rate}), and choose the "
-                        "checkpoint by worst-group accuracy on validation. (Pairs of one label alone look like this in "
-                        "a sound run too.)"
-                    )
-                    self.warned = True
         if logs or self.skipped:
             logs["ipg/skipped"] = float(self.skipped)
         if logs and self.stepped:
@@ -187,6 +197,34 @@ class PairProgress(TrainerCallback, ExportableState):
         self.sums, self.steps, self.skipped = {}, 0, 0
         self.waited = self.stepped = 0.0
         return logs
+
+    def _is_constant(self, alpha: float, learning_rate: float) -> bool | None:
+        """Whether the outputs on the pairs are one constant, with a warning; None where that is not known."""
+        if "spread" not in self.sums:
+            return None
+        spread, peak, steps = float(self.sums["spread"]) / self.steps, float(self.peak_spread), int(self.constant_steps)
+        collapsed = spread < COLLAPSED_SPREAD and peak > NOT_FRESH
+        stalled = steps > max(self.warmup_steps, STALLED_STEPS) and peak < HAS_LEARNED
+        of_one_label = "(Pairs of one label alone look like this in a sound run too.)"
+        if collapsed and not self.warned:
+            logger.warning(
+                "The model's outputs on the pairs have become one constant: the trivial solution, which has distance "
+                "and divergence 0. Use the defaults of invariance_distance, max_loss_scale, warmup_steps and "
+                f"lr_scheduler_type where they were changed ('constant' has no warm-up), a larger alpha (now {alpha}) "
+                f"or a smaller learning_rate (now {learning_rate}), and choose the checkpoint by worst-group accuracy "
+                f"on validation. {of_one_label}"
+            )
+            self.warned = True
+        if stalled and not self.warned and not self.warned_of_stall:
+            logger.warning(
+                f"The model's outputs on the pairs have been nearly one constant for {steps} steps and never told "
+                "images apart: the corrective updates keep the model there, with distance and divergence about 0, and "
+                "the task is not learned. Use correction_schedule='violated', which corrects only while the outputs "
+                f"disagree, and more steps; or a smaller learning_rate (now {learning_rate}), or more warmup_steps "
+                f"(now {self.warmup_steps}). {of_one_label}"
+            )
+            self.warned_of_stall = True
+        return collapsed or stalled
 
 
 class SaveAtStepEnd(JITCheckpointCallback):
