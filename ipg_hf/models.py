@@ -138,8 +138,15 @@ def shared_weights(model: nn.Module) -> list[list[str]]:
     names = defaultdict(list)
     for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
         for name, value in named:
-            names[id(value)].append(name)
+            names[_memory_of(value)].append(name)
     return [group for group in names.values() if len(group) > 1]
+
+
+def _memory_of(value: torch.Tensor) -> Any:
+    """What is equal for two tensors of the same memory: that, or of a tensor without memory of its own the object."""
+    if type(value) not in (nn.Parameter, torch.Tensor) or value.is_meta or not value.numel():
+        return id(value)
+    return value.data_ptr(), value.shape, value.stride()
 
 
 def without_aliases(model: nn.Module, missing: Collection[str]) -> list[str]:

@@ -9,13 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small import resnet, vit
+from small import SIZE, resnet, rows, trainer, vit
 from test_heads import LABELS, TIMM, images, timm_module
 from torch import nn
 from transformers import AutoModelForImageClassification, pipeline
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf import find_head, load_image_classifier
-from ipg_hf.models import load_trained_classifier
+from ipg_hf.models import load_trained_classifier, shared_weights
 
 
 @pytest.mark.parametrize(("name", "kwargs", "path"), TIMM, ids=[row[0] for row in TIMM])
@@ -164,3 +165,26 @@ def test_weights_of_an_adapter_are_stored_weights(tmp_path):
     again = load_trained_classifier(tmp_path / "adapter")
     head = adapted.base_model.model.classifier.modules_to_save["default"].weight
     assert any(torch.equal(value, head) for value in again.parameters())
+
+
+class View(nn.Module):
+    """Two parameters over one memory, as code that ties weights by `.data` makes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3 * SIZE**2, 2), nn.Linear(3 * SIZE**2, 2)
+        self.second.weight = nn.Parameter(self.first.weight.data)
+
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=self.first(pixel_values.flatten(1)) + self.second(pixel_values.flatten(1)))
+
+
+def test_parameters_over_one_memory_are_one_weight(tmp_path):
+    model = View()
+    assert shared_weights(model) == [["first.weight", "second.weight"]]
+    settings = {"eval_dataset": rows(8), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    run = trainer(tmp_path, model, save_steps=1, load_best_model_at_end=True, max_steps=2, **settings)
+    run.train()  # and loads the best checkpoint, which has the weight once
+    assert run.state.best_model_checkpoint
+    model.second.weight = nn.Parameter(model.first.weight.data.clone())
+    assert shared_weights(model) == []
