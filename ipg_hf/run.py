@@ -37,6 +37,9 @@ from .trainer import IPGTrainer
 
 RECORD = "run.json"
 FIGURE = "training_curves.png"
+# what a run writes over in its output folder, beside its checkpoints and a card of ipg_hf
+RUN_FILES = [RECORD, FIGURE, ERRORS, "trainer_state.json", "config.json", "model.safetensors"]
+RUN_FILES += ["preprocessor_config.json", "training_args.json", "training_args.bin"]
 
 
 def train(
@@ -249,6 +252,8 @@ def _look_at_output(recipe: Recipe, args: IPGConfig) -> tuple[str | None, list[P
         ValueError: there is nothing to go on from.
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output_dir={args.output_dir!r} is a file: name a folder.")
     if resume and resume.lower() in ("last", "true"):
         return newest_checkpoint(folder), []
     if resume and not Path(resume).is_dir():
@@ -268,8 +273,7 @@ def _look_at_output(recipe: Recipe, args: IPGConfig) -> tuple[str | None, list[P
 def _run_files(folder: Path) -> list[Path]:
     """The files and folders of a run that a folder holds."""
     checkpoints = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-    names = [RECORD, FIGURE, "trainer_state.json", "config.json", "model.safetensors", ERRORS]
-    files = [path for path in (folder / name for name in names) if path.exists()]
+    files = [path for path in (folder / name for name in RUN_FILES) if path.exists()]
     beside = folder / "erm"  # which may also be a folder of somebody's own
     return [*checkpoints, *files, *([beside] if beside.is_dir() and _run_files(beside) else [])]
 

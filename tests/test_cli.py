@@ -4,6 +4,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ipg_hf.baselines import METHODS
 from ipg_hf.cli import main
 from ipg_hf.data import LOADERS, load_digits
 from ipg_hf.recipe import RecipeError, parse_recipe, parse_settings
-from ipg_hf.run import train
+from ipg_hf.run import RUN_FILES, train
 
 
 def write(path, **changes):
@@ -135,6 +136,26 @@ def test_a_run_that_cannot_begin_loses_nothing(trained, tmp_path, capsys, change
     assert main(["train", "--config", config]) == 2
     assert before and files_of(out) == before
     assert capsys.readouterr().err.splitlines()[-1].startswith("ipg train: error: ")
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_run_writes_over_no_file_unasked(tmp_path, capsys, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert main(["train", "--config", write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))]) == 2
+    assert f"({name})" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == {Path(name): b"mine"}
+
+
+def test_the_files_that_a_run_writes_over_are_all_that_it_writes(trained):
+    written = {path.name for path in (trained / "out").iterdir() if path.is_file()}
+    assert "config.json" in written and written - {*RUN_FILES} == {"README.md"}
+
+
+def test_an_output_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert main(["train", "--config", write(tmp_path / "recipe.yaml", output_dir=str(tmp_path / "out"))]) == 2
+    assert "output_dir=" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
 
 
 def test_overwriting_removes_a_run_and_nothing_else(trained, tmp_path):
