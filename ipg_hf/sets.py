@@ -408,7 +408,7 @@ def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> 
     for title, dataset in sets.items():
         if not isinstance(dataset, datasets.Dataset) and is_text(_features(dataset).get(ATTRIBUTE)):
             raise ValueError(
-                f"{title} is a {_kind(dataset)} with texts as attribute, which are not numbered here: "
+                f"{title}, of type {_kind(dataset)}, has texts as attribute, which are not numbered here: "
                 f"cast_column({ATTRIBUTE!r}, datasets.ClassLabel(names=[...]))."
             )
     read = {

@@ -146,8 +146,9 @@ def test_adversarial_pairs_refuse_settings_out_of_range(settings, match):
 
 def test_adversarial_pairs_refuse_streams_and_inputs_that_are_no_images(tmp_path):
     stream = datasets.Dataset.from_dict({"x": [1]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match="not a stream"):
-        AdversarialPairs(stream)
+    for wrong in (stream, datasets.DatasetDict(train=datasets.Dataset.from_dict({"x": [1]}))):
+        with pytest.raises(ValueError, match=f"need a map-style set of images, not {type(wrong).__name__}"):
+            AdversarialPairs(wrong)
     with pytest.raises(ValueError, match="not in \\[0, 1\\] before normalisation"):
         run(tmp_path, AdversarialPairs(small.rows(8)))
     with pytest.raises(ValueError, match="must have pixel_values"):

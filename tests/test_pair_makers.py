@@ -3,13 +3,27 @@
 
 import io
 import time
+from functools import partial
 
 import datasets
 import numpy as np
 import pytest
+import small
 from PIL import Image
+from transformers import ViTImageProcessor
 
 from ipg_hf.data.files import held_out_pairs
+from ipg_hf.pairs import (
+    ImageRows,
+    background_pairs,
+    check_pairs,
+    match_pairs,
+    mix_pairs,
+    overlay_pairs,
+    pairs_from_columns,
+    recolor_pairs,
+    score_pairs,
+)
 from ipg_hf.pairs.makers import encode_png, pairs_from_render
 
 COLUMNS = {"image_a", "image_b", "label", "attribute_a", "attribute_b", "source_id"}
@@ -217,3 +231,73 @@ def test_held_out_pairs_never_show_two_labels():
     rest = datasets.Dataset.from_dict(table, features=features).select([0, 1, 4, 5, 6, 7, 8])
     with pytest.raises(ValueError, match="'patient' occurs with both values of the attribute and one label"):
         held_out_pairs(rest, "patient")
+
+
+# ---- What is given as the source ----
+
+
+def images():
+    kind = datasets.ClassLabel(names=["a", "b"])
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 9, 9))
+    columns = {"image": [noise(seed) for seed in range(4)], "label": [0, 1, 0, 1], "attribute": [0, 0, 1, 1]}
+    features = {"image": datasets.Image(), "label": kind, "attribute": kind, "mask": datasets.Image()}
+    return datasets.Dataset.from_dict({**columns, "mask": [mask] * 4}, features=datasets.Features(features))
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+
+def pairs():
+    sides = {f"image_{side}": [noise((seed, k)) for seed in range(4)] for k, side in enumerate("ab")}
+    return datasets.Dataset.from_dict(sides)
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
+# entry -> its call, a set that is right, whether a stream is right
+ENTRIES = {
+    "recolor": (recolor_pairs, images, True),
+    "overlay": (overlay_pairs, images, True),
+    "background": (partial(background_pairs, backgrounds=([noise(8)], [noise(9)])), images, True),
+    "match": (partial(match_pairs, match_on="random"), images, False),
+    "columns": (partial(pairs_from_columns, column_a="image_a", column_b="image_b"), pairs, True),
+    "mix": (partial(mix_pairs, num_pairs=8), pairs, False),
+    "check": (check_pairs, pairs, False),
+    "scores": (partial(score_pairs, model=small.vit(), processor=PROCESSOR), pairs, False),
+    "rows": (partial(ImageRows, processor=PROCESSOR, columns={"image": "pixel_values"}), images, False),
+}
+FORMS = {
+    "list": lambda right: [dict(row) for row in right],
+    "DatasetDict": lambda right: datasets.DatasetDict(train=right),
+    "dict": lambda right: {"train": right},
+    "DataFrame": lambda right: right.to_pandas(),
+    "IterableDataset": lambda right: right.to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_source_is_a_set_or_a_clear_error(entry, form):
+    call, make, takes_streams = ENTRIES[entry]
+    given = FORMS[form](make())
+    if form == "IterableDataset" and takes_streams:
+        assert len([*call(given)]) == 4
+        return
+    with pytest.raises(ValueError, match=rf"must be a datasets\.Dataset.*, but is of type {form}: ") as failure:
+        call(given)
+    advice = str(failure.value).split(": ", 1)[1]
+    if form in ("DatasetDict", "dict"):
+        assert advice == "give one of its sets, ['train']."
+        assert call(given["train"]) is not None
+    elif form == "DataFrame":
+        assert len(datasets.Dataset.from_list(given.to_dict("records"))) == 4 and "frame.to_dict('records')" in advice
+    elif form == "list":
+        assert advice == "make one of its rows, datasets.Dataset.from_list(list(rows))."
+        made = datasets.Dataset.from_list(list(given))
+        features = make().features
+        assert call(made.cast(features) if features != made.features else made) is not None
+    elif form == "IterableDataset":
+        rows = list(given.decode(False).take(1000))
+        assert "list(stream.decode(False).take(1000)), features=stream.features" in advice
+        assert call(datasets.Dataset.from_list(rows, features=given.features)) is not None

@@ -347,7 +347,9 @@ def test_texts_that_cannot_be_numbered_are_refused(tmp_path, form):
     given = texts.to_iterable_dataset()
     if form == "rows":
         given = ImageRows(texts, PROCESSOR, {"image": "pixel_values"}, keep=["label", "attribute"])
-    with pytest.raises(ValueError, match=r"eval_dataset is a .* with texts as attribute, .*cast_column\('attribute'"):
+    with pytest.raises(
+        ValueError, match=r"eval_dataset, of type .*, has texts as attribute, .*cast_column\('attribute'"
+    ):
         trainer(tmp_path, eval_dataset=given, compute_metrics=GroupMetrics())
     trainer(tmp_path, eval_dataset=given, compute_metrics=lambda prediction: {})
 

@@ -79,8 +79,11 @@ class AdversarialPairs:
                 raise ValueError(f"{name}={getattr(self, name)} is not valid: it must be in [0, 1].")
         if not any(getattr(self, name) for name in STRENGTHS):
             raise ValueError(f"all of {', '.join(STRENGTHS)} are 0: there is nothing to search over. Set one above 0.")
-        if is_stream(self.source):
-            raise ValueError("adversarial pairs need a map-style set of images, not a stream: load the set as a whole.")
+        if is_stream(self.source) or isinstance(self.source, Mapping):
+            raise ValueError(
+                f"adversarial pairs need a map-style set of images, not {type(self.source).__name__}: load the "
+                "set as a whole, and give one split of it."
+            )
 
     def normalisation(self, processor: Any) -> tuple[Any, Any]:
         """Returns the mean and standard deviation that turn pixels in [0, 1] into the model's inputs.

@@ -22,7 +22,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .classes import is_class_label, is_text, sorted_names
 from .images import check_depth, file_of, read_image, stored_images
-from .makers import check_choice, check_columns, draw_rows, encode_image, map_cached
+from .makers import check_choice, check_columns, check_is_set, draw_rows, encode_image, map_cached
 
 logger = logging.getLogger(__name__)
 
@@ -473,7 +473,8 @@ def _edited(
 
 
 def _with_features(source: Any) -> Any:
-    """Returns a stream whose features are unknown with the features of its first rows."""
+    """Checks that a source is a set; returns a stream whose features are unknown with those of its first rows."""
+    check_is_set(source, "the source", or_stream=True)
     if not isinstance(source, datasets.IterableDataset) or source.features is not None:
         return source
     try:

@@ -299,6 +299,27 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}.")
 
 
+def check_is_set(source: Any, title: str, *, or_stream: bool = False) -> None:
+    """Raises a ValueError if an object is no data set with columns. The message names what it is, and the fix.
+
+    Args:
+        source: the object; a `datasets.Dataset` is right.
+        title: what it is, for the message.
+        or_stream: whether a `datasets.IterableDataset` is right too.
+    """
+    if isinstance(source, datasets.Dataset) or (or_stream and isinstance(source, datasets.IterableDataset)):
+        return
+    fix = "make one of its rows, datasets.Dataset.from_list(list(rows))."
+    if isinstance(source, Mapping):
+        fix = f"give one of its sets, [{next(iter(source))!r}]." if source else "give a set."
+    elif hasattr(source, "iloc"):
+        fix = "make one of it, datasets.Dataset.from_list(frame.to_dict('records'))."
+    elif isinstance(source, datasets.IterableDataset):
+        fix = "store rows of it, Dataset.from_list(list(stream.decode(False).take(1000)), features=stream.features)."
+    wanted = "datasets.Dataset or IterableDataset" if or_stream else "datasets.Dataset"
+    raise ValueError(f"{title} must be a {wanted}, but is of type {type(source).__name__}: {fix}")
+
+
 def check_columns(source: Any, wanted: Iterable[str]) -> None:
     """Raises ValueError if a source of images has not all of the wanted columns."""
     names = list(source.column_names or [])

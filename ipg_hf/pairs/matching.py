@@ -19,7 +19,16 @@ from ..heads import find_head
 from ..inference import inference
 from ..models import forward_inputs
 from .images import read_image, stored_images
-from .makers import array_cached, check_choice, check_columns, draw_rows, encode_image, known_values, map_cached
+from .makers import (
+    array_cached,
+    check_choice,
+    check_columns,
+    check_is_set,
+    draw_rows,
+    encode_image,
+    known_values,
+    map_cached,
+)
 from .sources import pairs_from_rows
 from .transforms import ImageRows, package_versions
 
@@ -80,6 +89,7 @@ def match_pairs(
             than `num_pairs`.
     """
     check_choice("match_on", match_on, get_args(MatchOn))
+    check_is_set(source, "the source")
     check_columns(source, ("image", "label", attribute))
     if match_on == "features" and (model is None or processor is None):
         raise ValueError("match_on='features' needs a model and its image processor; match_on='random' needs none.")

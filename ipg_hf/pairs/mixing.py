@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets.utils import tqdm
 
 from .images import read_image, stored_images
-from .makers import check_columns, dataset_of, encode_image, image_column
+from .makers import check_columns, check_is_set, dataset_of, encode_image, image_column
 
 SIDES = ("image_a", "image_b")
 CACHED_IMAGES = 512  # decoded images in memory
@@ -41,11 +41,7 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
         ValueError: `pairs` is a stream or has fewer than two rows; `num_pairs` is below the number in `pairs`; `grid`
             is out of range; an image that should be mixed cannot be read; two of them differ in size.
     """
-    if not isinstance(pairs, datasets.Dataset):
-        raise ValueError(
-            f"mix_pairs needs the number of pairs in advance, which {type(pairs).__name__} does not have. Use a "
-            "map-style set."
-        )
+    check_is_set(pairs, "the pair set that mix_pairs enlarges")
     count = len(pairs)
     if count < 2:
         raise ValueError(f"mix_pairs needs at least two pairs to mix, but the set has {count}.")

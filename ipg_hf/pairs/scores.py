@@ -15,6 +15,7 @@ from ..inference import inference, logits_of
 from ..models import forward_inputs
 from ..seeding import seeded
 from .loader import PairCollator
+from .makers import check_is_set
 from .transforms import ImageRows
 
 SIDES = ["image_a", "image_b"]
@@ -78,7 +79,8 @@ def raw_images(dataset: Any, name: str, wanted: list[str]) -> datasets.Dataset:
         ValueError: the data set lacks these columns, or they hold no images.
     """
     raw = dataset.dataset if isinstance(dataset, ImageRows) else dataset
-    kinds = raw.features if isinstance(raw, datasets.Dataset) else {}
+    check_is_set(raw, name)
+    kinds = raw.features
     for columns in (wanted, SIDES):
         if all(isinstance(kinds.get(column), datasets.Image) for column in columns):
             return raw.with_format(None).select_columns([*columns, *(label for label in LABELS if label in kinds)])

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from .classes import coded, common_names, is_class_label, is_text, numbered, one_form, sorted_names
-from .makers import draw_rows, draw_swap
+from .makers import check_is_set, draw_rows, draw_swap
 
 # what PIL writes only, and what it knows but cannot read by itself
 UNREADABLE = ("MPEG", "BUFR", "GRIB", "HDF5", "WMF")
@@ -63,6 +63,7 @@ def pairs_from_columns(
             source has fewer rows than `num_pairs`; a stream with `num_pairs` or `oriented=False`, which need the number
             of rows.
     """
+    check_is_set(source, "the source", or_stream=True)
     names = list(source.column_names or [])
     wanted = {"image_a": column_a, "image_b": column_b, "label": label}
     wanted |= {"attribute_a": attribute_a, "attribute_b": attribute_b}

@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 from ..seeding import seeded
 from .images import check_depth, image_content, read_image, stored_images
+from .makers import check_is_set
 
 PRELOAD_CHUNK = 512
 TRANSFORMING = ("transformers", "torch", "torchvision", "timm", "pillow")
@@ -72,6 +73,7 @@ class ImageRows(torch.utils.data.Dataset):
         preload: bool = False,
         preload_dir: str | None = None,
     ):
+        check_is_set(dataset, "dataset")
         self.columns = dict(columns)
         self.keep = [name for name in keep if name in dataset.column_names]
         # other columns (masks, say) would be decoded for nothing
