@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from pathlib import Path
 import datasets
 import torch
 from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor
@@ -34,6 +36,16 @@ from .record import read_json, write_json
 from .run import RECORD, evaluate, load_trained, refuse_existing, train
 from .survey import survey
 
+# errors of a user's files, settings and installation, which one line says; any other error is a fault of ours
+FAILURES = (
+    ValueError,
+    OSError,
+    ImportError,
+    DatasetsError,
+    SafetensorError,
+    StrictDataclassError,
+    Image.DecompressionBombError,
+)
 # after an interrupt
 GO_ON = {
     "train": " Where it had saved a checkpoint, go on from the last by the same command and "
@@ -49,34 +61,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command in ("heads", "card", "bench") and flags:
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
     try:
-        if options.command == "bench":
-            given = {name: value for name, value in vars(options).items() if name not in ("command", "suite")}
-            bench(options.suite, **given)
-            return 0
-        if options.command == "card":
-            print(card_of(options.run, options.name, options.license))
-            return 0
-        if options.command == "heads":
-            show_heads(options.models)
-            return 0
-        recipe, args, given = parse_recipe(options.config, flags)
-        if options.command == "pairs":
-            return pairs(options, recipe, args)
-        if options.command == "train":
-            train(recipe, args, given)
-        elif options.report or options.against:
-            write_audit(options, recipe, args)
-        else:
-            evaluate(options.model, recipe, args, options.split, options.output)
+        status = _run(options, flags)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush would fail too
         return 1
-    except (ValueError, OSError, DatasetsError, SafetensorError, Image.DecompressionBombError) as failure:
+    except FAILURES as failure:
+        print(f"ipg {options.command}: error: {_in_one_line(failure)}", file=sys.stderr)
+        return 2
+    except RuntimeError as failure:
+        if "to be installed" not in str(failure):  # what Trainer says of a tracker in report_to
+            raise
         print(f"ipg {options.command}: error: {_in_one_line(failure)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nipg {options.command}: interrupted.{GO_ON.get(options.command, '')}", file=sys.stderr)
         return 130
+    return status
+
+
+def _run(options: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Runs the command that was given; returns the exit status."""
+    if options.command == "bench":
+        bench(options.suite, **{k: v for k, v in vars(options).items() if k not in ("command", "suite")})
+        return 0
+    if options.command == "card":
+        print(card_of(options.run, options.name, options.license))
+        return 0
+    if options.command == "heads":
+        show_heads(options.models)
+        return 0
+    recipe, args, given = parse_recipe(options.config, flags)
+    if options.command == "pairs":
+        return pairs(options, recipe, args)
+    if options.command == "train":
+        # of torch, at each evaluation on a machine without an accelerator: the default of TrainingArguments is meant
+        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true")
+        train(recipe, args, given)
+    elif options.report or options.against:
+        write_audit(options, recipe, args)
+    else:
+        evaluate(options.model, recipe, args, options.split, options.output)
     return 0
 
 

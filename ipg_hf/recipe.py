@@ -121,6 +121,8 @@ class Recipe:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Remove the run in the output folder."})
 
     def __post_init__(self):
+        if self.dataset not in LOADERS and os.path.isdir(self.dataset):
+            raise RecipeError(f"dataset={self.dataset!r} is a folder: set dataset: files and data_dir: {self.dataset}.")
         if self.dataset not in LOADERS and "/" not in self.dataset:
             raise RecipeError(f"dataset={self.dataset!r} is unknown.{nearest(self.dataset, LOADERS)}")
         for name in MAPPINGS:
@@ -195,11 +197,7 @@ class Recipe:
 
     def _loader(self) -> Callable[..., Benchmark]:
         """The loader of the benchmark, or of the Hub set where `dataset` is no benchmark's name."""
-        if self.dataset in LOADERS:
-            return LOADERS[self.dataset]
-        if os.path.isdir(self.dataset):
-            raise RecipeError(f"dataset={self.dataset!r} is a folder: set dataset: files and data_dir: {self.dataset}.")
-        return partial(load_hub, self.dataset)
+        return LOADERS.get(self.dataset) or partial(load_hub, self.dataset)
 
     def _make_pairs(self, options: Any, data: Benchmark, seed: int) -> Any:
         options = dict(options) if isinstance(options, Mapping) else {"maker": options}
@@ -357,7 +355,8 @@ def _called(function: Callable, options: Mapping[str, Any], *args: Any, **defaul
     try:
         return function(*args, **{**defaults, **options})
     except TypeError as failure:
-        raise RecipeError(f"{_title(function)}: {failure}.") from failure
+        given = f" with {', '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
+        raise RecipeError(f"{_title(function)}{given}: {failure}.") from failure
 
 
 def _title(function: Callable) -> str:

@@ -2,7 +2,9 @@
 """Commands do no work that was not asked for, replace no file, lose no model, and say what is wrong in one line."""
 
 import json
+import os
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -176,6 +178,46 @@ def test_a_recipe_that_is_no_mapping_of_names_is_one_line(tmp_path, capsys, cont
     assert str(path) in error and match in error
     assert main(["train", "--config", str(tmp_path)]) == 2
     assert f"{tmp_path} is a folder" in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"dataset": "photos"}, "'photos' is a folder: set dataset: files and data_dir: photos"),
+        ({"model_config": {"hidden_size": "wide"}}, "'hidden_size' expected int, got str"),
+        ({"pairs": {"maker": "overlay", "size": "big"}}, "overlay_pairs with size='big'"),
+        ({"deepspeed": "config.json"}, "deepspeed"),
+        *([] if find_spec("wandb") else [({"report_to": "wandb"}, "wandb to be installed")]),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_one_line(tmp_path, capsys, monkeypatch, changes, match):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert main(["train", "--config", write(tmp_path, **changes)]) == 2
+    assert match in one_error(capsys)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(trained, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["card", str(trained / "out")]) == 1
+        stdout.flush()  # as the interpreter does at its end
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "pairs", "heads", "card"])
+def test_an_interrupt_speaks_of_checkpoints_only_where_there_are_some(trained, capsys, monkeypatch, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    names = {"heads": "show_heads", "card": "card_of"}
+    monkeypatch.setattr(f"ipg_hf.cli.{names.get(command, command)}", interrupted)
+    config = ["--config", str(trained / "recipe.yaml")]
+    words = {"train": config, "evaluate": ["m", *config], "pairs": ["check", *config], "heads": ["m"], "card": ["m"]}
+    assert main([command, *words[command]]) == 130
+    assert ("--resume_from_checkpoint" in one_error(capsys)) == (command == "train")
 
 
 def test_keys_of_a_recipe_may_be_merged(tmp_path):
