@@ -207,6 +207,7 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no"}
     unsaved |= {"metric_for_best_model": None, "greater_is_better": None}
+    unsaved["objective"] = "erm"  # the others count the groups of a training set
     args = replace(_without_method(args, recipe.method, gettempdir()), **unsaved)
     trainer = IPGTrainer(model=model, args=args, processing_class=processor, compute_metrics=_metrics(data))
     _silence(trainer)

@@ -79,6 +79,16 @@ def test_evaluate_gives_the_test_metrics_of_the_record_again(trained, capsys):
     assert "worst-group accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("objective", ["class_balanced", "reweight", "group_dro"])
+def test_evaluate_reads_the_recipe_of_any_task_loss(trained, tmp_path, objective):
+    """It has no training set, whose groups these losses count, and its loss is the plain mean."""
+    output = tmp_path / "metrics.json"
+    words = ["--config", str(trained / "recipe.yaml"), "--objective", objective, "--output", str(output)]
+    assert main(["evaluate", str(trained / "out"), *words]) == 0
+    recorded = json.loads((trained / "out" / "run.json").read_text())["metrics"]["test"]
+    assert json.loads(output.read_text())["metrics"] == pytest.approx(recorded, abs=1e-6)
+
+
 def test_the_plain_training_beside_it_differs_by_the_pairs_alone(trained):
     weights = [
         AutoModelForImageClassification.from_pretrained(trained / name).state_dict() for name in ("out", "out/erm")
