@@ -420,13 +420,19 @@ def test_pairs_are_spoiled_for_a_run_and_its_record_says_so(elsewhere, monkeypat
 
 def test_features_are_probed_before_and_after_a_training(elsewhere):
     import readability
+    import run
 
+    run.run(elsewhere, 0)
     readability.run(elsewhere, 0)
-    (record,) = written(elsewhere, "readability_digits")
+    (trained,), (record,) = written(elsewhere, "digits"), written(elsewhere, "readability_digits")
+    assert record == {**trained, "probes": record["probes"]}  # the training was not made again
     assert record["run"] == "tiny-seed0" and {*record["probes"]} == {"before", "after"}
     assert record["probes"]["before"]["label"] != record["probes"]["after"]["label"]
-    again = read_records(RECORDS / "readability_digits.jsonl")[0]
-    assert {*again["probes"]["before"]} == {*record["probes"]["before"]}
+    published = read_records(RECORDS / "readability_digits.jsonl")[0]
+    assert {*published["probes"]["before"]} == {*record["probes"]["before"]}
+    elsewhere.write_text(yaml.safe_dump({**TINY, "learning_rate": 1e-3}))
+    with pytest.raises(SystemExit, match="learning_rate"):
+        readability.probe(elsewhere, 0, elsewhere.parents[1] / "outputs/digits-tiny-seed0")
 
 
 def test_a_choice_is_that_of_a_training_with_its_metric(elsewhere):

@@ -18,7 +18,7 @@ from ipg_hf.data.benchmark import Benchmark
 from ipg_hf.metrics import is_higher_better
 from ipg_hf.pairs.held_out import hold_out_pairs
 from ipg_hf.record import read_json
-from ipg_hf.run import evaluate, train
+from ipg_hf.run import evaluate
 
 # from_validation: pairs of all images of the validation set; from_training: the fifth of the training pairs
 PAIR_ACCURACY = "from_training/pair_accuracy"
@@ -46,7 +46,7 @@ def train_and_choose(path: Path, seed: int, output: Path) -> dict:
     recipe, args, given = seeds.settings(path, seed, output, "--metric_for_best_model", PAIR_ACCURACY)
     args.save_total_limit = None  # every checkpoint is kept
     data = with_held_out(recipe.load_data(args.data_order_seed), args.data_order_seed)
-    record = train(recipe, args, given, data=data)
+    record = seeds.trained(recipe, args, given, data)
     record["data"]["held_out"] = {name: len(pairs) for name, pairs in data.validation_pairs.items()}
     looks = [entry for entry in read_json(output / "trainer_state.json")["log_history"] if "eval_loss" in entry]
     steps = {rule: chosen_step(looks, rule) for rule in RULES} | {LAST: record["steps"]}

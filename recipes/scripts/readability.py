@@ -17,8 +17,8 @@ from transformers import set_seed
 
 from ipg_hf.audit.measure import audit
 from ipg_hf.bench.tables import spread
-from ipg_hf.record import read_json, read_records, resolved_settings
-from ipg_hf.run import load_trained, train
+from ipg_hf.record import read_records
+from ipg_hf.run import load_trained
 
 DATASETS = ("digits", "colored_mnist", "scenes")
 TIMES, TARGETS = ("before", "after"), ("label", "attribute")
@@ -34,12 +34,7 @@ def run(path: Path, seed: int) -> None:
 def probe(path: Path, seed: int, output: Path) -> dict:
     """The record of a training, with its probes."""
     recipe, args, given = seeds.settings(path, seed, output)
-    finished = output / "run.json"
-    record = read_json(finished) if finished.exists() else train(recipe, args, given)
-    wanted = resolved_settings(recipe, args)
-    other = [key for key, value in record["settings"].items() if value != wanted.get(key)]
-    if other:
-        raise SystemExit(f"{output} holds a run with other settings ({', '.join(other)}): remove it.")
+    record = seeds.trained(recipe, args, given)
     data = recipe.load_data(args.data_order_seed)
     set_seed(args.seed)  # as the training began
     before, (after, processor) = recipe.build_model(data.train), load_trained(str(output), recipe, data)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ipg_hf.config import IPGConfig
+from ipg_hf.data.benchmark import Benchmark
 from ipg_hf.recipe import Recipe, parse_recipe
-from ipg_hf.record import append_record, read_records
+from ipg_hf.record import append_record, read_json, read_records, resolved_settings
+from ipg_hf.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "recipes/records"
@@ -46,3 +48,18 @@ def settings(recipe: Path, seed: int, output: Path, *flags: str) -> tuple[Recipe
     """Reads a recipe for a run in a folder; what an earlier attempt left in the folder is replaced."""
     own = ["--seed", str(seed), "--output_dir", str(output), "--overwrite_output_dir", "true"]
     return parse_recipe(str(recipe), [*own, *flags])
+
+
+def trained(recipe: Recipe, args: IPGConfig, given: list[str], data: Benchmark | None = None) -> dict:
+    """Trains, or reads the record of the training that has ended in the same folder.
+
+    Raises:
+        SystemExit: the folder holds a training with other settings.
+    """
+    finished = Path(args.output_dir) / "run.json"
+    record = read_json(finished) if finished.exists() else train(recipe, args, given, data=data)
+    wanted = resolved_settings(recipe, args)
+    other = [key for key, value in record["settings"].items() if value != wanted.get(key)]
+    if other:
+        raise SystemExit(f"{args.output_dir} holds a run with other settings ({', '.join(other)}): remove it.")
+    return record
