@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from ipg_hf import IPGTrainer
+from ipg_hf.baselines import PairPenaltyTrainer
 from ipg_hf.checkpoints import newest_checkpoint, whole_or_removed
 from ipg_hf.pairs.checks import ONLY_SET
 
@@ -432,6 +433,66 @@ def test_checkpoints_of_other_layouts(saved):
 
 
 SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+# ---- Other settings ----
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+CHANGED = {
+    "seed": 7,
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "alpha": 0.5,
+    "invariance_threshold": float("inf"),
+    "corrective_layers": ["classifier"],
+    "correction_schedule": "violated",
+}
+
+
+def resumed_settings(caplog):
+    return [r.getMessage() for r in caplog.records if "was trained with other settings" in r.getMessage()]
+
+
+def test_a_training_that_goes_on_with_other_settings_is_warned_of(tmp_path, caplog):
+    first = small.trainer(tmp_path, max_steps=2, **SAVING)
+    first.train()
+    same = {"save_steps": 1, "logging_steps": 2, "pair_chunk_size": 2, "max_loss_scale": 1.0, "disable_tqdm": False}
+    small.trainer(tmp_path / "same", max_steps=4, **{**SAVING, **same}).train(str(tmp_path / "checkpoint-2"))
+    assert resumed_settings(caplog) == []
+    for name, value in CHANGED.items():
+        caplog.clear()
+        run = small.trainer(tmp_path / name, max_steps=4, **{**SAVING, name: value})
+        run.train(str(tmp_path / "checkpoint-2"))
+        (said,) = resumed_settings(caplog)
+        assert (
+            f"other settings: {name} {getattr(first.args, name)} (now {value}). " in said and run.state.global_step == 4
+        )
+
+
+def test_a_training_that_goes_on_by_another_method_is_warned_of(tmp_path, caplog):
+    small.trainer(tmp_path, max_steps=2, **SAVING).train()
+    kl = {"kind": PairPenaltyTrainer, "pair_objective": "kl"}
+    small.trainer(tmp_path / "kl", max_steps=3, **SAVING, **kl).train(str(tmp_path / "checkpoint-2"))
+    assert "pair_objective None (now kl)" in resumed_settings(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "expected"),
+    [
+        (small.vit, {"optim": "sgd"}, r"checkpoint-2 has the state of optim='adamw_torch.*', which optim='sgd' cannot"),
+        (
+            lambda: small.vit(3),
+            {},
+            r"checkpoint-2 is of another model \(size mismatch for classifier.weight.*same model",
+        ),
+    ],
+)
+def test_what_cannot_go_on_is_an_error(tmp_path, model, settings, expected):
+    small.trainer(tmp_path, max_steps=2, **SAVING).train()
+    run = small.trainer(tmp_path, model(), max_steps=4, **SAVING, **settings)
+    with pytest.raises(ValueError, match=expected) as error:
+        run.train(str(tmp_path / "checkpoint-2"))
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_transformers_own_trainer_goes_on_with_a_warning(tmp_path, caplog):

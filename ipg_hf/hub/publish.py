@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from ..record import hub_id, json_values, read_json, trainer_record
+from ..record import from_json, hub_id, json_values, read_json, trainer_record
 from .card import MARKER, model_card
 
 logger = logging.get_logger(__name__)
@@ -34,6 +35,12 @@ UNPUBLISHED = [
     *("*.bin", "*.pt", "*.pth", "*.pkl"),
 ]
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", "adapter_config.json", "adapter_model*")
+
+
+# settings of Trainer that a training which goes on should have as it began; Trainer compares the batch size itself
+RESUMED = ("seed", "data_seed", "optim", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm")
+RESUMED += ("gradient_accumulation_steps", "label_smoothing_factor")
+WITHOUT_EFFECT = ("check_pairs", "pair_chunk_size")  # of the settings of our own
 
 
 class PushError(OSError):
@@ -100,6 +107,19 @@ class PublishingTrainer(Trainer):
             if isinstance(model.get_base_model(), PreTrainedModel):
                 model.get_base_model().config.save_pretrained(folder)  # the names of the classes
         write_settings(self.args, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        compare_settings(self.args, resume_from_checkpoint)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as failure:
+            if "size mismatch" not in str(failure):
+                raise
+            first = next(line.strip() for line in str(failure).splitlines() if "size mismatch" in line)
+            raise ValueError(
+                f"{resume_from_checkpoint} is of another model ({first}): resume with the same model, or begin a new "
+                "training in another output_dir."
+            ) from failure
 
     def create_model_card(
         self,
@@ -209,9 +229,41 @@ class PublishingTrainer(Trainer):
 def write_settings(args: TrainingArguments, folder: str | os.PathLike) -> None:
     """Writes `training_args.json` in place of `training_args.bin`, a pickle that `Trainer` writes and never reads."""
     (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-    # to_dict hides tokens
-    settings = json.dumps(json_values(args.to_dict()), indent=2, default=str, allow_nan=False)
+    settings = json.dumps(_settings(args), indent=2, allow_nan=False)
     (Path(folder) / SETTINGS_NAME).write_text(f"{settings}\n", encoding="utf-8")
+
+
+def _settings(args: TrainingArguments) -> dict[str, Any]:
+    """The settings as JSON has them, without tokens, which `to_dict` hides."""
+    return json.loads(json.dumps(json_values(args.to_dict()), default=str))
+
+
+def compare_settings(args: TrainingArguments, checkpoint: str | os.PathLike) -> None:
+    """Warns of settings that were others when a checkpoint was saved; a training may go on longer without a word.
+
+    Raises:
+        ValueError: the checkpoint has the state of another optimizer.
+    """
+    path = Path(checkpoint) / SETTINGS_NAME
+    if not path.is_file():  # of another trainer
+        return
+    before, now = read_json(path), from_json(json.dumps(_settings(args)))
+    inherited = {entry.name for entry in fields(TrainingArguments)}
+    names = [*RESUMED, *(entry.name for entry in fields(args) if entry.name not in inherited | {*WITHOUT_EFFECT})]
+    changed = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
+    optimizers = changed.get("optim", ())
+    if optimizers and not all(str(name).startswith("adamw_torch") for name in optimizers):
+        raise ValueError(
+            f"{checkpoint} has the state of optim={optimizers[0]!r}, which optim={optimizers[1]!r} cannot go on from: "
+            "resume with the same optimizer, or begin a new training from the saved weights."
+        )
+    if changed:
+        listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
+        logger.warning(
+            f"{checkpoint} was trained with other settings: {listed}. The record and the card will show the present "
+            "ones alone, and the learning rate stays that of the checkpoint. Give the settings as they were, or begin "
+            "a new training."
+        )
 
 
 def _as_timm(processor: Any) -> dict[str, Any]:
