@@ -149,6 +149,17 @@ def test_what_held_out_pairs_say_is_in_the_card(tmp_path, several, several_pairs
     assert {r.dataset_split for r in ModelCard(card).data.eval_results} == ({*sets} if several else {"evaluation"})
 
 
+@pytest.mark.parametrize("own", [{}, {"f1": 0.25, "my|score": 2, "confusion": [[1, 2], [3, 4]], "accuracy": 0.75}])
+def test_metrics_of_the_users_own_are_in_the_card(tmp_path, own):
+    settings = {"compute_metrics": lambda prediction: dict(own)} if own else {}
+    run = small.trainer(tmp_path, eval_dataset=small.rows(8), eval_strategy="steps", eval_steps=3, **settings)
+    run.train()
+    part = card_of(run).split("## Results")[1].split("## Data")[0]
+    loss = run.state.log_history[-2]["eval_loss"]
+    shown = "| accuracy | 0.750 |\n| f1 | 0.250 |\n| my\\|score | 2.000 |\n" if own else f"| loss | {loss:.3f} |\n"
+    assert f"| --- | --- |\n{shown}\n" in part
+
+
 def test_a_table_of_groups_is_of_groups():
     assert group_table({"accuracy": 0.5, "loss": 1.0}) == ""
     assert len(group_table({"group_accuracy/a/b": 0.5, "group_n/a/b": 3}).splitlines()) == 2

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..metrics import METRICS, group_parts
+from ..metrics import METRICS, OF_PAIRS, group_parts
 from ..record import NO_SETTINGS, NOT_RECORDED
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -226,13 +226,18 @@ def _results(split: str, record: Mapping[str, Any], erm: Mapping[str, Any] | Non
     metrics = record["metrics"][split]
     models = [metrics, *([erm["metrics"].get(split, {})] if erm else [])]
     kind = "mae" if "mae" in metrics else "accuracy"
+    titles = {key: title for key, title in map(_titled, metrics) if title}
+    own = {key: key for key, value in metrics.items() if "/" not in key and isinstance(value, (int, float))}
+    own = {key: title for key, title in own.items() if key not in (*METRICS, *OF_PAIRS, "loss")}
+    # metrics of the user's own have their names; where there is nothing else, the loss is what was measured
+    titles = titles | own or {"loss": "loss"}
     groups = [key.removeprefix("group_n/") for key in metrics if key.startswith("group_n/")]
     return {
         "split": split,
         "metrics": metrics,
         "is_number": kind == "mae",
         "labels": [*dict.fromkeys(_code(group_parts(name)[0]) for name in groups)],
-        "scores": [[_cell(title), *_numbers(key, models)] for key, title in map(_titled, metrics) if title],
+        "scores": [[_cell(title), *_numbers(key, models)] for key, title in titles.items()],
         "notes": [text for name, text in NOTES.items() if name in metrics],
         "groups": [
             [
