@@ -219,9 +219,9 @@ class PairProgress(TrainerCallback, ExportableState):
             logger.warning(
                 f"The model's outputs on the pairs have been nearly one constant for {steps} steps and never told "
                 "images apart: the corrective updates keep the model there, with distance and divergence about 0, and "
-                "the task is not learned. Use correction_schedule='violated', which corrects only while the outputs "
-                f"disagree, and more steps; or a smaller learning_rate (now {learning_rate}), or more warmup_steps "
-                f"(now {self.warmup_steps}). {of_one_label}"
+                "it has not begun to learn the task. Use correction_schedule='violated', which corrects only while the "
+                f"outputs disagree, and more steps; or a smaller learning_rate (now {learning_rate}), or more "
+                f"warmup_steps (now {self.warmup_steps}). {of_one_label}"
             )
             self.warned_of_stall = True
         return collapsed or stalled
