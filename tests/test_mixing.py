@@ -192,5 +192,5 @@ def test_a_recipe_mixes_its_training_pairs_only():
     assert {name: len(rows) for name, rows in sets.items()} == {"color": 50, "mark": 50}
     with pytest.raises(RecipeError, match="mix_pairs has no option 'num_pair'"):
         Recipe(mix_pairs={"num_pair": 50}).load_data(seed=0)
-    with pytest.raises(RecipeError, match=r"mix_pairs: .*num_pairs"):
+    with pytest.raises(RecipeError, match=r"mix_pairs with grid=4: .*num_pairs"):
         Recipe(mix_pairs={"grid": 4}).load_data(seed=0)
