@@ -34,14 +34,14 @@ from .pairs.classes import (
     with_column,
 )
 from .pairs.loader import is_stream
+from .pairs.scores import SIDES
 from .pairs.transforms import ImageRows
-from .seeding import seeded
+from .seeding import first_row
 
 logger = logging.get_logger(__name__)
 
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing", "unsplit"}
 TRAINING_SPLITS = {"train", "training", "unsplit"}
-PAIR_SIDES = ("image_a", "image_b")
 WANTED = (
     "It takes one set of pairs, or a dict of sets by name: datasets.Dataset or IterableDataset with the columns "
     "image_a and image_b, AdversarialPairs, or a torch data set whose rows are dicts of model inputs (pixel_values_a, "
@@ -120,8 +120,7 @@ def check_pair_form(pairs: Any, title: str, argument: str) -> None:
     elif hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__") and not isinstance(pairs, type):
         if not len(pairs):
             raise ValueError(f"{title} is empty: give it at least one pair.")
-        with seeded(0):  # a random transform of the user's own draws from the global generators
-            row = pairs[0]
+        row = first_row(pairs)
         what = f"a {_kind(pairs)} whose rows are of type {_kind(row)}"
         fix = "Make a set of it: datasets.Dataset.from_list([{'image_a': a, 'image_b': b} for a, b in pairs])."
         if isinstance(row, Mapping):
@@ -156,7 +155,7 @@ def check_columns(
     """Raises a ValueError if a training or evaluation set lacks its columns, or if they hold no images and no labels.
 
     Args:
-        dataset: the set. Of a stream without features, or a set with a transform of the user, nothing is read.
+        dataset: the set. Of a stream without features nothing is read, of a set with a transform of the user one row.
         title: name of the set, for messages.
         inputs: names of the inputs of the model's forward, the main one first.
         has_processor: whether the trainer has an image processor.
@@ -173,7 +172,15 @@ def check_columns(
     if not isinstance(dataset, STORED):
         _check_first_row(dataset, title, inputs)
         return
-    if not features or _is_custom(dataset):
+    if _is_custom(dataset):
+        row = first_row(dataset)
+        for name in [name for name in (*LABEL_COLUMNS, *label_names) if isinstance(row.get(name), str)]:
+            raise ValueError(
+                f"{title} has the text {row[name]!r} as {name} in row 0, after its transform: return the number of the "
+                "class there, the same in all sets."
+            )
+        return
+    if not features:
         return
     if not names_its_images and not {*inputs} & {*features}:
         _check_image_column(features, title, inputs[0], has_processor)
@@ -199,10 +206,10 @@ def check_pair_columns(pairs: Any, title: str, main_input: str, *, has_processor
         _check_label_column(pairs, title, ["label"], False, None, None)
     if not has_processor or f"{main_input}_a" in features:
         return
-    found = [name for name in PAIR_SIDES if name in features]
+    found = [name for name in SIDES if name in features]
     if len(found) < 2:
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-        missing = [name for name in PAIR_SIDES if name not in features]
+        missing = [name for name in SIDES if name not in features]
         others = [name for name in images if name not in found]
         fix = f"rename_columns({dict(zip(others, missing, strict=True))})." if len(others) == len(missing) else ""
         if images == ["image"]:
@@ -236,19 +243,30 @@ def _check_first_row(dataset: Any, title: str, inputs: Sequence[str]) -> None:
         )
     if is_stream(dataset) or (hasattr(dataset, "__getitem__") and not hasattr(dataset, "__len__")):
         return
-    with seeded(0):  # a random transform of the user's own draws from the global generators
-        row = dataset[0]
+    check_row(first_row(dataset), title, inputs)
+
+
+def check_row(row: Any, title: str, inputs: Sequence[str]) -> None:
+    """Raises a ValueError if a row is no dict of model inputs.
+
+    Args:
+        row: a row of a set that the trainer does not transform.
+        title: name of the set, for messages.
+        inputs: names of the inputs of the model's forward, the main one first.
+    """
     listed = "datasets.Dataset.from_list(list(rows))"
     if not isinstance(row, Mapping):
         listed = "datasets.Dataset.from_list([{'image': image, 'label': label} for image, label in rows])"
         raise ValueError(
             f"{title} has rows of type {_kind(row)}, but a row must be a dict of model inputs and a label: make a set "
-            f"of raw images, {listed}, or give a data_collator with remove_unused_columns=False."
+            f"of raw images, {listed} (of a stream, datasets.IterableDataset.from_generator), or give a data_collator "
+            "with remove_unused_columns=False."
         )
     if not {*inputs} & {*row}:
         raise ValueError(
             f"{title} has rows with {shown(row)}, but no {inputs[0]!r}: make a set of raw images, {listed} with the "
-            "columns image and label, and give an image processor as processing_class."
+            "columns image and label (of a stream, datasets.IterableDataset.from_generator), and give an image "
+            "processor as processing_class."
         )
 
 
@@ -257,7 +275,7 @@ def _check_image_column(features: Mapping[str, Any], title: str, main_input: str
     if feature is None:
         found = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         fix = f"rename the column of images, rename_column({found[0] if found else 'name'!r}, 'image')."
-        if {*PAIR_SIDES} <= {*features}:
+        if {*SIDES} <= {*features}:
             fix = "pairs are given as pair_dataset."
         raise ValueError(f"{title} has the columns {shown(features)}, but no 'image' and no {main_input!r}: {fix}")
     if not isinstance(feature, datasets.Image):
@@ -390,20 +408,23 @@ def _features(dataset: Any) -> Mapping[str, Any]:
 # ---- The attribute ----
 
 
-def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> tuple[dict[str, Any], list[str] | None]:
+def with_attribute_ids(
+    sets: Mapping[str, Any], known: Sequence[str] | None, *, all_known: bool = False
+) -> tuple[dict[str, Any], list[str] | None]:
     """Numbers the attributes of several sets alike, by name, where they are texts or large numbers.
 
     Args:
         sets: name for messages -> set. Only a `datasets.Dataset` with a column `attribute` is changed; a column of
             a ClassLabel or of small whole numbers holds ids already.
         known: names of values in their order, if some are known. Other values get the numbers after them.
+        all_known: whether there are no other values.
 
     Returns:
         The sets, and the names in their order.
 
     Raises:
-        ValueError: a value is missing, negative or no class; some sets have names and others numbers; or a stream or
-            an `ImageRows` has texts.
+        ValueError: a value is missing, negative or no class; it is not known, with `all_known`; some sets have names
+            and others numbers; or a stream or an `ImageRows` has texts.
     """
     for title, dataset in sets.items():
         if not isinstance(dataset, datasets.Dataset) and is_text(_features(dataset).get(ATTRIBUTE)):
@@ -411,18 +432,19 @@ def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> 
                 f"{title}, of type {_kind(dataset)}, has texts as attribute, which are not numbered here: "
                 f"cast_column({ATTRIBUTE!r}, datasets.ClassLabel(names=[...]))."
             )
-    read = {
-        title: read_attributes(dataset, f"attribute of {title}")
-        for title, dataset in sets.items()
-        if isinstance(dataset, datasets.Dataset) and ATTRIBUTE in dataset.column_names and not _is_custom(dataset)
-    }
-    fixed = {t: isinstance(sets[t].features[ATTRIBUTE], datasets.ClassLabel) for t in read}
-    order = [*(known or next((read[title][1] for title in read if fixed[title]), None) or [])]
-    texts = {title: names for title, (_, names) in read.items() if names is not None and not fixed[title]}
+    order, texts, numbers, ids = [*(known or [])], {}, {}, {}
+    for title, dataset in sets.items():
+        if not isinstance(dataset, datasets.Dataset) or ATTRIBUTE not in dataset.column_names or _is_custom(dataset):
+            continue
+        ids[title], names = read_attributes(dataset, f"attribute of {title}")
+        if is_class_label(dataset.features[ATTRIBUTE]):
+            order = order or names
+        elif names is not None:
+            texts[title] = names
+        else:
+            used, ids[title] = np.unique(ids[title], return_inverse=True)
+            numbers[title] = [str(number) for number in used]
     # small numbers are names where other sets have the same as names
-    numbers = {
-        title: [str(number) for number in np.unique(ids)] for title, (ids, names) in read.items() if names is None
-    }
     seen = {*order, *(name for names in texts.values() for name in names)}
     texts |= {title: names for title, names in numbers.items() if names and seen >= {*names}}
     if not texts:
@@ -433,15 +455,19 @@ def with_attribute_ids(sets: Mapping[str, Any], known: Sequence[str] | None) -> 
             f"the attribute of {title} has the numbers {shown(numbers[title])}, that of {other} {shown(texts[other])}: "
             "give both the same names."
         )
-    for names in texts.values():
-        order += [name for name in names if name not in order]
+    for title, names in texts.items():
+        others = [name for name in names if name not in order]
+        if others and all_known:
+            raise ValueError(
+                f"the attribute of {title} has the values {shown(others)}, but the training set that compute_metrics "
+                f"was given has {shown(order)}: give both the same names."
+            )
+        order += others
     warn_of_look_alikes(order)
     changed = dict(sets)
     for title, names in texts.items():
-        ids = read[title][0]
-        lookup = np.array([order.index(name) for name in names], np.int64)
-        ids = lookup[np.unique(ids, return_inverse=True)[1].reshape(-1)] if title in numbers else lookup[ids]
-        changed[title] = with_column(sets[title], ATTRIBUTE, pa.array(ids), datasets.ClassLabel(names=order))
+        values = np.array([order.index(name) for name in names], np.int64)[ids[title]]
+        changed[title] = with_column(sets[title], ATTRIBUTE, pa.array(values), datasets.ClassLabel(names=order))
     return changed, order
 
 

@@ -7,15 +7,17 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend
 from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from transformers import BaseImageProcessor, PreTrainedModel, Trainer, default_data_collator
+from transformers import PreTrainedModel, Trainer, default_data_collator
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -24,7 +26,7 @@ from .callbacks import GroupShares, PairProgress, RowEpochs, SaveAtStepEnd, rest
 from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig, chooses_by_pairs
 from .gradients import check_optimizer, parameters_matching
-from .guidance import ProblemType, invariance_divergence, root_divergence
+from .guidance import invariance_divergence, root_divergence
 from .heads import ClassifierHead, CompiledRun, find_head
 from .hub.publish import PublishingTrainer
 from .inference import inference, logits_of
@@ -37,6 +39,7 @@ from .pairs.adversarial import AdversarialLoader, AdversarialPairs, SameImagePai
 from .pairs.checks import (
     LABEL_COLUMNS,
     ONLY_SET,
+    PAIR_LABELS,
     check_labels,
     check_pair_labels,
     check_pair_set,
@@ -49,11 +52,12 @@ from .pairs.classes import shown
 from .pairs.held_out import hold_out_pairs
 from .pairs.loader import PairCollator, PairLoader, is_stream
 from .pairs.transforms import ImageRows, as_model_inputs
-from .seeding import seeded
+from .seeding import first_row
 from .sets import (
     check_columns,
     check_names,
     check_pair_columns,
+    check_row,
     class_columns,
     names_for_training,
     pair_sets,
@@ -62,6 +66,11 @@ from .sets import (
 from .step import GuidedStep, check_launch
 
 logger = logging.get_logger(__name__)
+
+
+def _checked_batch(collator: Callable, title: str, inputs: Sequence[str], rows: Sequence[Any]) -> Any:
+    check_row(rows[0], title, inputs)  # of a stream: no row is known before
+    return collator(rows)
 
 
 class IPGTrainer(PublishingTrainer):
@@ -165,8 +174,12 @@ class IPGTrainer(PublishingTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
         )
         check_can_be_saved(self.model)
-        if self.pair_datasets and not self.eval_pair_datasets and chooses_by_pairs(args):
-            self._hold_out_pairs()
+        held_out = {} if self.eval_pair_datasets or not chooses_by_pairs(args) else dict(self.pair_datasets)
+        for name, dataset in held_out.items():
+            title, seed = title_of("pair_dataset", name), self._pair_seed(name)
+            self.pair_datasets[name], self.eval_pair_datasets[name] = hold_out_pairs(dataset, title, seed=seed)
+            held = len(self.eval_pair_datasets[name])
+            logger.info(f"{held} of {len(dataset)} pairs of {title} are held out, for metric_for_best_model.")
         if args.random_flip or args.random_crop_scale < 1 or getattr(train_dataset, "is_random", False):
             self.add_callback(RowEpochs())
         if args.enable_jit_checkpoint:
@@ -231,24 +244,24 @@ class IPGTrainer(PublishingTrainer):
                     problem_type=getattr(config, "problem_type", None),
                 )
             check_labels(dataset, title, num_labels)
-        columns = class_columns(sets, LABEL_COLUMNS)
-        own = names_for_training(self.model, columns)
-        check_names(columns | self._label_columns_of_pairs(), own)
+        self._label_columns = class_columns(sets, LABEL_COLUMNS)
+        own = names_for_training(self.model, self._label_columns)
+        check_names(self._label_columns | self._label_columns_of_pairs(), own)
         check_names(class_columns(sets, [ATTRIBUTE]))
         used = {
             t: d for t, d in sets.items() if (t != "train_dataset" and self._takes_attributes()) or self._by_group()
         }
+        # names of attributes in the order of the metrics' training set, and whether it has them all
         settings = getattr(self.compute_metrics, "settings", {}) if self._takes_attributes() else {}
-        used, self._attribute_names = with_attribute_ids(used, settings.get("attribute_names"))
-        self.train_dataset = used.pop("train_dataset", self.train_dataset)
-        if isinstance(self.eval_dataset, Mapping):
-            changed = {
-                name: used.get(title_of("eval_dataset", name), self.eval_dataset[name]) for name in self.eval_dataset
-            }
-            is_same = all(changed[name] is self.eval_dataset[name] for name in changed)
-            self.eval_dataset = self.eval_dataset if is_same else changed
-        else:
-            self.eval_dataset = used.get("eval_dataset", self.eval_dataset)
+        count = settings.get("num_attributes")
+        known = settings.get("attribute_names") or (list(map(str, range(count))) if count else None)
+        used, names = with_attribute_ids(used, known, all_known=bool(count))
+        self._attribute_names = {"known": names, "all_known": bool(count)}
+        sets |= used
+        self.train_dataset = sets.get("train_dataset")
+        is_dict = isinstance(self.eval_dataset, Mapping)
+        evaluated = {name: sets.get(title_of("eval_dataset", name)) for name in named_sets(self.eval_dataset)}
+        self.eval_dataset = evaluated if is_dict else evaluated[ONLY_SET]
 
     def _label_columns_of_pairs(self) -> dict[str, Any]:
         sets = {title_of("pair_dataset", name): pairs for name, pairs in self.pair_datasets.items()}
@@ -262,7 +275,13 @@ class IPGTrainer(PublishingTrainer):
                 uses_labels=self.pairs_with_labels or title.startswith("eval"),
             )
             check_names(class_columns({title: pairs}, ["attribute_a", "attribute_b"]))
-        return class_columns(sets, ["label", "label_a", "label_b"])
+        return class_columns(sets, PAIR_LABELS)
+
+    def _check_measured(self, dataset: Any, title: str) -> None:
+        """Raises a ValueError if a set that is measured has a label out of range, or numbers its classes otherwise."""
+        check_labels(dataset, title, getattr(getattr(self.model, "config", None), "num_labels", None))
+        columns = class_columns({title: dataset}, {*LABEL_COLUMNS, *PAIR_LABELS})
+        check_names(self._label_columns | columns, names_for_training(self.model, {}))
 
     def _takes_attributes(self) -> bool:
         """Whether the user's metrics ask for the attributes of the rows."""
@@ -334,13 +353,6 @@ class IPGTrainer(PublishingTrainer):
         if self.compute_loss_func is None and self.label_smoother is None and not overridden:
             self.model_accepts_loss_kwargs = True
 
-    def _hold_out_pairs(self) -> None:
-        for name, dataset in self.pair_datasets.items():
-            title, seed = title_of("pair_dataset", name), self._pair_seed(name)
-            self.pair_datasets[name], self.eval_pair_datasets[name] = hold_out_pairs(dataset, title, seed=seed)
-            held = len(self.eval_pair_datasets[name])
-            logger.info(f"{held} of {len(dataset)} pairs of {title} are held out, for metric_for_best_model.")
-
     def _check_held_out(self, dataset: Any, title: str) -> None:
         if is_stream(dataset) or isinstance(dataset, AdversarialPairs):
             raise ValueError(
@@ -348,24 +360,37 @@ class IPGTrainer(PublishingTrainer):
                 "datasets.Dataset.from_list(list(stream.take(500)))."
             )
         check_pair_labels(dataset, title)
+        self._check_measured(dataset, title)
         inputs = self._as_inputs(dataset, is_training=False, seed=0)
         check_pair_set(inputs, title, self._pair_collator, every_row=self.args.check_pairs)
         self._find_needed_head(inputs)
-        if metric_of(self.args.metric_for_best_model or "") == "pair_accuracy" and not self._has_labels(inputs):
+        has_labels = self._has_labels(inputs, title)
+        if metric_of(self.args.metric_for_best_model or "") == "pair_accuracy" and not has_labels:
             raise ValueError(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} needs one class a pair, but {title} has no "
                 f"column 'label', or the problem is {self.problem_type}: add the column, or choose by 'flip_rate'."
             )
 
-    def _has_labels(self, pairs: Any) -> bool:
-        """Whether the pairs, as model inputs, have one class a pair."""
-        with seeded(0):  # a random transform of the user's own draws from the global generators
-            return self.problem_type == "single_label_classification" and "label" in pairs[0]
+    def _has_labels(self, pairs: Any, title: str) -> bool:
+        """Whether the pairs, as model inputs, have one class a pair.
+
+        Raises:
+            ValueError: the first pair has several numbers as label, and the model one class an image.
+        """
+        row = first_row(pairs)
+        if self.problem_type != "single_label_classification" or "label" not in row:
+            return False
+        if np.ndim(row["label"]):
+            raise ValueError(
+                f"{title} has the label {np.asarray(row['label']).tolist()} in row 0, but a pair must have one class: "
+                "make one number of it, or remove the column 'label'."
+            )
+        return True
 
     # ---- Data ----
 
     def _has_image_processor(self) -> bool:
-        return isinstance(self.processing_class, (BaseImageProcessor, ImageProcessingMixin))
+        return isinstance(self.processing_class, ImageProcessingMixin)
 
     def _as_inputs(self, dataset: Any, is_training: bool, seed: int) -> Any:
         """Raw images through the image processor; any other data set as it is."""
@@ -377,11 +402,19 @@ class IPGTrainer(PublishingTrainer):
         return as_model_inputs(dataset, self.processing_class, main_input, keep=keep, **draws, seed=seed)
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, is_training=False, **kwargs):
+        if not is_training:
+            self._check_measured(dataset, f"the {description.lower()} set")
         if not is_training and self._takes_attributes():
-            dataset = with_attribute_ids({description: dataset}, self._attribute_names)[0][description]
+            dataset = with_attribute_ids({description: dataset}, **self._attribute_names)[0][description]
         self._signature_columns, self._kept_columns = None, self._needed_columns(is_training)
         dataset = self._as_inputs(dataset, is_training, self.args.data_order_seed)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, **kwargs)
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        collator = super()._get_collator_with_removed_columns(data_collator, description)
+        if data_collator is not default_data_collator:
+            return collator
+        return partial(_checked_batch, collator, f"the {description} set".lower(), self._inputs)
 
     def _check_own_loader(self, loader: Any, getter: str) -> None:
         """Raises a ValueError if an overridden getter gives raw images to a collator that makes no batch of them."""
@@ -390,8 +423,7 @@ class IPGTrainer(PublishingTrainer):
             return
         if is_stream(loader.dataset) or not len(loader.dataset):
             return
-        with seeded(0):  # a random transform of the user's own draws from the global generators
-            row = loader.dataset[0]
+        row = first_row(loader.dataset)
         images = [name for name, value in row.items() if isinstance(value, Image)] if isinstance(row, Mapping) else []
         if images and self._inputs[0] not in row:
             raise ValueError(
@@ -418,7 +450,7 @@ class IPGTrainer(PublishingTrainer):
         seed = self.args.data_order_seed
         return seed if name == ONLY_SET else seed + 1 + zlib.crc32(name.encode())
 
-    def _pair_loader(self, name: str, module: nn.Module, problem_type: ProblemType) -> PairLoader | AdversarialLoader:
+    def _pair_loader(self, name: str, module: nn.Module) -> PairLoader | AdversarialLoader:
         loader = PairLoader(
             self.pair_datasets[name],
             PairCollator(self._inputs, self._inputs[0], labels=self.pairs_with_labels),
@@ -435,7 +467,7 @@ class IPGTrainer(PublishingTrainer):
         loader.position = self.progress.positions.get(name, 0)
         if not isinstance(loader.dataset, SameImagePairs):
             return loader
-        searching = AdversarialLoader(loader, module, self, problem_type, chunk_size=self.args.pair_chunk_size)
+        searching = AdversarialLoader(loader, module, self, self.problem_type, chunk_size=self.args.pair_chunk_size)
         if self._resumed_from:
             searching.load(self._resumed_from, name)
         return searching
@@ -524,17 +556,15 @@ class IPGTrainer(PublishingTrainer):
                 self._guided_step.after_task(model)
             if self._running_norm is not None:
                 self._running_norm.end_step(self.accelerator)
+            if self.task_loss is not None and not self.task_loss.was_used:
+                raise ValueError(
+                    f"objective={self.args.objective!r} is computed in IPGTrainer.compute_loss, and "
+                    f"{type(self).__name__} overrides compute_loss without calling it: leave objective at 'erm', or "
+                    "call super().compute_loss()."
+                )
             if self.task_loss is not None:
-                self._end_of_task_loss()
+                self.task_loss.end_step(self.accelerator)
         return loss
-
-    def _end_of_task_loss(self) -> None:
-        if not self.task_loss.was_used:
-            raise ValueError(
-                f"objective={self.args.objective!r} is computed in IPGTrainer.compute_loss, and {type(self).__name__} "
-                "overrides compute_loss without calling it: leave objective at 'erm', or call super().compute_loss()."
-            )
-        self.task_loss.end_step(self.accelerator)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """As `Trainer.get_batch_samples`; an objective over groups then counts the rows of each group."""
@@ -557,9 +587,8 @@ class IPGTrainer(PublishingTrainer):
         """Called at the first step of each training run, after the state of a checkpoint has been loaded."""
         self._at_end.close()  # an attempt that auto_find_batch_size gave up
         self.progress = PairProgress.resumed(self.callback_handler.callbacks, self.state)
-        problem_type = self.problem_type
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        self._pair_loaders |= {name: self._pair_loader(name, module, problem_type) for name in self.pair_datasets}
+        self._pair_loaders |= {name: self._pair_loader(name, module) for name in self.pair_datasets}
         self._at_end.callback(self._pair_loaders.clear)
         if self._running_norm is not None:
             self._at_end.callback(self._running_norm.clear)
@@ -567,7 +596,7 @@ class IPGTrainer(PublishingTrainer):
         if compiler.backend != DynamoBackend.NO:
             compiled = CompiledRun(self.head, **compiler.to_kwargs())
             self._at_end.callback(compiled.close)
-        self._guided_step = self.step_class(self, self._pair_loaders, problem_type, compiled)
+        self._guided_step = self.step_class(self, self._pair_loaders, self.problem_type, compiled)
         self._guided_state = self.state
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -676,10 +705,11 @@ class IPGTrainer(PublishingTrainer):
             `<prefix>_pair_accuracy`, the share of labelled pairs with both sides predicted right, where pairs have a
             `label` and an image has one class; `<prefix>_divergence` and `<prefix>_distance` of all pairs together.
         """
+        self._check_measured(pair_dataset, "pair_dataset")
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
         check_pair_set(dataset, "pair_dataset", self._pair_collator, every_row=False)
         own = torch.Generator()  # measuring during training must not draw from the global one
-        collator = PairCollator(self._inputs, self._inputs[0], labels=self._has_labels(dataset))
+        collator = PairCollator(self._inputs, self._inputs[0], labels=self._has_labels(dataset, "pair_dataset"))
         batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator, generator=own)
         head, problem_type = self._find_needed_head(dataset), self.problem_type
         sides, labels = [], []

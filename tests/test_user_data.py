@@ -222,6 +222,29 @@ def test_the_sets_of_a_trainer_have_one_order(tmp_path):
     trainer(tmp_path, images(names=turned), labelled, model=model, eval_dataset=images(names=turned))
 
 
+def test_what_is_measured_later_has_the_order_of_training(tmp_path):
+    turned = NAMES[::-1]
+    held_out = pairs(label=[0] * N).cast_column("label", ClassLabel(names=list(turned)))
+    run = trainer(tmp_path)
+    too_large = without("label").add_column("label", [0] * (N - 1) + [2])
+    for measure, title in ((run.evaluate, "the evaluation set"), (run.predict, "the test set")):
+        measure(images(seed=1))
+        with pytest.raises(ValueError, match=f"label of {title} 'dog', 'cat': one number would mean"):
+            measure(images(names=turned))
+        with pytest.raises(ValueError, match=f"{title} has the label 2 in row {N - 1}, out of range"):
+            measure(too_large)
+    run.evaluate_pairs(pairs(label=[0] * N).cast_column("label", ClassLabel(names=list(NAMES))))
+    with pytest.raises(ValueError, match="label of pair_dataset 'dog', 'cat'"):
+        run.evaluate_pairs(held_out)
+    with pytest.raises(ValueError, match="pair_dataset has the label 2 in row 0, out of range"):
+        run.evaluate_pairs(pairs(label=[2] * N))
+    alone = small.IPGTrainer(
+        small.vit(id2label=dict(enumerate(NAMES))), small.config(tmp_path), processing_class=PROCESSOR
+    )
+    with pytest.raises(ValueError, match="the model"):
+        alone.evaluate(images(names=turned))
+
+
 def test_a_model_of_other_classes_gets_the_names_of_the_training_set(tmp_path, caplog):
     """It is published under the names that it was trained on; a model with some of the names is refused above."""
     model = small.vit(id2label={0: "ant", 1: "bee"}, label2id={"ant": 0, "bee": 1})
@@ -319,6 +342,23 @@ def test_attributes_are_numbered_alike_by_name():
     # small numbers are names where the other set has large ones
     few, many = images(attribute=[7, 5]), images(attribute=[5, 7000, 7])
     assert with_attribute_ids({"many": many, "few": few}, None)[0]["few"]["attribute"][:4] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("known, other", [([0, 1], ["land", "water"]), (["land", "water"], ["land", "sky"])])
+def test_values_that_the_metrics_do_not_know_are_refused(tmp_path, known, other):
+    """They would get the numbers, and the training counts, of other values."""
+    train, wrong = images(attribute=known), images(attribute=other, seed=1)
+    words = f"the attribute of .* has the values .*'{other[1]}', but the training set that compute_metrics was given"
+    with pytest.raises(ValueError, match=f"{words} has '{known[0]}', '{known[1]}'"):
+        trainer(tmp_path, train, eval_dataset=wrong, compute_metrics=GroupMetrics(train))
+    run = trainer(tmp_path, train, eval_dataset=train, compute_metrics=GroupMetrics(train))
+    run.evaluate()
+    with pytest.raises(ValueError, match=words):
+        run.predict(wrong)
+    # the same numbers, as texts in another order
+    alike = images(attribute=[str(value) for value in known][::-1])
+    texts = trainer(tmp_path, train, eval_dataset=alike, compute_metrics=GroupMetrics(train)).eval_dataset
+    assert texts["attribute"][:4] == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -499,9 +539,65 @@ def test_columns_of_pairs(tmp_path, form):
     assert all(word in str(failure.value) for word in [*words, "'colour'"]), failure.value
 
 
-@pytest.mark.parametrize("labels, words", [(["cat"] * N, "texts"), ([0] * (N - 1) + [None], f"row {N - 1}")])
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (["cat"] * N, "texts"),
+        ([0] * (N - 1) + [None], f"row {N - 1}"),
+        ([0] * (N - 1) + [2], f"label 2 in row {N - 1}, out of range"),
+        ([0] * (N - 1) + [-1], f"label -1 in row {N - 1}, out of range"),
+        ([[0, 1]] * N, r"label \[0, 1\] in row 0, but a pair must have one class"),
+        ([[1]] * N, r"label \[1\] in row 0, but a pair must have one class"),
+    ],
+)
 def test_labels_of_held_out_pairs(tmp_path, labels, words):
     wrong = pairs(label=labels)
     trainer(tmp_path, pair_dataset=wrong)  # training never reads them
     with pytest.raises(ValueError, match=f"eval_pair_dataset.*{words}"):
         trainer(tmp_path, eval_pair_dataset=wrong)
+
+
+class RawStream(torch.utils.data.IterableDataset):
+    """What users write around files: rows of raw images, of which none is known before."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_stream_of_raw_rows_is_named_and_the_advice_works(tmp_path):
+    rows, raw_pairs = [dict(row) for row in images()], [dict(row) for row in pairs()]
+    words = r"the training set has rows with 'image', 'label', .*IterableDataset.from_generator"
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, RawStream(rows)).train()
+    with pytest.raises(ValueError, match=r"the training set has rows of type tuple, .*from_generator"):
+        trainer(tmp_path, RawStream([tuple(row.values()) for row in rows])).train()
+    for measure in ("evaluate", "predict"):
+        with pytest.raises(ValueError, match=r"set has rows with 'image', 'label', .*from_generator"):
+            getattr(trainer(tmp_path), measure)(RawStream(rows))
+    with pytest.raises(ValueError, match=r"no columns pixel_values_a .*from_generator"):
+        trainer(tmp_path, pair_dataset=RawStream(raw_pairs)).train()
+    made, made_pairs = (datasets.IterableDataset.from_generator(lambda r=r: iter(r)) for r in (rows, raw_pairs))
+    trainer(tmp_path, made, made_pairs).train()
+    ready = [{"pixel_values": torch.zeros(3, small.SIZE, small.SIZE), "labels": 0}] * N
+    trainer(tmp_path, RawStream(ready)).train()
+
+
+@pytest.mark.parametrize("argument", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_texts_that_a_transform_returns_as_labels_are_named(tmp_path, argument, column):
+    def transformed(returned):
+        def transform(batch):
+            made = PROCESSOR(batch["image"], return_tensors="pt")
+            return {**made, column: [returned(number) for number in batch["label"]]}
+
+        return images().with_transform(transform)
+
+    settings = {"kind": small.IPGTrainer, "remove_unused_columns": False, "compute_metrics": lambda prediction: {}}
+    sets = {"train": transformed(int), "eval_dataset": transformed(int)}
+    trainer(tmp_path, **sets, **settings).train()
+    sets["train" if argument == "train_dataset" else argument] = transformed(lambda number: NAMES[number])
+    with pytest.raises(ValueError, match=f"{argument} has the text 'cat' as {column} in row 0, after its transform"):
+        trainer(tmp_path, **sets, **settings)

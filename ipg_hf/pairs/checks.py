@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers.utils import logging
 
-from ..seeding import seeded
+from ..seeding import first_row, seeded
 from .images import image_kind
 from .linter import FAST_PAIRS, check_pairs, format_findings
 from .loader import PairCollator, check_rows_agree, check_sides, is_stream, source_of
@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 CHUNK = 256
 LABEL_COLUMNS = ("labels", "label", "label_ids")
+PAIR_LABELS = ("label", "label_a", "label_b")
 ONLY_SET = "pairs"  # the name of a pair set that is given alone
 
 
@@ -150,6 +151,7 @@ def check_pair_labels(dataset: Any, name: str) -> None:
 
 def check_labels(dataset: Any, name: str, num_labels: int | None) -> None:
     """Raises a ValueError if an integer label of a `datasets.Dataset` is not in 0..num_labels-1 (-100 is ignored)."""
+    dataset = dataset.dataset if isinstance(dataset, ImageRows) else dataset
     if not isinstance(dataset, datasets.Dataset) or dataset.format["type"] == "custom" or num_labels in (None, 1):
         return  # a transform of the user may change the stored labels; one output is a regression
     for column in {*LABEL_COLUMNS} & set(dataset.column_names):
@@ -173,8 +175,7 @@ def first_label(dataset: Any) -> Tensor | None:
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
         named = [name for name in LABEL_COLUMNS if name in dataset.column_names]
         dataset = dataset.with_format(None).select_columns(named)  # no image is decoded
-    with seeded(0):  # a random transform of the user's own draws from the global generators
-        row = dataset[0]
+    row = first_row(dataset)
     found = [row[name] for name in LABEL_COLUMNS if name in row] if isinstance(row, Mapping) else []
     is_number = bool(found) and not isinstance(found[0], str) and found[0] is not None
     return torch.as_tensor(found[0]) if is_number else None

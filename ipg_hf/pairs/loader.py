@@ -108,7 +108,8 @@ class PairCollator:
         if self.main_input not in names:
             raise ValueError(
                 f"the pair set has no columns {self.main_input}_a and {self.main_input}_b, only {sorted(row)}. Give it "
-                "image_a and image_b and the trainer an image processor (processing_class), or transform it yourself."
+                "image_a and image_b and the trainer an image processor (processing_class), or transform it yourself. "
+                "Raw images must be a set of datasets (Dataset.from_list, IterableDataset.from_generator)."
             )
         return names
 
