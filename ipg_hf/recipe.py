@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -41,8 +42,10 @@ from .pairs import (
     pairs_from_table,
     recolor_pairs,
 )
-from .pairs.checks import ONLY_SET, named_sets
+from .pairs.checks import ONLY_SET, named_sets, title_of
 from .pairs.classes import match_labels
+
+logger = logging.getLogger(__name__)
 
 # makers of the training images, and of files
 MAKERS: dict[str, Callable] = {
@@ -191,8 +194,17 @@ class Recipe:
         edits = {}
         for name, options in sets.items():
             options = dict(options) if isinstance(options, Mapping) else {"maker": options}
-            if options.get("maker") in EDITS and options.get("attribute", "image") in images.column_names:
-                edits[name] = self._make_pairs(options | {"num_pairs": None}, replace(data, train=images), seed)
+            if options.get("maker") not in EDITS or options.get("attribute", "image") not in images.column_names:
+                continue
+            options |= {"num_pairs": None, "skip_unchanged": True}  # one grey image must not stop a training
+            made = self._make_pairs(options, replace(data, train=images), seed)
+            if len(made):
+                edits[name] = made
+            else:
+                logger.warning(
+                    f"{title_of('pairs', name)}: maker {options['maker']} changes no image of {split}, so that there "
+                    "are no held-out pairs of that split."
+                )
         return edits.get(ONLY_SET, edits or None)
 
     def _loader(self) -> Callable[..., Benchmark]:

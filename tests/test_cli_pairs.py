@@ -161,3 +161,36 @@ def test_an_edit_makes_held_out_pairs_of_each_splits_own_images_where_none_are_g
         load({**mark, "attribute": "attribute"})
     own = Recipe(dataset="digits", pairs=color).load_data(0).test_pairs
     assert [pair["image_b"].tobytes() for pair in own] == [pair["image_b"].tobytes() for pair in data.test_pairs]
+
+
+@pytest.mark.parametrize("left", [0, 7])
+def test_images_that_an_edit_does_not_change_make_no_held_out_pairs(tmp_path, caplog, left):
+    """Grey images and images that have the overlay already: they are counted, and stop no training."""
+    data = LOADERS["digits"]()
+    for split in ("train", "validation", "test"):
+        images = getattr(data, split).select(range(30))
+        if split == "test":
+            spoiled = [
+                {**row, "image": row["image"] if number < left else row["image"].convert("L").convert("RGB")}
+                for number, row in enumerate(images)
+            ]
+            images = datasets.Dataset.from_list(spoiled, features=images.features)
+        images.to_parquet(str(tmp_path / f"{split}.parquet"))
+
+    def load(pairs):
+        caplog.clear()
+        return Recipe(dataset="files", data_dir=str(tmp_path), pairs=pairs).load_data(0)
+
+    loaded = load({"maker": "recolor", "change": "channels"})
+    assert len(loaded.pairs) == len(loaded.validation_pairs) == 30
+    assert caplog.text.count(f"{30 - left} of 30 images make no pair: the edit does not change them.") == 1
+    assert caplog.text.count("pairs: maker recolor changes no image of test") == (left == 0)
+    assert loaded.test_pairs["source_id"][:] == [*range(left)] if left else loaded.test_pairs is None
+
+    mark = {"maker": "overlay", "overlay": "mark", "attribute": "attribute", "present": "red"}
+    with_mark = datasets.concatenate_datasets([data.test.select(range(200))])
+    red = with_mark.features["attribute"].str2int("red")
+    with_mark.filter(lambda value: value == red, input_columns="attribute").to_parquet(str(tmp_path / "test.parquet"))
+    loaded = load({"mark": mark})
+    assert loaded.test_pairs is None and len(loaded.validation_pairs["mark"])
+    assert caplog.text.count("pairs['mark']: maker overlay changes no image of test") == 1

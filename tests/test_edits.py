@@ -163,6 +163,27 @@ def test_recolor_pairs_changes_gray_channels_and_hue():
 # ---- Overlays ----
 
 
+@pytest.mark.parametrize("grey", [[], [0], [2, 5], [*range(6)]])
+def test_images_that_do_not_change_may_be_left_out(grey, caplog):
+    """The others make the pairs that they make alone, and the next caller without the option gets the error."""
+    whole = photos(6)
+    rows = [dict(row) for row in whole]
+    for row in grey:
+        rows[row]["image"] = rows[row]["image"].convert("L").convert("RGB")
+    source = datasets.Dataset.from_list(rows, features=whole.features)
+    kept = [row for row in range(6) if row not in grey]
+    for given in (source, source.to_iterable_dataset()):
+        made = list(recolor_pairs(given, change="hue", skip_unchanged=True))
+        assert [row["source_id"] for row in made] == kept
+        assert equal(made, list(recolor_pairs(whole, change="hue").select(kept)))
+    assert (f"{len(grey)} of 6 images make no pair" in caplog.text) == bool(grey)
+    if grey:
+        with pytest.raises(ValueError, match=f"row {grey[0]}.* are equal.*skip_unchanged=True"):
+            recolor_pairs(source, change="hue")
+    with pytest.raises(ValueError, match="differ in size"):
+        overlay_pairs(source, overlay=lambda image, rng: image.resize((3, 3)), skip_unchanged=True)
+
+
 @pytest.mark.parametrize("overlay", ["mark", "frame", "text", "watermark", "ruler"])
 def test_an_overlay_covers_its_own_area_only(overlay):
     source = photos(3)

@@ -32,6 +32,7 @@ Edit = Callable[[Image.Image, Mapping[str, Any], np.random.Generator], tuple[Ima
 
 ABSENT_PRESENT = {("0", "1"), ("false", "true"), ("no", "yes"), ("without", "with"), ("absent", "present")}
 
+UNCHANGED = -1  # `source_id` of a row that makes no pair, until it is left out
 FIRST_ROWS = 256  # of a stream, in which the values of an attribute are looked for
 FILL_MARGIN = 9  # pixels, odd: masks are not exact at their edges, and the fill would copy rests of the foreground
 FILL_BLUR = 6.0  # pixels
@@ -48,6 +49,7 @@ def recolor_pairs(
     attribute: str | None = None,
     num_pairs: int | None = None,
     seed: int = 0,
+    skip_unchanged: bool = False,
 ) -> Any:
     """Makes pairs of an image and the same image in other colours.
 
@@ -62,6 +64,8 @@ def recolor_pairs(
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
             uses all. A stream must have `None`.
         seed: non-negative seed of all draws.
+        skip_unchanged: `True` leaves out the images that do not change, with a warning that counts them. The set may
+            then be empty. By default such an image is an error.
 
     Returns:
         A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` (number of the row in the
@@ -93,6 +97,7 @@ def recolor_pairs(
         needs=[attribute] if attribute else [],
         num_pairs=num_pairs,
         seed=seed,
+        skip_unchanged=skip_unchanged,
         facts=["recolor", change, amount, order, attribute, ids],
     )
 
@@ -113,6 +118,7 @@ def overlay_pairs(
     fill_present: bool = False,
     num_pairs: int | None = None,
     seed: int = 0,
+    skip_unchanged: bool = False,
 ) -> Any:
     """Makes pairs of an image without and with an overlay.
 
@@ -142,6 +148,8 @@ def overlay_pairs(
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
             uses all. A stream must have `None`.
         seed: non-negative seed of all draws.
+        skip_unchanged: `True` leaves out the images that the overlay does not change, with a warning that counts them.
+            The set may then be empty, also where all images have the overlay already. By default that is an error.
 
     Returns:
         A set with the columns `image_a` (without the overlay), `image_b` (with it), `attribute_a`, `attribute_b`,
@@ -205,6 +213,7 @@ def overlay_pairs(
         leave_out=None if fill_present or attribute is None else lambda row: has_overlay(row[attribute]),
         num_pairs=num_pairs,
         seed=seed,
+        skip_unchanged=skip_unchanged,
         facts=None if callable(overlay) else [*settings, attribute, present, fill_present],
     )
 
@@ -391,6 +400,7 @@ def _edited(
     leave_out: Callable[[Mapping[str, Any]], bool] | None = None,
     num_pairs: int | None,
     seed: int,
+    skip_unchanged: bool = False,
 ) -> Any:
     """Makes a pair of each row with `edit`.
 
@@ -404,6 +414,7 @@ def _edited(
         leave_out: whether a row makes no pair.
         num_pairs: number of pairs. `None` makes all.
         seed: seed of the draws.
+        skip_unchanged: whether an image that does not change makes no pair, instead of an error.
     """
     images = ["image", *masks]
     check_columns(source, [*images, *needs])
@@ -434,10 +445,14 @@ def _edited(
             a, b = edit(image, {**row, **read}, np.random.default_rng((seed, 5, number)))
         except ValueError as failure:
             raise ValueError(f"{where}: {failure}") from failure
-        if a.size != b.size or a.mode != b.mode or ImageChops.difference(a, b).getbbox() is None:
+        is_alike = a.size == b.size and a.mode == b.mode
+        if skip_unchanged and is_alike and ImageChops.difference(a, b).getbbox() is None:
+            return {**dict.fromkeys(made), "source_id": UNCHANGED}
+        if not is_alike or ImageChops.difference(a, b).getbbox() is None:
             raise ValueError(
                 f"the two sides of {where} are equal, or differ in size or mode ({a.mode} {a.size}, {b.mode} "
-                f"{b.size}): the edit must change every image. Leave out rows that it does not change."
+                f"{b.size}): the edit must change every image. Leave out rows that it does not change "
+                "(skip_unchanged=True)."
             )
         sides = [a, b]
         if not stream:
@@ -453,6 +468,7 @@ def _edited(
         def pairs(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             found = [pair(row, n) for row, n in zip(rows, numbers, strict=True) if not left_out(row, n)]
+            found = [row for row in found if row["source_id"] != UNCHANGED]
             return {name: [row[name] for row in found] for name in made}
 
         options = {"batched": True, "batch_size": 1, "with_indices": True}
@@ -460,16 +476,23 @@ def _edited(
     rows = np.arange(len(source))
     if leave_out:
         rows = rows[[not left_out(row, number) for number, row in enumerate(stored.select_columns(list(needs)))]]
+        if not len(rows) and skip_unchanged:
+            return datasets.Dataset.from_dict({name: [] for name in made}, features=made)
         if not len(rows):
             raise ValueError(f"all {len(source)} images have the overlay already: there are none to lay it over.")
     rows = rows[draw_rows(len(rows), num_pairs, seed=seed, of="source rows")]
-    return map_cached(
+    pairs = map_cached(
         stored.select(rows),
         lambda row, place: pair(row, int(rows[place])),
-        None if facts is None else [*facts, modes, rows.tolist(), seed],
+        None if facts is None else [*facts, modes, rows.tolist(), seed, *(["skip"] if skip_unchanged else [])],
         remove_columns=needed,
         features=made,
     )
+    changed = np.flatnonzero(np.asarray(pairs["source_id"][:]) != UNCHANGED)
+    if len(changed) == len(pairs):
+        return pairs
+    logger.warning(f"{len(pairs) - len(changed)} of {len(pairs)} images make no pair: the edit does not change them.")
+    return pairs.select(changed)
 
 
 def _with_features(source: Any) -> Any:
