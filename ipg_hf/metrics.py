@@ -505,16 +505,17 @@ def read_attributes(dataset: datasets.Dataset, where: str = "attribute") -> tupl
             f"{is_missing.argmax()}: fill it in, or drop these rows."
         )
     names = _names(dataset, "attribute")
-    is_float = values.dtype.kind == "f" and (values == np.floor(values)).all()
-    values = values.astype(np.int64) if is_float else values
+    is_float = values.dtype.kind == "f"
+    is_whole = (values == np.floor(values)) & (np.abs(values) < 2**63) if is_float else np.ones(len(values), bool)
+    values = values.astype(np.int64) if is_float and is_whole.all() else values
     if values.dtype.kind in "iub" or not len(values):
-        ids = values.astype(np.int64)
-        _check_range(where, ids, len(names) if names else None)
-        if names is not None or not len(ids) or (ids.max() < MANY_VALUES and not is_float):
-            return ids, names
-        used, ids = np.unique(ids, return_inverse=True)
+        _check_range(where, values, len(names) if names else None)
+        if names is not None or not len(values) or (values.max() < MANY_VALUES and not is_float):
+            return values.astype(np.int64), names
+        used, ids = np.unique(values, return_inverse=True)
         return ids.reshape(-1), [str(value) for value in used]
-    wrong = next((value for value in values.tolist() if not isinstance(value, str)), None)
+    others = values[~is_whole].tolist() if is_float else values.tolist()
+    wrong = next((value for value in others if not isinstance(value, str)), None)
     if wrong is not None:
         raise ValueError(f"the {where} has the value {wrong!r}, but must be a ClassLabel, a text or a whole number.")
     used, ids = np.unique(values.astype(str), return_inverse=True)
@@ -539,6 +540,8 @@ def _integers(name: str, values: Any) -> np.ndarray:
         return array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iub":
         raise ValueError(f"{name} must be one integer a row, but are {array.dtype} of shape {array.shape}.")
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} have the value {array.max()}, too large for an int64: number the values from 0.")
     return array.astype(np.int64)
 
 
@@ -559,6 +562,6 @@ def _check_range(name: str, values: np.ndarray, count: int | None) -> None:
         row = wrong[0]
         allowed = "not negative" if count is None else f"in 0..{count - 1}"
         raise ValueError(
-            f"{len(wrong)} of {len(values)} rows have a {name} out of range: {values[row]} in row {row}, where it must "
-            f"be {allowed}."
+            f"{name} out of range: {values[row]} in row {row}, where it must be {allowed} ({len(wrong)} of "
+            f"{len(values)} rows are wrong)."
         )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group metrics against numbers worked by hand."""
 
+import re
+
 import datasets
 import evaluate
 import numpy as np
@@ -20,6 +22,8 @@ from ipg_hf.metrics import (
     GroupMetrics,
     group_accuracy,
     group_counts,
+    read_attributes,
+    training_group_counts,
 )
 
 # groups (0,0): 3 of 4 right; (0,1): 1 of 2; (1,0): none; (1,1): 1 of 1
@@ -297,6 +301,28 @@ def test_group_metrics_refuses(change, message, with_attributes):
     logits, labels = change(logits_for(PREDICTIONS), np.array(REFERENCES))
     with pytest.raises(ValueError, match=message):
         GroupMetrics()(EvalPrediction(logits, (labels, np.array(ATTRIBUTES)) if with_attributes else labels))
+
+
+@pytest.mark.parametrize("values", [[2**64 - 1, 5], [2**63, 2**63 - 1], [1001, 2]])
+def test_numbers_without_a_sign_are_names_at_any_size(values):
+    train = datasets.Dataset.from_dict({"label": [0, 1, 0]}).add_column(
+        "attribute", np.array(values + values[:1], "u8")
+    )
+    ids, names = read_attributes(train)
+    assert names == [str(value) for value in sorted(values)]
+    assert [names[number] for number in ids] == [str(value) for value in values + values[:1]]
+    assert training_group_counts(train).sum(0).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("value", [1e300, float("inf"), -1e19, 0.5])
+def test_floats_that_are_no_whole_numbers_are_named(value):
+    with pytest.raises(ValueError, match=re.escape(f"the attribute has the value {value!r}, but must be")):
+        read_attributes(train_set([0, 1], [1.0, value]))
+
+
+def test_an_attribute_that_fits_no_column_is_refused():
+    with pytest.raises(ValueError, match=f"attributes have the value {2**63}, too large for an int64"):
+        GroupAccuracy().compute(**{**ROWS, "attributes": np.array([*ATTRIBUTES[:-1], 2**63], np.uint64)})
 
 
 def test_group_metrics_refuses_an_unknown_attribute():
