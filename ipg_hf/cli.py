@@ -26,7 +26,7 @@ from .bench.run import bench
 from .config import IPGConfig
 from .hub.card import model_card
 from .models import load_trained_classifier
-from .pairs.checks import ONLY_SET, named_sets
+from .pairs.checks import ONLY_SET, first_pairs, named_sets
 from .pairs.classes import model_names
 from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
@@ -215,6 +215,9 @@ def pairs(options: argparse.Namespace, recipe: Recipe, args: IPGConfig) -> int:
     records, severities = [], set()
     for name, dataset in sets.items():
         title = recipe.dataset if name == ONLY_SET else f"{recipe.dataset} ({name})"
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = first_pairs(dataset, title)
+            title = f"the first {len(dataset)} pairs of {title}"
         if not isinstance(dataset, datasets.Dataset):
             raise RecipeError(f"{title} has no pairs before training: there is nothing to look at.")
         held_out = named_sets(data.validation_pairs).get(name)

@@ -746,7 +746,7 @@ def test_an_audit_of_data_without_the_attribute(tmp_path, recipe, capsys, withou
 
 
 @pytest.mark.parametrize("names", [("ant", "bee"), ("bee", "ant")])
-def test_a_streamed_training_set(tmp_path, monkeypatch, recipe, names):
+def test_a_streamed_training_set(tmp_path, monkeypatch, capsys, recipe, names):
     kind = datasets.ClassLabel(names=["ant", "bee"])
     values = {"label": [0, 1] * 8, "place": [0, 0, 1, 1] * 4}
     whole = table(values["label"], kind).rename_column("image", "img").add_column("place", values["place"])
@@ -782,6 +782,21 @@ def test_a_streamed_training_set(tmp_path, monkeypatch, recipe, names):
     (entry,) = json.loads((tmp_path / "r/report.json").read_text())["models"]
     found = {f"{group['label']}/{group['attribute']}": group["accuracy"] for group in entry["groups"]}
     assert found == {f"{name}/{value}": float(name == names[0]) for name in names for value in ("in", "out")}
+    # a stream of pairs is checked and shown by its first rows
+    capsys.readouterr()
+    assert main(["pairs", "check", "--config", recipe(**settings)]) == 1  # the splits have the same images
+    assert "the first 16 pairs of user/name" in capsys.readouterr().out
+    page = tmp_path / "first.html"
+    assert main(["pairs", "preview", "--config", recipe(**settings), "--output", str(page)]) == 0
+    assert "the first 16 pairs of user/name" in page.read_text()
+
+
+def test_a_measurement_needs_the_training_split(tmp_path, capsys):
+    write_splits(tmp_path, test=table(["a", "b"]))
+    (tmp_path / "r.yaml").write_text(f"dataset: files\ndata_dir: {tmp_path}\n")
+    assert main(["evaluate", str(tmp_path / "model"), "--config", str(tmp_path / "r.yaml")]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no training split" in line and "A measurement needs it too" in line
 
 
 @pytest.mark.parametrize("lacks", ["a split", "names"])

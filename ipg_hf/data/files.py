@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..pairs.classes import (
     values_of,
     with_column,
 )
-from ..pairs.images import is_deep, read_image
+from ..pairs.images import is_deep, read_image, stored_images
 from ..pairs.sources import TABLES, image_files, is_encoded, pairs_from_columns, pairs_from_rows, read_table, with_paths
 from .benchmark import Benchmark
 
@@ -175,11 +175,8 @@ def load_hub(
         )
     first = {"train": sets["train"].take(BUFFER), **{split: sets[split] for split in SPLITS[1:]}}
     read = {split: datasets.Dataset.from_list([*s.decode(False)], features=s.features) for split, s in first.items()}
-    names = {
-        _image_column(read, image, name): "image",
-        _label_column(read, label, attribute, name): "label",
-        **({attribute: "attribute"} if attribute else {}),
-    }
+    names = {column: option for option, column in _columns(read, image, label, attribute, name).items()}
+    names |= {attribute: "attribute"} if attribute else {}
     data = _benchmark(read, name, image, label, attribute, instance, None)
     train = _renamed(sets["train"], names, ignore_attribute=attribute is None)
     if any(train.features.get(column) != kind for column, kind in data.train.features.items()):
@@ -285,7 +282,10 @@ def _splits(names: Mapping[str, str], where: Any) -> dict[str, str]:
         else:
             splits[split] = place
     if "train" not in splits:
-        raise FileNotFoundError(f"{where} has no training split, only {shown(names.values())}: add one, named train.")
+        raise FileNotFoundError(
+            f"{where} has no training split, only {shown(names.values())}: add one, named train. A measurement needs "
+            "it too, for the names of the classes and the sizes of the groups."
+        )
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
@@ -448,7 +448,7 @@ def _benchmark(
     for split, dataset in sets.items():
         if not len(dataset):
             raise ValueError(f"{split} of {where} has no rows.")
-    wanted = {"image": _image_column(sets, image, where), "label": _label_column(sets, label, attribute, where)}
+    wanted = _columns(sets, image, label, attribute, where)
     with_attribute = [split for split in sets if attribute and attribute in sets[split].column_names]
     if attribute not in (None, "attribute") and not with_attribute:
         raise ValueError(
@@ -463,7 +463,16 @@ def _benchmark(
     names = {column: name for name, column in given.items()}
     sets = {split: _renamed(dataset, names, ignore_attribute=attribute is None) for split, dataset in sets.items()}
     for split, dataset in sets.items():
-        sets[split] = _as_images(dataset, f"{split} of {where}")
+        kind = dataset.features["image"]
+        if isinstance(kind, datasets.Image):
+            continue
+        if not is_encoded(kind):
+            found = kind.dtype if isinstance(kind, datasets.Value) else type(kind).__name__
+            raise ValueError(
+                f"the column of images of {split} of {where} is a {found}: it must have images. Name another with the "
+                "option image."
+            )
+        sets[split] = dataset.cast_column("image", datasets.Image())
     sets = _with_labels(sets, where)
     sets = _with_attributes(sets, where)
     for split, dataset in sets.items():
@@ -479,30 +488,24 @@ def _benchmark(
     return Benchmark(**sets, pairs=None, validation_pairs=held_out["validation"], test_pairs=held_out["test"])
 
 
-def _image_column(sets: Mapping[str, datasets.Dataset], wanted: str, where: str) -> str:
-    kinds = sets["train"].features
-    if wanted == "image" and wanted not in kinds:
-        found = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
-        wanted = found[0] if len(found) == 1 else wanted
-    return _present(sets, wanted, "image", where)
-
-
-def _label_column(sets: Mapping[str, datasets.Dataset], wanted: str, attribute: str | None, where: str) -> str:
-    kinds = sets["train"].features
-    if wanted == "label" and wanted not in kinds:
-        found = [name for name, kind in kinds.items() if is_class_label(kind) and name != attribute]
-        wanted = found[0] if len(found) == 1 else wanted
-    return _present(sets, wanted, "label", where)
-
-
-def _present(sets: Mapping[str, datasets.Dataset], column: str, option: str, where: str) -> str:
-    for split, dataset in sets.items():
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"{split} of {where} has no column {column!r} for {option}, only {shown(dataset.column_names)}. Name "
-                f"one of them with the option {option}."
-            )
-    return column
+def _columns(
+    sets: Mapping[str, datasets.Dataset], image: str, label: str, attribute: str | None, where: str
+) -> dict[str, str]:
+    """The columns of image and label: `image` and `label`, or else the only ones of their kind."""
+    wanted = {"image": image, "label": label}
+    kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
+    features = sets["train"].features
+    for option, column in wanted.items():
+        if column == option and column not in features:
+            found = [name for name, kind in features.items() if isinstance(kind, kinds[option]) and name != attribute]
+            wanted[option] = found[0] if len(found) == 1 else column
+        for split, dataset in sets.items():
+            if wanted[option] not in dataset.column_names:
+                raise ValueError(
+                    f"{split} of {where} has no column {wanted[option]!r} for {option}, only "
+                    f"{shown(dataset.column_names)}. Name one of them with the option {option}."
+                )
+    return wanted
 
 
 def _renamed(dataset: Any, names: Mapping[str, str], ignore_attribute: bool) -> Any:
@@ -514,21 +517,10 @@ def _renamed(dataset: Any, names: Mapping[str, str], ignore_attribute: bool) -> 
     return dataset.rename_columns(changed) if changed else dataset
 
 
-def _as_images(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
-    kind = dataset.features["image"]
-    if isinstance(kind, datasets.Image):
-        return dataset
-    if is_encoded(kind):
-        return dataset.cast_column("image", datasets.Image())
-    found = kind.dtype if isinstance(kind, datasets.Value) else type(kind).__name__
-    raise ValueError(
-        f"the column of images of {where} is a {found}: it must have images. Name another with the option image."
-    )
-
-
 def _with_labels(sets: dict[str, datasets.Dataset], where: str) -> dict[str, datasets.Dataset]:
     """Numbers the labels by name, or makes all of them floats: those of train, or some fractions (a regression)."""
-    floats = {split: values_of(part, "label") for split, part in sets.items() if _has_floats(part.features["label"])}
+    stored = {split: values_of(dataset, "label") for split, dataset in sets.items()}
+    floats = {split: values for split, values in stored.items() if pa.types.is_floating(values.type)}
     if "train" in floats or any(pc.any(pc.not_equal(pc.floor(values), values)).as_py() for values in floats.values()):
         return {split: _with_floats(dataset, f"the label of {split} of {where}") for split, dataset in sets.items()}
     read = {split: coded(dataset, "label", f"the label of {split} of {where}") for split, dataset in sets.items()}
@@ -547,10 +539,6 @@ def _with_labels(sets: dict[str, datasets.Dataset], where: str) -> dict[str, dat
         logger.warning(f"train of {where} has no rows of the labels {shown(sorted_names(missing))}.")
     names = known if read["train"].is_declared else common_names(read)
     return {split: numbered(dataset, "label", read[split], names) for split, dataset in sets.items()}
-
-
-def _has_floats(kind: Any) -> bool:
-    return isinstance(kind, datasets.Value) and kind.dtype.startswith("float")
 
 
 def _with_floats(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
@@ -654,17 +642,10 @@ def _check_images(dataset: datasets.Dataset, where: str) -> None:
     Of JPEG, PNG, GIF and WebP only the start and the end are read. An image of another format, or one that does not
     look whole, is decoded.
     """
-    for row, stored in enumerate(_stored(dataset)):
-        if not _looks_whole(stored):
+    batches = stored_images(dataset.with_format(None).select_columns(["image"]), ["image"]).iter(batch_size=256)
+    for row, stored in enumerate(image for batch in batches for image in batch["image"]):
+        if not _looks_whole(stored or {"bytes": None, "path": None}):
             read_image(stored, f"the image of row {row} of {where}")
-
-
-def _stored(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    """The encoded image of each row."""
-    for table in dataset.select_columns(["image"]).with_format("arrow").iter(batch_size=256):
-        fields = (pc.struct_field(table.column(0), name).to_pylist() for name in ("bytes", "path"))
-        for content, path in zip(*fields, strict=True):
-            yield {"bytes": content, "path": path}
 
 
 def _looks_whole(stored: Mapping[str, Any]) -> bool:
