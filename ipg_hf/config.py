@@ -90,7 +90,8 @@ class IPGConfig(TrainingArguments):
             each step are checked in any case.
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip training images and pairs left-right half of the time. Both sides of a pair get the same draw. Only for
-            raw images that the trainer transforms (a `processing_class` and an `image` column).
+            raw images that the trainer transforms (a `processing_class` and an `image` column), not for the training
+            images of a `get_train_dataloader` of your own that does not call super.
         random_crop_scale (`float`, *optional*, defaults to `1.0`):
             Smallest share of the area, in (0, 1], that a random crop keeps; `1.0` crops nothing. Both sides of a pair
             get the same draw. Only for raw images that the trainer transforms.
