@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from ipg_hf.baselines import METHODS
 from ipg_hf.bench.figures import guided_records
 from ipg_hf.bench.suite import load_suite
-from ipg_hf.bench.tables import suite_rows
+from ipg_hf.bench.tables import paired_difference, suite_rows
 from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
 from ipg_hf.recipe import MAKERS, parse_recipe, parse_settings
@@ -363,6 +363,27 @@ def test_a_repeated_run_is_its_record_again_and_names_the_processor():
 
 
 # ---- Pages beside them
+
+
+def test_what_the_findings_say_of_the_choice_of_a_checkpoint_holds():
+    held_out = {"digits": 60, "colored_mnist": 4000, "scenes": 192}
+    for name, pairs in held_out.items():
+        made = records(f"checkpoints_{name}")
+        assert [record["seed"] for record in made] == [0, 1, 2, 3, 4]
+        assert {record["data"]["held_out"]["from_training"] for record in made} == {pairs}
+        found = {
+            rule: {record["seed"]: record["choices"][rule]["test"]["worst_group_accuracy"] for record in made}
+            for rule in made[0]["choices"]
+        }
+        for rule, values in found.items():
+            gap = paired_difference(values, found["worst_group_accuracy"])
+            assert gap.low <= 0 <= gap.high, (name, rule)
+        recipe = {"digits": "ipg_resnet", "colored_mnist": "ipg_mlp", "scenes": "ipg_lite0"}[name]
+        whole = {record["seed"]: record["metrics"]["test"]["worst_group_accuracy"] for record in records(name)
+                 if record["run"] == f"{recipe}-seed{record['seed']}"}  # fmt: skip
+        assert paired_difference(whole, found["worst_group_accuracy"]).low <= 0, name
+    means = {rule: fmean(values.values()) for rule, values in found.items()}  # of scenes
+    assert {*sorted(means, key=means.get)[:2]} == {"from_validation/flip_rate", "from_training/flip_rate"}
 
 
 def test_the_launchers_page_names_tests_that_exist_and_the_recorded_memory():

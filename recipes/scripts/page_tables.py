@@ -424,6 +424,37 @@ def readability() -> str:
     return table(["training", "label, before", "label, after", "attribute, before", "attribute, after"], lines)
 
 
+def checkpoints() -> str:
+    """The checkpoint that each rule chooses in one training, and the difference to the choice by the worst group."""
+    rules = {
+        "the worst group": WORST,
+        "`pair_accuracy`, validation pairs": "from_validation/pair_accuracy",
+        "`pair_accuracy`, training pairs": "from_training/pair_accuracy",
+        "`flip_rate`, validation pairs": "from_validation/flip_rate",
+        "`flip_rate`, training pairs": "from_training/flip_rate",
+        "`accuracy`": "accuracy",
+        "none: the last": "last",
+    }
+    trainings = {
+        "digits": ("digits", "ipg_resnet"),
+        "ColoredMNIST": ("colored_mnist", "ipg_mlp"),
+        "scenes": ("scenes", "ipg_lite0"),
+    }
+    lines = [[title] for title in ["the worst group, no pairs held out", *rules]]
+    for name, row in trainings.values():
+        made = runs(f"checkpoints_{name}")[row]
+        chosen = {
+            rule: {seed: record["choices"][rule]["test"][WORST] for seed, record in made.items()}
+            for rule in rules.values()
+        }
+        recipe = {seed: value for seed, value in scores(name, row).items() if seed in made}
+        for line, values in zip(lines, [recipe, *chosen.values()], strict=True):
+            gap = paired_difference(values, chosen[WORST])
+            shown = NOT_RUN if values is chosen[WORST] else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+            line += [spread([*values.values()]), shown]
+    return table(["chosen by", *(title for name in trainings for title in (name, "difference"))], lines)
+
+
 def ablations() -> str:
     """The paper's distances on two benchmarks, and what fails."""
     rows = {
@@ -449,7 +480,7 @@ def ablations() -> str:
 TABLES: list[Callable[[], str]] = [
     *(headline, recipes),
     *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, few_pairs_tuned, speed, faults),
-    *(batch_norm, stability, sources, attributes, regression, readability, ablations),
+    *(batch_norm, stability, checkpoints, sources, attributes, regression, readability, ablations),
 ]
 
 
