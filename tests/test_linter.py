@@ -15,7 +15,7 @@ from transformers import ViTImageProcessor
 
 from ipg_hf.data import load_digits
 from ipg_hf.guidance import invariance_divergence
-from ipg_hf.pairs import ImageRows
+from ipg_hf.pairs import ImageRows, overlay_pairs
 from ipg_hf.pairs.linter import CODES, FAST_PAIRS, Finding, check_pairs, format_findings
 from ipg_hf.pairs.makers import draw_swap
 from ipg_hf.pairs.scores import score_pairs
@@ -382,6 +382,37 @@ def swapped_images(columns, mask):
     for row in np.flatnonzero(mask):
         columns["image_a"][row], columns["image_b"][row] = columns["image_b"][row], columns["image_a"][row]
     return columns
+
+
+def with_ruler(scenes, size):
+    """Pairs of images of 96 pixels without and with a bright ruler at one place."""
+    ruler = np.full((44, 300, 4), (245, 240, 215, 255), np.uint8)
+    ruler[:20, ::6, :3] = 20
+    source = images_of(stored(scene.clip(0, 255).astype(np.uint8)) for scene in scenes)
+    pairs = overlay_pairs(source, overlay=Image.fromarray(ruler), size=size)
+    columns = {name: pairs.cast_column(name, datasets.Image(decode=False))[name][:] for name in ("image_a", "image_b")}
+    return columns | {name: pairs[name][:] for name in ("attribute_a", "attribute_b")}
+
+
+@pytest.mark.parametrize("size", [0.08, 0.2])
+def test_an_overlay_makes_most_images_brighter_and_a_few_darker(size):
+    rng = np.random.default_rng(5)
+    contrast, brightness = rng.uniform(0.15, 1, (120, 1, 1, 1)), rng.uniform(38, 228, (120, 1, 1, 1))
+    columns = with_ruler(brightness + contrast * (photographs(120, 5, pixels=96) - 128.0), size)
+    assert problems(check_pairs(as_dataset(columns))) == {}
+    rows = np.isin(np.arange(120), [3, 40, 77, 100])
+    found = problems(check_pairs(as_dataset(swapped_images(columns, rows))))
+    assert found == {"sides-swapped": np.flatnonzero(rows).tolist()}
+
+
+def test_an_overlay_outweighs_dim_images_of_little_contrast():
+    is_dim = (np.arange(120) % 40 == 7)[:, None, None, None]
+    cells = np.random.default_rng(5).normal(size=(120, 16, 16, 1)).repeat(6, 1).repeat(6, 2).repeat(3, 3)
+    columns = with_ruler(np.where(is_dim, 20 + 3 * cells, 150 + 40 * cells), 0.3)
+    assert problems(check_pairs(as_dataset(columns))) == {}
+    wrong = {12: 13, 13: 14, 14: 12}
+    columns["image_b"] = [columns["image_b"][wrong.get(row, row)] for row in range(120)]
+    assert problems(check_pairs(as_dataset(columns))) == {"partner-unlike": [*wrong]}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2])
