@@ -22,10 +22,12 @@ from transformers import ViTImageProcessor
 from ipg_hf.baselines.degrade import degrade_pairs
 from ipg_hf.data import load_digits
 from ipg_hf.pairs import (
+    AdversarialPairs,
     background_pairs,
     makers,
     match_pairs,
     matching,
+    mix_pairs,
     overlay_pairs,
     pairs_from_columns,
     pairs_from_folders,
@@ -128,6 +130,58 @@ def test_a_maker_turns_a_stream_into_the_stream_of_the_same_pairs(name):
     assert equal(list(stream), list(make(source, seed=3)))
     with pytest.raises(ValueError, match="no length"):
         make(source.to_iterable_dataset(), num_pairs=2)
+
+
+NUMBERS = {  # option -> values that it takes, and values of the right type that it does not
+    "amount": ([-30, 400.5], []),
+    "size": ([0.3, 1, np.float32(0.5)], [0, -0.1, 1.01]),
+    "opacity": ([0.3, 1], [0, -0.1, 1.01]),
+    "soft_edge": ([0, 2.5], [-1]),
+    "batch_size": ([1, 3], [0, -1, 2.5]),
+    "max_per_group": ([1, None], [0, -1, 2.5]),
+    "color": ([[1, 2, 3], (0, 0, 255)], [[1, 2], [1, 2, 3, 4], [-1, 2, 3], [1, 2, 256], [1, 2, 0.5], "red"]),
+    "order": (["brg"], ["rg", "rgbr", "xyz", ["r", "g", "b"]]),
+    "text": (["a"], [["a"]]),
+    "seed": ([0, np.int64(3)], [-1, 0.5]),
+    "num_pairs": ([2, None], [0, -1, 99, 1.5]),
+}
+ADVERSARIAL = {
+    **dict.fromkeys(("color", "contrast", "brightness", "blur", "noise"), ([0, 1], [-0.1, 1.1])),
+    **dict.fromkeys(("steps", "every"), ([1, 2], [0, -1, 1.5])),
+    "step_size": ([0.5, 3, None], [0, -1]),
+}
+OPTIONS = {
+    "recolor": ["amount", "order", "seed", "num_pairs"],
+    "overlay": ["size", "opacity", "color", "text", "seed", "num_pairs"],
+    "background": ["soft_edge", "seed", "num_pairs"],
+    "matched": ["batch_size", "max_per_group", "seed", "num_pairs"],
+    "mixed": ["grid", "num_pairs", "seed"],
+    "adversarial": [*ADVERSARIAL],
+}
+
+
+@pytest.mark.parametrize(("maker", "option"), [(maker, option) for maker in OPTIONS for option in OPTIONS[maker]])
+def test_an_option_of_a_maker_is_right_or_named(maker, option):
+    """No error of numpy or PIL, and nothing made of a value that means nothing."""
+    source = photos(6, masks=True)
+    make, known = MAKERS.get(maker), NUMBERS
+    if maker == "mixed":
+        source = recolor_pairs(source)
+        known = {"grid": ([2, 8], [1, 0, -1, 2.5]), "num_pairs": ([6, 9], [5, 0, -1, 7.5]), "seed": NUMBERS["seed"]}
+        make = partial(mix_pairs, **({} if option == "num_pairs" else {"num_pairs": 8}))
+    if maker == "adversarial":
+        known, make = ADVERSARIAL, AdversarialPairs
+    if maker == "overlay":
+        make = partial(overlay_pairs, overlay="text")
+    right, wrong = known[option]
+    for value in right:
+        assert len(getattr(made := make(source, **{option: value}), "source", made))
+    for value in [*wrong, float("nan"), float("inf"), "1", True, [], {}]:
+        if option == "text" and isinstance(value, str):
+            continue
+        with pytest.raises(ValueError, match=f"^{option}=") as error:
+            make(source, **{option: value})
+        assert repr(value) in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- Recolouring ----

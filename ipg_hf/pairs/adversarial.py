@@ -7,6 +7,7 @@ paper's IPG-AA is projected sign-gradient ascent on the invariance divergence fr
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from transformers import Trainer
 from ..guidance import ProblemType, invariance_divergence
 from ..inference import inference, logits_of
 from .loader import PairLoader, is_stream
+from .makers import check_number
 
 BLUR_SIGMA = 2.0  # pixels
 RANGE_TOLERANCE = 1e-2  # for pixels in [0, 1]: not every image processor clips the overshoot of bicubic resizing
@@ -72,11 +74,11 @@ class AdversarialPairs:
 
     def __post_init__(self):
         for name in ("steps", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not valid: it must be 1 or more.")
+            check_number(name, getattr(self, name), 1, math.inf, whole=True)
         for name in STRENGTHS:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not valid: it must be in [0, 1].")
+            check_number(name, getattr(self, name), 0, 1)
+        if self.step_size is not None:
+            check_number("step_size", self.step_size, 0, math.inf, above=True)
         if not any(getattr(self, name) for name in STRENGTHS):
             raise ValueError(f"all of {', '.join(STRENGTHS)} are 0: there is nothing to search over. Set one above 0.")
         if is_stream(self.source) or isinstance(self.source, Mapping):
@@ -256,6 +258,7 @@ class AdversarialLoader:
     ):
         self.loader, self.model, self.trainer, self.problem_type = loader, model, trainer, problem_type
         self.normalisation = loader.dataset.settings.normalisation(trainer.processing_class)
+        self.dataset = loader.dataset
         self.settings: AdversarialPairs = loader.dataset.settings
         self.chunk_size = chunk_size
         self.kept: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .classes import is_class_label, is_text, sorted_names
 from .images import check_depth, file_of, read_image, stored_images
-from .makers import check_choice, check_columns, check_is_set, draw_rows, encode_image, map_cached
+from .makers import check_choice, check_columns, check_is_set, check_number, draw_rows, encode_image, map_cached
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,10 @@ def recolor_pairs(
             is grey already); the attribute of a row is none of its first two values.
     """
     check_choice("change", change, get_args(Recoloring))
-    if len(order) != 3 or not set(order) <= set("rgb"):
+    if not isinstance(order, str) or len(order) != 3 or not set(order) <= set("rgb"):
         raise ValueError(f"order={order!r} must be three of the letters r, g and b, for example 'grb'.")
+    if amount is not None:
+        check_number("amount", amount, -math.inf, math.inf)
 
     source = _with_features(source)
     names, ids = _attribute_ids(source, attribute) if attribute else (None, {})
@@ -134,7 +136,9 @@ def overlay_pairs(
             - a function of (image, generator) that returns the changed image. No hash can tell what a function does, so
               these pairs are made anew at each start. `save_to_disk` keeps them.
         text: the text of `"text"` and `"watermark"`.
-        size: size of the overlay as a share of the shorter side of the image, in (0, 1]. For a frame, its width.
+        size: size of the overlay as a share of the shorter side of the image, in (0, 1]: the side of a mark, the width
+            of a frame, the height of a text or a ruler, the shorter side of a picture (a long one may reach beyond the
+            image, which cuts it off).
         opacity: opacity of the overlay, in (0, 1].
         color: red, green and blue of the overlay, 0 to 255.
         random_position: put a mark, a text or an image at a position that is drawn for each image.
@@ -178,8 +182,12 @@ def overlay_pairs(
     if present is not None and attribute is None:
         raise ValueError(f"present={present!r} is a value of a column: name the column too, attribute=...")
     for name, value in (("size", size), ("opacity", opacity)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name}={value} is not valid: it must be in (0, 1].")
+        check_number(name, value, 0, 1, above=True)
+    if not isinstance(text, str):
+        raise ValueError(f"text={text!r} is a {type(text).__name__}: give a text, in quotes.")
+    is_color = isinstance(color, Sequence) and len(color) == 3 and all(type(level) is int for level in color)
+    if not is_color or not all(0 <= level <= 255 for level in color):
+        raise ValueError(f"color={color!r} is not valid: give red, green and blue, three whole numbers from 0 to 255.")
     if fill_present and (attribute is None or callable(overlay) or random_position):
         raise ValueError("fill_present=True needs attribute=..., and an overlay (no function) at a fixed position.")
 
@@ -257,8 +265,7 @@ def background_pairs(
         ValueError: a column is missing; an image cannot be read; a mask is empty, covers the whole image or is no mask;
             one side has no backgrounds; with `keep_own`, an attribute is none of its first two values.
     """
-    if soft_edge < 0:
-        raise ValueError(f"soft_edge={soft_edge} is not valid: it must be 0 or more pixels.")
+    check_number("soft_edge", soft_edge, 0, math.inf)
     source = _with_features(source)
     names, ids = datasets.ClassLabel(names=["0", "1"]), {}
     if attribute in (source.column_names or []):
@@ -416,6 +423,7 @@ def _edited(
         seed: seed of the draws.
         skip_unchanged: whether an image that does not change makes no pair, instead of an error.
     """
+    check_number("seed", seed, 0, math.inf, whole=True)
     images = ["image", *masks]
     check_columns(source, [*images, *needs])
     stream = isinstance(source, datasets.IterableDataset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import struct
 import zlib
@@ -299,6 +300,27 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: choose from {', '.join(choices)}.")
 
 
+def check_number(name: str, value: Any, least: float, most: float, *, above: bool = False, whole: bool = False) -> None:
+    """Raises ValueError if an option is no finite number within its range.
+
+    Args:
+        name: name of the option.
+        value: its value.
+        least: the smallest value.
+        most: the largest value.
+        above: whether `least` itself is too small.
+        whole: whether the number must be whole.
+    """
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if is_number and least <= value <= most and not (above and value == least):
+        return
+    limits = [f"{'above' if above else 'from'} {least:g}"] if math.isfinite(least) else []
+    limits += [f"to {most:g}"] if math.isfinite(most) else []
+    kind = "whole number" if whole else "finite number"
+    raise ValueError(f"{name}={value!r} is not valid: it must be a {' '.join([kind, *limits])}.")
+
+
 def check_is_set(source: Any, title: str, *, or_stream: bool = False) -> None:
     """Raises a ValueError if an object is no data set with columns. The message names what it is, and the fix.
 
@@ -365,7 +387,9 @@ def draw_rows(available: int, wanted: int | None, *, seed: int, of: str) -> np.n
     Raises:
         ValueError: there are no rows; `wanted` is below 1 or above `available`.
     """
+    check_number("seed", seed, 0, math.inf, whole=True)
     wanted = available if wanted is None else wanted
+    check_number("num_pairs", wanted, -math.inf, math.inf, whole=True)
     if available == 0:
         raise ValueError(f"there are no {of} to make pairs of: the source is empty.")
     if not 1 <= wanted <= available:

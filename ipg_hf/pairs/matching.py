@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any, Literal, get_args
 
 import datasets
@@ -24,6 +25,7 @@ from .makers import (
     check_choice,
     check_columns,
     check_is_set,
+    check_number,
     draw_rows,
     encode_image,
     known_values,
@@ -93,8 +95,15 @@ def match_pairs(
     check_columns(source, ("image", "label", attribute))
     if match_on == "features" and (model is None or processor is None):
         raise ValueError("match_on='features' needs a model and its image processor; match_on='random' needs none.")
-    if max_per_group is not None and max_per_group < 1:
-        raise ValueError(f"max_per_group={max_per_group} must be at least 1, or None for all images.")
+    check_number("seed", seed, 0, math.inf, whole=True)
+    check_number("batch_size", batch_size, 1, math.inf, whole=True)
+    if max_per_group is not None:
+        check_number("max_per_group", max_per_group, 1, math.inf, whole=True)
+    if size is not None:
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            raise ValueError(f"size={size!r} is not valid: give (width, height) in pixels.")
+        for length in size:
+            check_number("size", length, 1, math.inf, whole=True)
     plain = source.with_format(None)
     labels, values = (known_values(plain, name) for name in ("label", attribute))
     first, second = _values(source.features[attribute], values, attribute, attributes)

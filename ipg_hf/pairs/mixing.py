@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 from datasets.utils import tqdm
 
 from .images import read_image, stored_images
-from .makers import check_columns, check_is_set, dataset_of, encode_image, image_column
+from .makers import check_columns, check_is_set, check_number, dataset_of, encode_image, image_column
 
 SIDES = ("image_a", "image_b")
 CACHED_IMAGES = 512  # decoded images in memory
@@ -45,6 +46,9 @@ def mix_pairs(pairs: datasets.Dataset, *, num_pairs: int, grid: int = 7, seed: i
     count = len(pairs)
     if count < 2:
         raise ValueError(f"mix_pairs needs at least two pairs to mix, but the set has {count}.")
+    check_number("seed", seed, 0, math.inf, whole=True)
+    for name, value in (("num_pairs", num_pairs), ("grid", grid)):
+        check_number(name, value, -math.inf, math.inf, whole=True)
     if num_pairs < count:
         raise ValueError(
             f"num_pairs={num_pairs} of mix_pairs must be at least the number of pairs in the set, {count}."
