@@ -72,6 +72,7 @@ class PairProgress(TrainerCallback, ExportableState):
     def __init__(self, trainer_name: str = "the trainer") -> None:
         self.trainer_name = trainer_name
         self.positions: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # pairs of each set that is no stream
         self.sums: dict[str, Tensor | float] = {}
         self.steps = 0
         self.skipped = 0
@@ -98,6 +99,7 @@ class PairProgress(TrainerCallback, ExportableState):
         """The state as plain numbers (see `transformers.trainer_callback.ExportableState`)."""
         attributes = {
             "positions": dict(self.positions),
+            "counts": dict(self.counts),
             "sums": {name: float(value) for name, value in self.sums.items()},
             "steps": self.steps,
             "skipped": self.skipped,
@@ -156,6 +158,14 @@ class PairProgress(TrainerCallback, ExportableState):
         batch = next(loader)
         self.waited += time.monotonic() - started
         self.positions[name] = loader.position
+        if hasattr(loader.dataset, "__len__"):
+            count, before = len(loader.dataset), self.counts.get(name, len(loader.dataset))
+            if count != before:
+                logger.warning(
+                    f"The pair set {name!r} has {count} pairs, and had {before} when the checkpoint was saved: the "
+                    "training goes on with other pairs. Give the same pairs, or begin a new training."
+                )
+            self.counts[name] = count
         return batch
 
     def is_due(self) -> bool:

@@ -476,6 +476,23 @@ def test_a_training_that_goes_on_by_another_method_is_warned_of(tmp_path, caplog
     assert "pair_objective None (now kl)" in resumed_settings(caplog)[0]
 
 
+def test_a_training_of_another_method_that_goes_on_with_ours_is_warned_of(tmp_path, caplog):
+    kl = {"kind": PairPenaltyTrainer, "pair_objective": "kl"}
+    small.trainer(tmp_path, max_steps=2, **SAVING, **kl).train()
+    small.trainer(tmp_path / "ipg", max_steps=3, **SAVING).train(str(tmp_path / "checkpoint-2"))
+    (said,) = resumed_settings(caplog)
+    assert "pair_objective kl (now None)" in said and "alpha" not in said
+
+
+@pytest.mark.parametrize("count", [6, 9, 8])
+def test_a_training_that_goes_on_with_another_number_of_pairs_is_warned_of(tmp_path, caplog, count):
+    small.trainer(tmp_path, pair_dataset=small.pairs(8), max_steps=2, **SAVING).train()
+    run = small.trainer(tmp_path, pair_dataset=small.pairs(count), max_steps=4, **SAVING)
+    run.train(str(tmp_path / "checkpoint-2"))
+    said = [r.getMessage() for r in caplog.records if f"has {count} pairs, and had 8" in r.getMessage()]
+    assert len(said) == (count != 8)
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "expected"),
     [

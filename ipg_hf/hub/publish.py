@@ -249,7 +249,8 @@ def compare_settings(args: TrainingArguments, checkpoint: str | os.PathLike) -> 
         return
     before, now = read_json(path), from_json(json.dumps(_settings(args)))
     inherited = {entry.name for entry in fields(TrainingArguments)}
-    names = [*RESUMED, *(entry.name for entry in fields(args) if entry.name not in inherited | {*WITHOUT_EFFECT})]
+    # of the settings of our own those of another method too, which these settings do not have
+    names = [*RESUMED, *(name for name in dict.fromkeys([*now, *before]) if name not in inherited | {*WITHOUT_EFFECT})]
     changed = {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}
     optimizers = changed.get("optim", ())
     if optimizers and not all(str(name).startswith("adamw_torch") for name in optimizers):
