@@ -736,9 +736,11 @@ def test_an_audit_of_data_without_the_attribute(tmp_path, recipe, capsys, withou
                 path.parent.rmdir()
     models = [trained(tmp_path / name, names) for name, names in (("m", ("bee", "ant")), ("n", ("ant", "bee")))]
     assert main(["evaluate", models[0], "--config", recipe(), "--report", str(tmp_path / "report")]) == 0
+    shown, titles = capsys.readouterr().out, ["bee/x", "bee / x"] if without == ("train",) else ["\nbee  ", ">bee<"]
+    assert all(title in shown + (tmp_path / "report/report.html").read_text() for title in titles)
     report = json.loads((tmp_path / "report/report.json").read_text())
     found = {f"{group['label']}/{group['attribute']}": group["accuracy"] for group in report["models"][0]["groups"]}
-    values = ["x", "y"] if without == ("train",) else ["any"]
+    values = ["x", "y"] if without == ("train",) else [""]
     assert found == {f"{name}/{value}": float(name == "bee") for name in ("bee", "ant") for value in values}
     arguments = ["--against", models[1], "--config", recipe(), "--report", str(tmp_path / "both")]
     assert main(["evaluate", models[0], *arguments]) == 2

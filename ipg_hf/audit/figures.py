@@ -79,6 +79,11 @@ def _draw(plot: Callable[[Any], None], height: float = 3.3) -> bytes:
     return buffer.getvalue()
 
 
+def group_names(group: Mapping[str, Any]) -> list[str]:
+    """The label and the attribute of a group; the label alone where images have no attribute."""
+    return [group[key] for key in ("label", "attribute") if group[key]]
+
+
 def _short(name: str) -> str:
     return name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
 
@@ -119,7 +124,7 @@ def _groups(models: Sequence[Mapping[str, Any]]) -> Drawn:
             places = [place + shift for place in range(len(groups))]
             style = {"fmt": MARKS[number], "color": COLORS[number], "markersize": 5, "capsize": 2.5}
             axes.errorbar(values, places, xerr=spread, label=_short(entry["name"]), clip_on=False, zorder=3, **style)
-        names = [" / ".join(_short(models[0]["groups"][row][key]) for key in ("label", "attribute")) for row in rows]
+        names = [" / ".join(map(_short, group_names(models[0]["groups"][row]))) for row in rows]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1)
@@ -146,6 +151,8 @@ def _projections(entry: Mapping[str, Any], number: int, report: Mapping[str, Any
     drawn = []
     for column, key in ((2, "label"), (3, "attribute")):
         names = report[f"{key}s"]
+        if names == [""]:  # there is no attribute
+            continue
 
         def plot(axes: Any, column: int = column, names: Sequence[str] = names) -> None:
             x, y, values = ([point[place] for point in found["points"]] for place in (0, 1, column))

@@ -180,10 +180,10 @@ def _check_order(place: str, config: Any, names: Sequence[str]) -> None:
 
 
 def _with_attribute(data: Benchmark) -> Benchmark:
-    """The benchmark with one value of the attribute, "any", for all images, if validation or test has no attribute."""
+    """The benchmark with one value of the attribute, the empty text, for all images, if validation or test has none."""
     if all("attribute" in part.column_names for part in (data.validation, data.test)):
         return data
-    kind = datasets.ClassLabel(names=["any"])
+    kind = datasets.ClassLabel(names=[""])
     parts = {}
     for name in ("train", "validation", "test"):
         part = getattr(data, name)

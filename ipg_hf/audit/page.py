@@ -17,7 +17,7 @@ from ..html import rendered, write_files
 from ..metrics import METRICS
 from ..pairs.preview import SMALL, ShownPair, frame_ratio
 from ..report import summary_table
-from .figures import Drawn, draw_figures
+from .figures import Drawn, draw_figures, group_names
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -78,7 +78,7 @@ def audit_table(result: Mapping[str, Any]) -> str:
         if entry["pairs"]:
             columns[entry["name"]]["flip_rate"] = max(part["flip_rate"] for part in entry["pairs"].values())
     lines = [summary_table(columns, result["split"]), ""]
-    names = [f"{group['label']}/{group['attribute']}" for group in models[0]["groups"]]
+    names = ["/".join(group_names(group)) for group in models[0]["groups"]]
     wide, cell = max([15, *map(len, names)]) + 2, max([26, *(len(entry["name"]) + 2 for entry in models)])
     lines.append(f"{'label/attribute':<{wide}}{'n':>7}" + "".join(f"{entry['name']:>{cell}}" for entry in models))
     for number, name in enumerate(names):
@@ -135,6 +135,7 @@ def _page(
         "short": partial(_number, form=".3g"),
         "signed": partial(_number, form="+.3f"),
         "percent": partial(_number, form=".1f", factor=100, unit=" %"),
+        "group": lambda group: " / ".join(group_names(group)),
     }
     return rendered(
         "audit/page.html",
