@@ -12,10 +12,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
+
+from .inference import inference
 
 
 def load_image_classifier(
@@ -176,6 +179,29 @@ def check_can_be_saved(model: nn.Module) -> None:
                 f"refuses what is not declared: add the class attribute _tied_weights_keys = {ties}, and set "
                 "tie_word_embeddings=True in the config, by which from_pretrained ties any weights."
             )
+
+
+@torch.no_grad()
+def check_image_size(model: nn.Module, processor: Any) -> None:
+    """Runs a model on one image as its processor gives it.
+
+    Raises:
+        ValueError: the model cannot run on such an image; the message has its size and the network.
+    """
+    batch = processor([Image.new("RGB", (64, 64))], return_tensors="pt")
+    names = forward_inputs(model)
+    parameter = next(model.parameters())
+    batch = {name: batch[name].to(parameter.device, parameter.dtype) for name in names if name in batch}
+    try:
+        with inference(model):
+            model(**batch)
+    except (ValueError, RuntimeError, AssertionError, IndexError) as failure:
+        shape = "×".join(map(str, batch[names[0]].shape[1:]))
+        why = (str(failure) or type(failure).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{type(_base(model)).__name__} cannot run on images of {shape}, as the image processor gives them "
+            f"({why}): set image_processor: {{size: {{height: ..., width: ...}}}} to a size that the network takes."
+        ) from failure
 
 
 def check_all_loaded(model: nn.Module, missing: Collection[str]) -> None:

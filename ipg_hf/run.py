@@ -24,7 +24,7 @@ from .config import IPGConfig, chooses_by_pairs
 from .data import Benchmark, describe
 from .hub.publish import check_can_push
 from .metrics import OF_PAIRS, GroupErrors, GroupMetrics, metric_of
-from .models import load_trained_classifier
+from .models import check_image_size, load_trained_classifier
 from .names import nearest
 from .pairs import AdversarialPairs, ImageRows
 from .pairs.checks import ONLY_SET, named_sets
@@ -131,10 +131,12 @@ def _train_one(
     """Returns the record and the trainer; the files `replaced` are removed when the training has begun."""
     _check_best_metric(args, data)
     method, processor = METHODS[recipe.method], recipe.build_processor()
-    sets = _inputs(data, recipe, processor, ("label", *method.trainer.row_columns))
     set_seed(args.seed)  # the weights of a model from scratch
+    model = recipe.build_model(data.train)
+    check_image_size(model, processor)
+    sets = _inputs(data, recipe, processor, ("label", *method.trainer.row_columns))
     trainer = method.trainer(
-        model=recipe.build_model(data.train),
+        model=model,
         args=args,
         train_dataset=sets["train"],
         eval_dataset=sets["validation"],
@@ -238,7 +240,9 @@ def load_trained(name: str, recipe: Recipe, data: Benchmark) -> tuple[Any, Any]:
         order_of_model(data.label_names, model.config, name)
     elif model.config.num_labels != 1:
         raise RecipeError(f"{name} has {model.config.num_labels} labels, but those of {recipe.dataset} are numbers.")
-    return model, AutoImageProcessor.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name)
+    check_image_size(model, processor)
+    return model, processor
 
 
 def _look_at_output(recipe: Recipe, args: IPGConfig) -> tuple[str | None, list[Path]]:

@@ -284,3 +284,24 @@ def save_images(folder, count):
     draws = np.random.default_rng(sum(map(ord, str(folder.parts[-3:]))))
     for number in range(count):
         Image.fromarray(draws.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+
+
+CONVNEXT = {"model_type": "convnext", "model_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}}
+
+
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [("ViT", (8, 8)), ("ViT", (20, 20)), ("ViT", (16, 12)), ("ConvNext", (8, 8)), ("ConvNext", (2, 40))],
+)
+def test_an_image_size_that_the_network_does_not_take(trained, tmp_path, capsys, network, size):
+    settings = {"image_processor": {"size": dict(zip(("height", "width"), size, strict=True))}}
+    shape = f"{network}ForImageClassification cannot run on images of 3×{size[0]}×{size[1]}"
+    config = write(tmp_path, **settings, **(CONVNEXT if network == "ConvNext" else {}))
+    assert main(["train", "--config", config]) == 2
+    assert shape in one_error(capsys) and not (tmp_path / "out").exists()
+    if network == "ViT":
+        shutil.copytree(trained / "out", tmp_path / "model")
+        saved = json.loads((tmp_path / "model/preprocessor_config.json").read_text())
+        (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(saved | settings["image_processor"]))
+        assert main(["evaluate", str(tmp_path / "model"), "--config", config]) == 2
+        assert shape in one_error(capsys)
