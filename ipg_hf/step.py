@@ -389,7 +389,11 @@ def update_on_gradients(
     max_grad_norm: float,
     optimizer_step: Callable[[], None],
 ) -> Tensor | None:
-    """Does the work of [`GuidedStep.corrective_update`] and of [`corrective_update`], by the gradients of a module."""
+    """Makes the optimizer step along the pairs' gradients, for [`GuidedStep`] and [`corrective_update`].
+
+    Returns:
+        The norm of the gradient before clipping, a scalar; `None` if it was not finite and nothing was updated.
+    """
     if accelerator.num_processes > 1:
         average_gradients(module, accelerator)
     accelerator.unscale_gradients(optimizer)

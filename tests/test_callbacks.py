@@ -107,7 +107,7 @@ def test_a_training_that_stalls_is_warned_of_once(tmp_path, warnings_of, logging
     assert flags == ([0.0] * 10 + [1.0] * 2 if logging_steps == 10 else [])
     (message,) = warnings_of()
     assert (
-        "never told images apart" in message
+        "has not begun to learn the task" in message
         and "learning_rate (now 1e-09)" in message
         and "warmup_steps (now 12)" in message
     )

@@ -110,7 +110,7 @@ def load_files(
     """
     if data_dir is None or not Path(data_dir).is_dir():
         raise FileNotFoundError(
-            f"data_dir={data_dir!r} is no folder: give the folder with the files (of an archive, unpack it first), "
+            f"data_dir={data_dir!r} is no folder: give the folder with the files (unpack an archive first), "
             "--data_dir FOLDER."
         )
     folder = Path(data_dir)

@@ -65,7 +65,7 @@ def one_form(names: Iterable[str]) -> list[str]:
 
 
 def folded(names: Iterable[str]) -> list[str]:
-    """Names without what a slip changes: capitals, and spaces at their ends."""
+    """Gives names without capitals and without spaces at their ends, so that slips in them do not count."""
     return [name.strip().casefold() for name in names]
 
 

@@ -64,8 +64,8 @@ def recolor_pairs(
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
             uses all. A stream must have `None`.
         seed: non-negative seed of all draws.
-        skip_unchanged: `True` leaves out the images that do not change, with a warning that counts them. The set may
-            then be empty. By default such an image is an error.
+        skip_unchanged: `True` leaves out the images that do not change. A warning counts them, except in a stream. The
+            set may then be empty. By default an image that does not change is an error.
 
     Returns:
         A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` (number of the row in the
@@ -152,8 +152,8 @@ def overlay_pairs(
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
             uses all. A stream must have `None`.
         seed: non-negative seed of all draws.
-        skip_unchanged: `True` leaves out the images that the overlay does not change, with a warning that counts them.
-            The set may then be empty, also where all images have the overlay already. By default that is an error.
+        skip_unchanged: `True` leaves out the images that the overlay does not change. A warning counts them, except in
+            a stream. The set may be empty, also if all images have the overlay already. By default both are errors.
 
     Returns:
         A set with the columns `image_a` (without the overlay), `image_b` (with it), `attribute_a`, `attribute_b`,
@@ -487,7 +487,10 @@ def _edited(
         if not len(rows) and skip_unchanged:
             return datasets.Dataset.from_dict({name: [] for name in made}, features=made)
         if not len(rows):
-            raise ValueError(f"all {len(source)} images have the overlay already: there are none to lay it over.")
+            raise ValueError(
+                f"all {len(source)} images have the overlay already, so that none is left to lay it over: add images "
+                "without it, or set fill_present=True."
+            )
     rows = rows[draw_rows(len(rows), num_pairs, seed=seed, of="source rows")]
     pairs = map_cached(
         stored.select(rows),

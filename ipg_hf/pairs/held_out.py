@@ -21,9 +21,9 @@ ENOUGH = 10  # pairs that a set must have, so that the share is at least two
 def hold_out_pairs(pairs: Any, name: str, *, seed: int) -> tuple[Any, Any]:
     """Splits a fifth of the pairs off a map-style pair set, drawn at random.
 
-    Pairs with one `source_id` stay together: they show one image. The task loss still sees that image if the pairs were
-    made of the training set: the held-out pairs then tell how well invariance carries over to other pairs, but their
-    `pair_accuracy` is that of images that are trained on. Better are pairs of images that are not.
+    Pairs with one `source_id` stay together: they show one image. If the pairs were made of the training set, the task
+    loss still sees that image. The held-out pairs then show whether the outputs agree on new pairs, but their
+    `pair_accuracy` is that of training images and may be too high. Pairs of other images are better.
 
     Args:
         pairs: the pair set.

@@ -320,7 +320,7 @@ def _check_partners(whole: np.ndarray, seed: int) -> list[Finding]:
     alike, chance = _likeness(grey[shows], seed)
     limit, usual = np.quantile(chance, 0.95), np.median(alike)
     if usual - limit > CLEAR * 1.4826 * np.median(np.abs(alike - usual)):
-        # an overlay at one place outweighs the rest of an image of little contrast, and there the partner shows
+        # in an image of little contrast, an overlay at one place outweighs the rest: these pixels show the partner
         alike_there, chance_there = _likeness(grey[shows][..., calm], seed)
         unlike = (alike < limit) & (alike_there < np.quantile(chance_there, 0.95))
         what = f"have sides no more alike than shuffled partners (correlation below {limit:.2f}; most {usual:.2f})"

@@ -109,7 +109,7 @@ class PairCollator:
             raise ValueError(
                 f"the pair set has no columns {self.main_input}_a and {self.main_input}_b, only {sorted(row)}. Give it "
                 "image_a and image_b and the trainer an image processor (processing_class), or transform it yourself. "
-                "Raw images must be a set of datasets (Dataset.from_list, IterableDataset.from_generator)."
+                "Raw images must be in a datasets.Dataset (from_list) or IterableDataset (from_generator)."
             )
         return names
 
