@@ -748,8 +748,8 @@ class IPGTrainer(PublishingTrainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         missing = without_aliases(self.model, load_result.missing_keys) if load_result.missing_keys else []
         load_result = load_result._replace(missing_keys=missing)
+        check_all_loaded(self.model, missing)  # before Trainer, which takes any model for one of transformers
         super()._issue_warnings_after_load(load_result)
-        check_all_loaded(self.model, load_result.missing_keys)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # with save_strategy="best" Trainer saves only what this calls a new best, and not what SIGTERM asks for

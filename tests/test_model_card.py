@@ -437,6 +437,11 @@ def test_the_number_of_pairs_is_that_of_the_training():
     assert "The sides of a random half of them were swapped on purpose." in with_settings(oriented_pairs=False)
 
 
+def test_an_evaluation_set_without_a_name_has_a_heading():
+    text = text_of(metrics={"": {"accuracy": 0.5}, "ood": {"accuracy": 0.25}})
+    assert "Measured on the (no name), ood sets" in text and "\n### (no name)\n" in text and "\n### ood\n" in text
+
+
 def test_findings_of_the_pair_check():
     def text(*findings):
         return text_of(data={"pair_sets": {"a": {"pairs": 5, "findings": [*findings]}}})

@@ -502,6 +502,7 @@ def test_a_training_that_goes_on_with_another_number_of_pairs_is_warned_of(tmp_p
             {},
             r"checkpoint-2 is of another model \(size mismatch for classifier.weight.*same model",
         ),
+        (small.conv_head, {}, "the checkpoint lacks .* of the model's weights, for example inner"),
     ],
 )
 def test_what_cannot_go_on_is_an_error(tmp_path, model, settings, expected):

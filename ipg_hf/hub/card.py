@@ -180,7 +180,7 @@ def model_card(
         "repo_note": "" if "/" in name else "# replace <your-name> by your name on the Hub\n",
         "license": license,
         "results": shown_results,
-        "names": [_in_one_line(split) for split in splits],
+        "names": [_in_one_line(split) or "(no name)" for split in splits],
         "labels": [*dict.fromkeys(label for part in shown_results for label in part["labels"])],
         "is_number": any(part["is_number"] for part in shown_results),
         "has_erm": erm is not None,
