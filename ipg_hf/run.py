@@ -224,7 +224,10 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
 
 
 def refuse_existing(path: str | os.PathLike) -> None:
-    """Raises a FileExistsError if there is a file of that name."""
+    """Raises a FileExistsError if there is a file of that name, or one where its folder would be."""
+    for place in Path(path).parents:
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place} is a file, and no folder for {Path(path).name}: name another by --output.")
     if Path(path).exists():
         raise FileExistsError(f"{path} exists, and is not replaced: remove it, or name another file by --output.")
 

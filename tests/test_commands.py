@@ -305,3 +305,12 @@ def test_an_image_size_that_the_network_does_not_take(trained, tmp_path, capsys,
         (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(saved | settings["image_processor"]))
         assert main(["evaluate", str(tmp_path / "model"), "--config", config]) == 2
         assert shape in one_error(capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "check", "preview"])
+def test_a_file_where_the_folder_of_an_output_would_be(trained, tmp_path, capsys, command):
+    (tmp_path / "file").write_text("mine")
+    words = ["evaluate", str(trained / "out")] if command == "evaluate" else ["pairs", command]
+    assert main([*words, "--config", write(tmp_path), "--output", str(tmp_path / "file" / "in" / "x")]) == 2
+    assert "file is a file, and no folder for x" in one_error(capsys) and capsys.readouterr().out == ""
+    assert (tmp_path / "file").read_text() == "mine"
