@@ -185,7 +185,10 @@ def test_a_recipe_that_is_no_mapping_of_names_is_one_line(tmp_path, capsys, cont
     [
         ({"dataset": "photos"}, "'photos' is a folder: set dataset: files and data_dir: photos"),
         ({"model_config": {"hidden_size": "wide"}}, "'hidden_size' expected int, got str"),
-        ({"pairs": {"maker": "overlay", "size": "big"}}, "overlay_pairs with size='big'"),
+        (
+            {"pairs": {"maker": "overlay", "size": "big"}},
+            "size='big' is not valid: it must be a finite number above 0 up to 1",
+        ),
         ({"deepspeed": "config.json"}, "deepspeed"),
         *([] if find_spec("wandb") else [({"report_to": "wandb"}, "wandb to be installed")]),
     ],

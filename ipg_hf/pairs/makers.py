@@ -316,7 +316,7 @@ def check_number(name: str, value: Any, least: float, most: float, *, above: boo
     if is_number and least <= value <= most and not (above and value == least):
         return
     limits = [f"{'above' if above else 'from'} {least:g}"] if math.isfinite(least) else []
-    limits += [f"to {most:g}"] if math.isfinite(most) else []
+    limits += [f"up to {most:g}"] if math.isfinite(most) else []
     kind = "whole number" if whole else "finite number"
     raise ValueError(f"{name}={value!r} is not valid: it must be a {' '.join([kind, *limits])}.")
 
