@@ -227,10 +227,10 @@ class PairProgress(TrainerCallback, ExportableState):
             self.warned = True
         if stalled and not self.warned and not self.warned_of_stall:
             logger.warning(
-                f"The model's outputs on the pairs have been nearly one constant for {steps} steps, and it has not begun "
-                "to learn the task: the corrective updates keep it there, with distance and divergence about 0. Use "
-                "correction_schedule='violated', which corrects only while the outputs disagree, and more steps; or a "
-                f"smaller learning_rate (now {learning_rate}), or more warmup_steps (now {self.warmup_steps}). "
+                f"The model's outputs on the pairs have been nearly one constant for {steps} steps, and it has not "
+                "begun to learn the task: the corrective updates keep it there, with distance and divergence about 0. "
+                "Use correction_schedule='violated', which corrects only while the outputs disagree, and more steps; "
+                f"or a smaller learning_rate (now {learning_rate}), or more warmup_steps (now {self.warmup_steps}). "
                 f"{of_one_label}"
             )
             self.warned_of_stall = True

@@ -419,7 +419,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} must be a mapping of keys to values, but is a {type(values).__name__}.")
     if wrong := [key for key in values if not isinstance(key, str)]:
-        raise RecipeError(f"{path}: the key {wrong[0]!r} is a {type(wrong[0]).__name__}, but keys are names.")
+        raise RecipeError(f"{path}: the key {wrong[0]!r} is no text: write the name of a setting.")
     return values
 
 

@@ -351,7 +351,8 @@ def _check_best_metric(args: IPGConfig, data: Benchmark) -> None:
     measured = ["loss", "accuracy"] if data.label_names is not None else ["loss", "mae"]
     groups = ["worst_group_accuracy", "adjusted_accuracy"] if data.label_names is not None else ["worst_group_mae"]
     measured += groups if "attribute" in columns else []
-    measured += OF_PAIRS if data.validation_pairs is not None else ()
+    other = {"difference"} if data.label_names is not None else {"flip_rate", "pair_accuracy"}
+    measured += [metric for metric in OF_PAIRS if metric not in other] if data.validation_pairs is not None else []
     if name not in measured:
         why = " It needs a column attribute in the validation set." if name in groups else nearest(name, measured)
         raise RecipeError(f"metric_for_best_model={key!r} is not measured here.{why} Measured: {', '.join(measured)}.")

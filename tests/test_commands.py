@@ -164,8 +164,8 @@ def test_pairs_choose_the_checkpoint_of_a_recipe(tmp_path):
     [
         ("learning_rate: 1e-3\nseed: 1\nlearning_rate: 1e-2\n", "'learning_rate' stands twice, again in line 3"),
         ("pairs:\n  maker: overlay\n  size: 0.2\n  maker: recolor\n", "'maker' stands twice, again in line 4"),
-        ("1: 2\n", "the key 1 is a int"),
-        ("? \n: 3\n", "the key None is a NoneType"),
+        ("1: 2\n", "the key 1 is no text"),
+        ("? \n: 3\n", "the key None is no text"),
         ("dataset: digits\n\tseed: 1\n", "is not YAML"),
         ("- seed\n", "must be a mapping"),
     ],
@@ -268,6 +268,7 @@ def test_the_metrics_of_an_evaluation_go_to_a_new_folder(trained, tmp_path):
         ("acuracy", "Did you mean 'accuracy'"),
         ("flip_rates", "Did you mean 'flip_rate'"),
         ("mae", "Measured: loss, accuracy, flip_rate"),
+        ("difference", "Measured: loss, accuracy, flip_rate, pair_accuracy, divergence, distance."),
     ],
 )
 def test_a_metric_that_is_not_measured_cannot_choose_the_checkpoint(tmp_path, capsys, metric, match):
