@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from pickle import UnpicklingError  # what torch raises for a file that it does not load
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def _from_pretrained(name_or_path: str | os.PathLike, kwargs: Mapping[str, Any])
         raise OSError(
             f"{name_or_path} is no folder here, and no model of that name was fetched: {failure}"
         ) from failure
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as failure:
+    except (SafetensorError, UnpicklingError, EOFError) as failure:
         raise ValueError(_damaged(name_or_path, failure)) from failure
     except RuntimeError as failure:
         if "mismatched" in str(failure):
