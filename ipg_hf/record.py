@@ -327,6 +327,13 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is damaged ({failure}): write it again.") from failure
 
 
+def check_place(path: str | os.PathLike) -> None:
+    """Raises a NotADirectoryError if a file stands where a folder of the path is, or would be made."""
+    for place in Path(path).parents:
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file, and no folder for {Path(path).name}: name another folder.")
+
+
 def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all, in a folder that is made if there is none."""
     path = Path(path)

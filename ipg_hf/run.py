@@ -31,8 +31,8 @@ from .pairs.checks import ONLY_SET, named_sets
 from .pairs.classes import model_names, order_of_base, order_of_model
 from .pairs.held_out import hold_out_pairs
 from .recipe import Recipe, RecipeError
+from .record import check_place, hub_id, make_record, resolved_settings, write_json
 from .record import commit as current_commit
-from .record import hub_id, make_record, resolved_settings, write_json
 from .trainer import IPGTrainer
 
 RECORD = "run.json"
@@ -208,8 +208,8 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
     data = data.with_labels(model_names(model.config) or data.label_names)
     # nothing is trained or saved; the folder is one that exists, since Trainer makes it
     unsaved = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "no"}
-    unsaved |= {"metric_for_best_model": None, "greater_is_better": None}
-    unsaved["objective"] = "erm"  # the others count the groups of a training set
+    # the other objectives count the groups of a training set
+    unsaved |= {"metric_for_best_model": None, "greater_is_better": None, "objective": "erm"}
     args = replace(_without_method(args, recipe.method, gettempdir()), **unsaved)
     trainer = IPGTrainer(model=model, args=args, processing_class=processor, compute_metrics=_metrics(data))
     _silence(trainer)
@@ -224,10 +224,8 @@ def evaluate(name: str, recipe: Recipe, args: IPGConfig, split: str, output: str
 
 
 def refuse_existing(path: str | os.PathLike) -> None:
-    """Raises a FileExistsError if there is a file of that name, or one where its folder would be."""
-    for place in Path(path).parents:
-        if place.exists() and not place.is_dir():
-            raise FileExistsError(f"{place} is a file, and no folder for {Path(path).name}: name another by --output.")
+    """Raises an OSError if there is a file of that name, or one where its folder would be."""
+    check_place(path)
     if Path(path).exists():
         raise FileExistsError(f"{path} exists, and is not replaced: remove it, or name another file by --output.")
 

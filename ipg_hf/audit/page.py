@@ -16,6 +16,7 @@ import numpy as np
 from ..html import rendered, write_files
 from ..metrics import METRICS
 from ..pairs.preview import SMALL, ShownPair, frame_ratio
+from ..record import check_place
 from ..report import summary_table
 from .figures import Drawn, draw_figures, group_names
 
@@ -29,9 +30,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         FileExistsError: the folder holds a report.
         NotADirectoryError: the folder, or one that it would stand in, is a file.
     """
-    for place in (Path(folder), *Path(folder).parents):
-        if place.exists() and not place.is_dir():
-            raise NotADirectoryError(f"{place} is a file, and no folder for a report: name another folder.")
+    check_place(Path(folder) / PAGE)
     for name in (PAGE, NUMBERS):
         if (Path(folder) / name).exists():
             raise FileExistsError(f"{folder} holds another report ({name}): remove it, or give another folder.")
