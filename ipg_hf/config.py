@@ -44,15 +44,18 @@ class IPGConfig(TrainingArguments):
             Largest factor on the task gradient, above 0 (ours). Once the training images are fitted, their gradient is
             tiny and step 4 would amplify it to α times the corrective gradient; `1.0` only ever scales it down. `inf`
             sets no limit, as in the paper.
-        invariance_distance (`str`, *optional*, defaults to `"divergence"`):
-            The quantity that the corrective update reduces. `"rationale"` (the paper's) is the distance between the
-            rationales of the two sides. `"divergence"` (ours) is √c, the root of the divergence of their outputs; it
-            gives most weight to the pairs that disagree most, and it needs no linear classifier head. It is the default
-            since one α and one t serve the three benchmarks on which it was chosen; with the paper's distance they do
-            not (recipes/findings.md).
+        invariance_distance (`str`, *optional*, defaults to `"rationale_divergence"`):
+            The quantity that the corrective update reduces. `"rationale_divergence"` (ours) is the root of two
+            divergences of each pair together: that of the outputs, and that of the rationales, feature by feature.
+            `"divergence"` (ours) is √c, the root of the first alone; it needs no linear classifier head.
+            `"rationale"` (the paper's) is the distance between the rationales of the two sides. One α and one t serve
+            all benchmarks here with the two roots, and not with the paper's distance (recipes/findings.md).
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             For `invariance_distance="rationale"`. `"mean"` (the paper's) is the distance of the mean rationales of the
             two sides; it needs oriented pairs. `"pair"` (ours) is the mean over pairs of the distance within a pair.
+        pair_loss_weight (`float`, *optional*, defaults to `0.0`):
+            For pairs with a column `label`: weight of the task loss of both sides in the corrective update (ours).
+            `1.0` helps to fine-tune a pretrained network (recipes/findings.md); it costs no time. 0 uses no label.
         per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
             Number of pairs in each optimizer step and on each device. If the pair set is smaller, every step uses all
             of its pairs.
@@ -108,11 +111,14 @@ class IPGConfig(TrainingArguments):
     )
     max_loss_scale: float = field(default=1.0, metadata={"help": "Largest factor on the task gradient."})
     invariance_distance: Distance = field(
-        default="divergence",
-        metadata={"help": "What the corrective update reduces: the distance of rationales, or the root of c."},
+        default="rationale_divergence",
+        metadata={"help": "What the corrective update reduces: a root of divergences, or the paper's distance."},
     )
     rationale_reduction: Reduction = field(
         default="mean", metadata={"help": "Distance of mean rationales (mean) or mean distance of pairs (pair)."}
+    )
+    pair_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the task loss of labelled pairs in the corrective update."}
     )
     per_device_pair_batch_size: int = field(default=32, metadata={"help": "Pairs per optimizer step and device."})
     pair_chunk_size: int | None = field(
@@ -158,6 +164,7 @@ class IPGConfig(TrainingArguments):
         """
         self._require("alpha", math.isfinite(self.alpha) and self.alpha > 0, "a finite number above 0")
         self._require("invariance_threshold", self.invariance_threshold >= 0, "0 or more, and not NaN")
+        self._require("pair_loss_weight", 0 <= self.pair_loss_weight < math.inf, "0 or more, and finite")
         self._require("per_device_pair_batch_size", self.per_device_pair_batch_size >= 1, "1 or more")
         self._require("random_crop_scale", 0 < self.random_crop_scale <= 1, "in (0, 1]")
         self._require("max_loss_scale", self.max_loss_scale > 0, "above 0; inf is no limit")

@@ -31,15 +31,18 @@ from .callbacks import output_spread
 from .config import IPGConfig
 from .gradients import average_gradients, gradient_norm, only_gradients_of, parameters_matching, scale_gradients
 from .guidance import (
+    ROOT_FLOOR,
     LossScaling,
     ProblemType,
     invariance_divergence,
     loss_gradient_scale,
     rationale_distance,
+    rationale_divergence,
     root_divergence,
 )
 from .heads import ClassifierHead, CompiledRun
 from .inference import inference, logits_of
+from .losses import IGNORED, summed_loss
 from .pairs.adversarial import AdversarialLoader
 from .pairs.checks import ONLY_SET
 from .pairs.loader import PairLoader
@@ -169,15 +172,17 @@ class GuidedStep:
         The forward is the inference forward (R2): what becomes invariant is what will be deployed. The backward runs in
         the same mode, since timm's gradient checkpointing runs the forward once more then.
 
+        With `pair_loss_weight` the task loss of both sides, times that weight, is added to d.
+
         With `pair_chunk_size` the result is the same (gradient caching): a forward without a graph gives what d is
-        computed from (the logits for √c; the features z for rationales, with W), d is differentiated with respect to
-        it, and each chunk then runs once more to carry its part of this gradient back through the network. At most a
-        chunk's graph is in memory. This is exact because the outputs of a pair depend on no other pair in the inference
-        forward.
+        computed from (the logits, and the features z with W), d is differentiated with respect to it, and each chunk
+        then runs once more to carry its part of this gradient back through the network. At most a chunk's graph is in
+        memory. This is exact because the outputs of a pair depend on no other pair in the inference forward.
 
         Args:
             module: the model, not wrapped.
-            batch: inputs of its forward, the a sides of P pairs in the first half of each.
+            batch: inputs of its forward, the a sides of P pairs in the first half of each; with `pair_loss_weight` also
+                `labels`.
             weight: the weight of this pair set among several.
 
         Returns:
@@ -187,6 +192,8 @@ class GuidedStep:
             ValueError: the distance depends on no trainable parameter.
         """
         size, pairs = self.args.pair_chunk_size, num_pairs(batch)
+        batch = dict(batch)
+        labels = batch.pop("labels", None)
         if size is None or size >= pairs:
             with inference(module):
                 logits, z = self.forward(module, batch)
@@ -194,27 +201,29 @@ class GuidedStep:
                 if not distance.requires_grad:
                     raise ValueError(self.no_gradient)
                 if self.needs_gradient(divergence):
-                    backward(weight * distance, self.accelerator)
+                    backward(weight * self.with_pair_loss(distance, logits, labels), self.accelerator)
             return distance.detach(), divergence, logits.detach()
         with torch.no_grad(), inference(module):
-            outputs = [self.forward(module, chunk) for chunk in chunks_of_pairs(batch, size)]
-        logits, z = (None if parts[0] is None else join_pairs(parts) for parts in zip(*outputs, strict=True))
-        cached = 0 if self.args.invariance_distance == "divergence" else 1  # of logits and z, what d is computed from
-        leaf = (logits, z)[cached].requires_grad_()
-        distance, divergence = self.distance_and_divergence(logits, z)
+            chunks = [self.forward(module, chunk) for chunk in chunks_of_pairs(batch, size)]
+        outputs = [None if parts[0] is None else join_pairs(parts) for parts in zip(*chunks, strict=True)]
+        leaves = [output.requires_grad_() for output in outputs if output is not None]
+        distance, divergence = self.distance_and_divergence(*outputs)
         if not self.needs_gradient(divergence):
-            return distance.detach(), divergence, logits.detach()
-        backward(weight * distance, self.accelerator)
-        for chunk in chunks_of_pairs({**batch, GRADIENT: leaf.grad}, size):
-            gradient = chunk.pop(GRADIENT)
+            return distance.detach(), divergence, leaves[0].detach()
+        backward(weight * self.with_pair_loss(distance, leaves[0], labels), self.accelerator)
+        used = [n for n, leaf in enumerate(leaves) if leaf.grad is not None]  # d may not depend on all outputs
+        gradients = {f"{GRADIENT}{n}": leaves[n].grad for n in used}
+        for chunk in chunks_of_pairs({**batch, **gradients}, size):
+            parts = {n: chunk.pop(f"{GRADIENT}{n}") for n in used}
             with inference(module):
-                output = self.forward(module, chunk)[cached]
-                if not output.requires_grad:
-                    if cached == 0 or not self.head.weight.requires_grad:
+                outputs = self.forward(module, chunk)
+                parts = {n: gradient for n, gradient in parts.items() if outputs[n].requires_grad}
+                if not parts:
+                    if self.head is None or not self.head.weight.requires_grad:
                         raise ValueError(self.no_gradient)
                     break  # d has its gradient by W alone
-                output.backward(gradient)
-        return distance.detach(), divergence, logits.detach()
+                torch.autograd.backward([outputs[n] for n in parts], [*parts.values()])
+        return distance.detach(), divergence, leaves[0].detach()
 
     def forward(self, module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Logits, shape (N, C), and the input z of the head, shape (N, D); z is None where no head is needed."""
@@ -239,6 +248,12 @@ class GuidedStep:
         divergence = self.mean_over_processes(own.detach())
         if self.args.invariance_distance == "divergence":
             return root_divergence(own, divergence), divergence
+        if self.args.invariance_distance == "rationale_divergence":
+            of_rationales = rationale_divergence(
+                self.head.weight, *z.chunk(2), *logits.chunk(2), problem_type=self.problem_type
+            )
+            of_all = divergence + self.mean_over_processes(of_rationales.detach())
+            return root_divergence(own + of_rationales, of_all, floor=ROOT_FLOOR), divergence
         several = self.accelerator.num_processes > 1
         if several and self.args.rationale_reduction == "mean":
             # The norm of a mean is not the mean of norms, so each process moves its features to the common mean. In
@@ -250,6 +265,24 @@ class GuidedStep:
         if several and self.args.rationale_reduction == "pair":
             distance = distance + (self.mean_over_processes(distance.detach()) - distance.detach())
         return distance, divergence
+
+    def with_pair_loss(self, distance: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
+        """d plus the task loss of both sides of all pairs, times its weight; d alone where pairs give no labels.
+
+        As with d, the mean over processes of the gradients is the gradient for all pairs.
+
+        Args:
+            distance: d, a scalar with its graph.
+            logits: shape (2P, C), attached to the graph.
+            labels: shape (2P,) or (2P, C), or None. Rows with the label -100 do not count.
+        """
+        if labels is None:
+            return distance
+        known = self.mean_over_processes(labels.ne(IGNORED).sum().to(distance.dtype))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = summed_loss(logits.to(wide), labels, self.problem_type, self.args.label_smoothing_factor)
+        return distance + self.args.pair_loss_weight * loss / known.clamp(min=1)
 
     @staticmethod
     def distance_of_rationales(args: IPGConfig, head: ClassifierHead, z_a: Tensor, z_b: Tensor) -> Tensor:

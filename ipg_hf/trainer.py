@@ -26,7 +26,7 @@ from .callbacks import GroupShares, PairProgress, RowEpochs, SaveAtStepEnd, rest
 from .checkpoints import newest_checkpoint, own_names, whole_or_removed
 from .config import IPGConfig, chooses_by_pairs
 from .gradients import check_optimizer, parameters_matching
-from .guidance import invariance_divergence, root_divergence
+from .guidance import ROOT_FLOOR, invariance_divergence, rationale_divergence, root_divergence
 from .heads import ClassifierHead, CompiledRun, find_head
 from .hub.publish import PublishingTrainer
 from .inference import inference, logits_of
@@ -126,7 +126,6 @@ class IPGTrainer(PublishingTrainer):
     step_class: type[GuidedStep] = GuidedStep
     row_columns: tuple[str, ...] = (ATTRIBUTE,)  # of training rows, beside image and label
     _kept_columns: Sequence[str] = ()  # of row_columns, by the data loader that is made
-    pairs_with_labels = False  # whether a pair batch holds `labels` too
 
     def __new__(cls, model: Any = None, args: Any = None, *_: Any, **__: Any) -> IPGTrainer:
         """Makes the trainer of a baseline for a config that was made with moved options (see `moved`)."""
@@ -296,6 +295,11 @@ class IPGTrainer(PublishingTrainer):
         """The method that a run record names."""
         return "ipg" if self.is_guided else "erm"
 
+    @property
+    def pairs_with_labels(self) -> bool:
+        """Whether a pair batch holds `labels` too."""
+        return self.args.pair_loss_weight > 0
+
     def _make_task_loss(self) -> GroupLoss:
         """The loss of an objective over groups.
 
@@ -340,6 +344,9 @@ class IPGTrainer(PublishingTrainer):
                 inputs = SameImagePairs(dataset, inputs, self._inputs[0])
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
+            if self.pairs_with_labels and not is_stream(dataset):
+                collate = PairCollator(self._inputs, self._inputs[0], labels=True)
+                collate([dataset[0]])  # says now that the column is missing
         if not self.args.uses_running_statistics:
             warn_of_batch_statistics(self.model)
         parameters_matching(self.model, self.args.corrective_layers)
@@ -363,7 +370,7 @@ class IPGTrainer(PublishingTrainer):
         self._check_measured(dataset, title)
         inputs = self._as_inputs(dataset, is_training=False, seed=0)
         check_pair_set(inputs, title, self._pair_collator, every_row=self.args.check_pairs)
-        self._find_needed_head(inputs)
+        self._find_needed_head(inputs, is_required=self.is_guided)
         has_labels = self._has_labels(inputs, title)
         if metric_of(self.args.metric_for_best_model or "") == "pair_accuracy" and not has_labels:
             raise ValueError(
@@ -476,17 +483,26 @@ class IPGTrainer(PublishingTrainer):
 
     def needs_head(self) -> bool:
         """Whether what the pairs minimise is computed from the classifier head."""
-        return self.args.invariance_distance == "rationale"
+        return self.args.invariance_distance != "divergence"
 
-    def _find_needed_head(self, dataset: Any = None) -> ClassifierHead | None:
-        """The head, proven on a pair of the data set, by default of the first pair set; None where none is needed."""
+    def _find_needed_head(self, dataset: Any = None, *, is_required: bool = True) -> ClassifierHead | None:
+        """The head, proven on a pair of the data set, by default of the first pair set; None where none is needed.
+
+        Raises:
+            ValueError: the model has no linear head, and `is_required`.
+        """
         if not self.needs_head() and self.head_path is None:
             return None
         dataset = next(iter(self.pair_datasets.values())) if dataset is None else dataset
         # by a loader: random transforms must not draw from the global generators, whose state a resume restores
         pair = self._prepare_inputs(next(PairLoader(dataset, self._pair_collator, 1, seed=self.args.seed)))
-        head = find_head(self.model, self.head_path, pair)
-        head.verify(self.model, pair)
+        try:
+            head = find_head(self.model, self.head_path, pair)
+            head.verify(self.model, pair)
+        except ValueError as failure:
+            if not is_required:
+                return None
+            raise ValueError(f"{failure} Or compare the outputs alone: invariance_distance='divergence'.") from None
         return head
 
     # ---- The step ----
@@ -703,7 +719,8 @@ class IPGTrainer(PublishingTrainer):
             `<prefix>_flip_rate`, the share of pairs whose predicted classes differ (with several labels: any of them),
             or for a regression `<prefix>_difference`, the mean absolute difference of the outputs;
             `<prefix>_pair_accuracy`, the share of labelled pairs with both sides predicted right, where pairs have a
-            `label` and an image has one class; `<prefix>_divergence` and `<prefix>_distance` of all pairs together.
+            `label` and an image has one class; `<prefix>_divergence` and `<prefix>_distance` of all pairs together
+            (no distance if it needs a linear head, and a model that no pairs have trained has none).
         """
         self._check_measured(pair_dataset, "pair_dataset")
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
@@ -711,7 +728,8 @@ class IPGTrainer(PublishingTrainer):
         own = torch.Generator()  # measuring during training must not draw from the global one
         collator = PairCollator(self._inputs, self._inputs[0], labels=self._has_labels(dataset, "pair_dataset"))
         batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator, generator=own)
-        head, problem_type = self._find_needed_head(dataset), self.problem_type
+        # a model that no pairs have trained may have no head: the metrics of the outputs need none
+        head, problem_type = self._find_needed_head(dataset, is_required=self.is_guided), self.problem_type
         sides, labels = [], []
         with self.autocast_smart_context_manager(), inference(self.model):
             for batch in map(self._prepare_inputs, batches):
@@ -730,11 +748,18 @@ class IPGTrainer(PublishingTrainer):
                     is_right = (a.argmax(-1) == label) & (b.argmax(-1) == label)
                     measured["pair_accuracy"] = is_right[known].sum().item() / known.sum().item()
             divergence = invariance_divergence(a, b, problem_type=problem_type)
-            if self.args.invariance_distance == "divergence":
+            measured["divergence"] = divergence.item()
+            if not self.needs_head():
                 distance = root_divergence(divergence)
+            elif head is None:
+                distance = None
+            elif self.args.invariance_distance == "rationale_divergence":
+                of_rationales = rationale_divergence(head.weight, *z, a, b, problem_type=problem_type)
+                distance = root_divergence(divergence + of_rationales, floor=ROOT_FLOOR)
             else:
                 distance = self.step_class.distance_of_rationales(self.args, head, *z)
-        measured |= {"divergence": divergence.item(), "distance": distance.item()}
+        if distance is not None:
+            measured["distance"] = distance.item()
         return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
 
     # ---- Logs and checkpoints ----

@@ -19,8 +19,6 @@ from ..config import IPGConfig
 from ..guidance import ProblemType, invariance_divergence
 from ..inference import inference
 from ..losses import IGNORED, summed_loss
-from ..pairs.checks import named_sets
-from ..pairs.loader import PairCollator, is_stream
 from ..step import GuidedStep, backward, chunks_of_pairs, num_pairs
 from ..trainer import IPGTrainer
 
@@ -47,7 +45,7 @@ class PairPenaltyConfig(IPGConfig):
         """Raises ValueError for a setting that is not valid, its own settings included."""
         super().check()
         self._require("pair_penalty_weight", 0 < self.pair_penalty_weight < math.inf, "a finite number above 0")
-        for name, value in {"correction_interval": 1, "correction_schedule": "always"}.items():
+        for name, value in {"correction_interval": 1, "correction_schedule": "always", "pair_loss_weight": 0}.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not combine with pair_objective={self.pair_objective!r}: the "
@@ -128,26 +126,19 @@ class PairPenaltyTrainer(IPGTrainer):
     config_class = PairPenaltyConfig
     step_class = PairPenaltyStep
 
-    def __init__(self, model=None, args=None, *positional, **named):
-        self.pairs_with_labels = getattr(args, "pair_objective", None) == "augmentation"
-        super().__init__(model, args, *positional, **named)
-
     @property
     def method(self) -> str:
         """The method that a run record names."""
         return self.args.pair_objective
 
-    def _prepare_guidance(self) -> None:
-        super()._prepare_guidance()
-        if self.pairs_with_labels:
-            collate = PairCollator(self._inputs, self._inputs[0], labels=True)
-            for dataset in named_sets(self.pair_datasets).values():
-                if not is_stream(dataset):
-                    collate([dataset[0]])  # says now that the column is missing
+    @property
+    def pairs_with_labels(self) -> bool:
+        """Whether a pair batch holds `labels` too."""
+        return self.args.pair_objective == "augmentation"
 
     def needs_head(self) -> bool:
         """Whether the penalty is computed from the classifier head."""
-        return self.args.pair_objective in ("features", "rationales") or super().needs_head()
+        return self.args.pair_objective in ("features", "rationales")
 
 
 def pair_penalty(

@@ -59,6 +59,7 @@ METHOD_TEXTS = {
 # value of `invariance_distance` -> what the corrective update makes agree
 AGREE = {
     "rationale": "the rationales of the two images of each pair",
+    "rationale_divergence": "the outputs on the two images of each pair, and their rationales feature by feature",
     "divergence": "the outputs on the two images of each pair",
 }
 # what the paper's method has; a card says where a run differs
@@ -69,6 +70,7 @@ PAPER = {
     "correction_interval": 1,
     "correction_schedule": "always",
     "corrective_layers": None,
+    "pair_loss_weight": 0.0,
 }
 # method -> its own settings, shown before those of every training
 OWN_SETTINGS = {
@@ -212,7 +214,7 @@ def shown_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     settings = {**record["settings"], "seed": record["seed"]}
     names = [*OWN_SETTINGS.get(record["method"], ()), *SETTINGS]
     shown = {name: settings.get(name, NOT_RECORDED) for name in names}
-    if shown.get("invariance_distance") == "divergence":
+    if shown.get("invariance_distance") in ("divergence", "rationale_divergence"):
         del shown["rationale_reduction"]
     if shown["lr_scheduler_type"] in WITHOUT_WARMUP:
         del shown["warmup_steps"]
