@@ -16,6 +16,7 @@ from .metrics import OF_PAIRS, is_higher_better
 from .moved import accept_moved_options
 
 CorrectionSchedule = Literal["always", "violated"]
+OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")  # starts of `optim` that group the parameters themselves
 
 
 @accept_moved_options
@@ -87,6 +88,13 @@ class IPGConfig(TrainingArguments):
             column also `"group_dro"` (the worst group's loss, online) and `"reweight"` (all groups weigh the same).
         group_dro_step_size (`float`, *optional*, defaults to `0.01`):
             Step size η_q of GroupDRO's group weights, at least 0.
+        layer_lr_decay (`float`, *optional*, defaults to `1.0`):
+            Factor in (0, 1] between the learning rates of two layers: each layer has this factor times the rate of the
+            layer above it, and the highest has `learning_rate`. To fine-tune a pretrained vision transformer 0.65 to
+            0.9 is usual (BEiT, MAE). `ipg_hf.rates.layer_depths` says what a layer is; 1.0 gives all the same rate.
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the classifier head, above 0; by default `learning_rate`. The head is then no layer of
+            `layer_lr_decay`: the highest layer below it has `learning_rate`, which is also the rate that is logged.
         check_pairs (`bool`, *optional*, defaults to `True`):
             Look at every row of a stored pair set before training (shapes, dtypes, labels, finite values), and stop if
             `ipg_hf.pairs.check_pairs` finds an error in 256 of them. `False` trains on such pairs too. The pairs of
@@ -141,6 +149,12 @@ class IPGConfig(TrainingArguments):
     )
     objective: Objective = field(default="erm", metadata={"help": "The task loss."})
     group_dro_step_size: float = field(default=0.01, metadata={"help": "Step size of GroupDRO's group weights."})
+    layer_lr_decay: float = field(
+        default=1.0, metadata={"help": "Learning rate of a layer, in units of that of the layer above it."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classifier head; by default learning_rate."}
+    )
     check_pairs: bool = field(
         default=True, metadata={"help": "Look at every pair before training; false goes on despite errors."}
     )
@@ -170,6 +184,14 @@ class IPGConfig(TrainingArguments):
         self._require("max_loss_scale", self.max_loss_scale > 0, "above 0; inf is no limit")
         self._require("correction_interval", self.correction_interval >= 1, "1 or more")
         self._require("group_dro_step_size", 0 <= self.group_dro_step_size < math.inf, "0 or more, and finite")
+        self._require("layer_lr_decay", 0 < self.layer_lr_decay <= 1, "in (0, 1]")
+        rate = self.head_learning_rate
+        self._require("head_learning_rate", rate is None or 0 < rate < math.inf, "above 0 and finite, or None")
+        if self.has_layer_rates and self.optim.value.startswith(OWN_GROUPS):
+            raise ValueError(
+                f"layer_lr_decay and head_learning_rate do not combine with optim={self.optim.value!r}, which groups "
+                "the parameters by itself: choose another optim, or leave the two out."
+            )
         chunk, layers = self.pair_chunk_size, self.corrective_layers
         self._require("pair_chunk_size", chunk is None or chunk >= 1, "1 or more, or None")
         valid = layers is None or (isinstance(layers, list) and layers and all(map(_is_pattern, layers)))
@@ -192,6 +214,11 @@ class IPGConfig(TrainingArguments):
     def uses_running_statistics(self) -> bool:
         """Whether batch-norm layers normalise by their running statistics in training too."""
         return self.freeze_norm or self.running_norm
+
+    @property
+    def has_layer_rates(self) -> bool:
+        """Whether layers, or the head, have learning rates of their own."""
+        return self.layer_lr_decay < 1 or self.head_learning_rate is not None
 
     @property
     def data_order_seed(self) -> int:

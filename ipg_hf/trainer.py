@@ -52,6 +52,7 @@ from .pairs.classes import shown
 from .pairs.held_out import hold_out_pairs
 from .pairs.loader import PairCollator, PairLoader, is_stream
 from .pairs.transforms import ImageRows, as_model_inputs
+from .rates import set_rates
 from .seeding import first_row
 from .sets import (
     check_columns,
@@ -167,12 +168,18 @@ class IPGTrainer(PublishingTrainer):
         self._loss_state = None  # the TrainerState of the training run that the group weights belong to
         self._pair_loaders: dict[str, PairLoader | AdversarialLoader] = {}
         self._at_end = ExitStack()
+        self._optimizer_by_layer: torch.optim.Optimizer | None = None  # the one that has the rates of the settings
 
         trainer_kwargs |= {"compute_metrics": compute_metrics, "callbacks": callbacks, "optimizers": optimizers}
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, model_init, **trainer_kwargs
         )
         check_can_be_saved(self.model)
+        if args.has_layer_rates and self.optimizer is not None:
+            raise ValueError(
+                "layer_lr_decay and head_learning_rate set the rates of the optimizer that the trainer makes, but "
+                f"optimizers= gives it a {type(self.optimizer).__name__}: leave the two out, or the optimizer."
+            )
         held_out = {} if self.eval_pair_datasets or not chooses_by_pairs(args) else dict(self.pair_datasets)
         for name, dataset in held_out.items():
             title, seed = title_of("pair_dataset", name), self._pair_seed(name)
@@ -517,7 +524,29 @@ class IPGTrainer(PublishingTrainer):
         if self.is_guided:
             self.head = self._find_needed_head()
             check_optimizer(self.optimizer, self.model)
-        return super()._prepare_for_training(max_steps, train_dataloader, *args)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, *args)
+        if self.args.has_layer_rates and self.optimizer.optimizer is not self._optimizer_by_layer:
+            raise ValueError(
+                "layer_lr_decay and head_learning_rate act in IPGTrainer.create_optimizer, but this optimizer was made "
+                f"before they were set, or {type(self).__name__} overrides create_optimizer without super: leave the "
+                "two out, or set trainer.optimizer = None before train()."
+            )
+        return prepared
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the learning rates of layers and head that the settings ask for."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.has_layer_rates:
+            wrapped = self.model if model is None else model
+            module = self.accelerator.unwrap_model(wrapped, keep_torch_compile=False)
+            rate, head = self.args.head_learning_rate, set()
+            if rate is not None:
+                layers = (self.head or find_head(module, self.head_path)).layers
+                head = {f"{path}.{name}" for path, layer in layers.items() for name, _ in layer.named_parameters()}
+            set_rates(optimizer, module, self.args.layer_lr_decay, head, rate)
+            self._optimizer_by_layer = optimizer
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As `Trainer.train`; `resume_from_checkpoint=True` goes on from the newest whole checkpoint."""

@@ -25,6 +25,12 @@ import small
         ({"correction_interval": 0}, ["correction_interval=0", "1 or more"]),
         ({"correction_schedule": "never"}, ["correction_schedule='never'", "always", "violated"]),
         ({"correction_schedule": "violated", "invariance_threshold": math.inf}, ["never correct", "finite"]),
+        ({"layer_lr_decay": 0.0}, ["layer_lr_decay=0.0", "(0, 1]"]),
+        ({"layer_lr_decay": 1.1}, ["layer_lr_decay=1.1", "(0, 1]"]),
+        ({"head_learning_rate": 0.0}, ["head_learning_rate=0.0", "above 0"]),
+        ({"head_learning_rate": math.inf}, ["head_learning_rate=inf", "finite"]),
+        *(({"layer_lr_decay": 0.5, "optim": optim}, [f"optim='{optim}'"]) for optim in ("lomo", "galore_adamw")),
+        ({"head_learning_rate": 0.1, "optim": "apollo_adamw"}, ["optim='apollo_adamw'", "leave the two out"]),
         ({"objective": "dro"}, ["objective='dro'", "erm", "group_dro"]),
         ({"group_dro_step_size": -1}, ["group_dro_step_size=-1", "0 or more"]),
         *(

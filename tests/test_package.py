@@ -142,6 +142,6 @@ def test_every_setting_is_documented_with_its_real_default(settings):
 
 
 def test_the_config_has_what_a_user_of_the_method_sets():
-    assert len(own_fields(IPGConfig)) <= 18
+    assert len(own_fields(IPGConfig)) <= 21
     for config in CONFIGS:
         assert config is IPGConfig or 1 <= len(own_fields(config)) <= 4
