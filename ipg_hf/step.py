@@ -64,6 +64,7 @@ class GuidedStep:
     no_gradient = (
         "the distance depends on no trainable parameter: unfreeze the head or network, or widen corrective_layers."
     )
+    without_head = "Or compare the outputs alone: invariance_distance='divergence'."  # ends the error of a missing head
 
     def __init__(
         self,
@@ -269,6 +270,7 @@ class GuidedStep:
     def with_pair_loss(self, distance: Tensor, logits: Tensor, labels: Tensor | None) -> Tensor:
         """d plus the task loss of both sides of all pairs, times its weight; d alone where pairs give no labels.
 
+        It is the loss of plain training, a mean over the labels, also where `objective` or the user's loss is another.
         As with d, the mean over processes of the gradients is the gradient for all pairs.
 
         Args:
@@ -279,10 +281,11 @@ class GuidedStep:
         if labels is None:
             return distance
         known = self.mean_over_processes(labels.ne(IGNORED).sum().to(distance.dtype))
+        known = torch.where(known > 0, known, 1.0)  # of several processes' mean, one label is less than 1
         wide = torch.promote_types(logits.dtype, torch.float32)
         with torch.autocast(logits.device.type, enabled=False):
             loss = summed_loss(logits.to(wide), labels, self.problem_type, self.args.label_smoothing_factor)
-        return distance + self.args.pair_loss_weight * loss / known.clamp(min=1)
+        return distance + self.args.pair_loss_weight * loss / known
 
     @staticmethod
     def distance_of_rationales(args: IPGConfig, head: ClassifierHead, z_a: Tensor, z_b: Tensor) -> Tensor:

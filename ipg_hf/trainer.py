@@ -114,8 +114,8 @@ class IPGTrainer(PublishingTrainer):
         compute_metrics: an argument of `Trainer`, e.g. [`~metrics.GroupMetrics`]. A metric with the attribute
             `takes_attributes = True`, as `GroupMetrics`, gets `label_ids=(labels, attributes)` where rows have an
             `attribute`; any other metric gets the labels alone.
-        head: dotted path of the last linear layer, or several paths, where `find_head` does not find it. Only a
-            distance of rationales needs a head; one that is given here is proven in any case.
+        head: dotted path of the last linear layer, or several paths, where `find_head` does not find it.
+            `invariance_distance="divergence"` needs no head; one that is given here is proven in any case.
         **trainer_kwargs: every other argument of `Trainer`.
 
     Raises:
@@ -272,7 +272,10 @@ class IPGTrainer(PublishingTrainer):
     def _label_columns_of_pairs(self) -> dict[str, Any]:
         sets = {title_of("pair_dataset", name): pairs for name, pairs in self.pair_datasets.items()}
         sets |= {title_of("eval_pair_dataset", name): pairs for name, pairs in self.eval_pair_datasets.items()}
+        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         for title, pairs in sets.items():
+            if self.pairs_with_labels:
+                check_labels(pairs, title, num_labels)
             check_pair_columns(
                 pairs,
                 title,
@@ -352,8 +355,7 @@ class IPGTrainer(PublishingTrainer):
             self.pair_datasets[name] = dataset = inputs
             check_pair_set(dataset, title, self._pair_collator, every_row=self.args.check_pairs, per_step=wanted)
             if self.pairs_with_labels and not is_stream(dataset):
-                collate = PairCollator(self._inputs, self._inputs[0], labels=True)
-                collate([dataset[0]])  # says now that the column is missing
+                self._check_pair_label(dataset, title)
         if not self.args.uses_running_statistics:
             warn_of_batch_statistics(self.model)
         parameters_matching(self.model, self.args.corrective_layers)
@@ -367,6 +369,15 @@ class IPGTrainer(PublishingTrainer):
         if self.compute_loss_func is None and self.label_smoother is None and not overridden:
             self.model_accepts_loss_kwargs = True
 
+    def _check_pair_label(self, pairs: Any, title: str) -> None:
+        """Raises a ValueError if the first pair, as model inputs, has no label, or none that gives a loss."""
+        labels = PairCollator(self._inputs, self._inputs[0], labels=True)([pairs[0]])["labels"]
+        if self.problem_type == "single_label_classification" and (labels.dim() > 1 or labels.is_floating_point()):
+            raise ValueError(
+                f"{title} has the label {labels[0].tolist()} in row 0, but the model has one class an image: make "
+                "it the number of the class, an integer."
+            )
+
     def _check_held_out(self, dataset: Any, title: str) -> None:
         if is_stream(dataset) or isinstance(dataset, AdversarialPairs):
             raise ValueError(
@@ -377,7 +388,7 @@ class IPGTrainer(PublishingTrainer):
         self._check_measured(dataset, title)
         inputs = self._as_inputs(dataset, is_training=False, seed=0)
         check_pair_set(inputs, title, self._pair_collator, every_row=self.args.check_pairs)
-        self._find_needed_head(inputs, is_required=self.is_guided)
+        self._find_needed_head(inputs, trains=False)
         has_labels = self._has_labels(inputs, title)
         if metric_of(self.args.metric_for_best_model or "") == "pair_accuracy" and not has_labels:
             raise ValueError(
@@ -492,13 +503,19 @@ class IPGTrainer(PublishingTrainer):
         """Whether what the pairs minimise is computed from the classifier head."""
         return self.args.invariance_distance != "divergence"
 
-    def _find_needed_head(self, dataset: Any = None, *, is_required: bool = True) -> ClassifierHead | None:
+    def _find_needed_head(self, dataset: Any = None, *, trains: bool = True) -> ClassifierHead | None:
         """The head, proven on a pair of the data set, by default of the first pair set; None where none is needed.
 
+        Args:
+            dataset: pairs as model inputs.
+            trains: whether the pairs train the model. Pairs that are measured need a head for the distance alone; a
+                model without one has no such metric.
+
         Raises:
-            ValueError: the model has no linear head, and `is_required`.
+            ValueError: no head is found for the training, or the one that the user gave is none.
         """
-        if not self.needs_head() and self.head_path is None:
+        needed = self.needs_head() if trains else self.args.invariance_distance != "divergence"
+        if not needed and self.head_path is None:
             return None
         dataset = next(iter(self.pair_datasets.values())) if dataset is None else dataset
         # by a loader: random transforms must not draw from the global generators, whose state a resume restores
@@ -507,9 +524,9 @@ class IPGTrainer(PublishingTrainer):
             head = find_head(self.model, self.head_path, pair)
             head.verify(self.model, pair)
         except ValueError as failure:
-            if not is_required:
+            if not trains and self.head_path is None:
                 return None
-            raise ValueError(f"{failure} Or compare the outputs alone: invariance_distance='divergence'.") from None
+            raise ValueError(f"{failure} {self.step_class.without_head}" if needed else str(failure)) from None
         return head
 
     # ---- The step ----
@@ -749,7 +766,7 @@ class IPGTrainer(PublishingTrainer):
             or for a regression `<prefix>_difference`, the mean absolute difference of the outputs;
             `<prefix>_pair_accuracy`, the share of labelled pairs with both sides predicted right, where pairs have a
             `label` and an image has one class; `<prefix>_divergence` and `<prefix>_distance` of all pairs together
-            (no distance if it needs a linear head, and a model that no pairs have trained has none).
+            (no distance if `invariance_distance` needs a linear head and the model has none).
         """
         self._check_measured(pair_dataset, "pair_dataset")
         dataset = self._as_inputs(pair_dataset, is_training=False, seed=0)
@@ -757,8 +774,7 @@ class IPGTrainer(PublishingTrainer):
         own = torch.Generator()  # measuring during training must not draw from the global one
         collator = PairCollator(self._inputs, self._inputs[0], labels=self._has_labels(dataset, "pair_dataset"))
         batches = DataLoader(dataset, self.args.eval_batch_size, collate_fn=collator, generator=own)
-        # a model that no pairs have trained may have no head: the metrics of the outputs need none
-        head, problem_type = self._find_needed_head(dataset, is_required=self.is_guided), self.problem_type
+        head, problem_type = self._find_needed_head(dataset, trains=False), self.problem_type
         sides, labels = [], []
         with self.autocast_smart_context_manager(), inference(self.model):
             for batch in map(self._prepare_inputs, batches):
@@ -778,17 +794,13 @@ class IPGTrainer(PublishingTrainer):
                     measured["pair_accuracy"] = is_right[known].sum().item() / known.sum().item()
             divergence = invariance_divergence(a, b, problem_type=problem_type)
             measured["divergence"] = divergence.item()
-            if not self.needs_head():
-                distance = root_divergence(divergence)
-            elif head is None:
-                distance = None
-            elif self.args.invariance_distance == "rationale_divergence":
+            if self.args.invariance_distance == "divergence":
+                measured["distance"] = root_divergence(divergence).item()
+            elif head is not None and self.args.invariance_distance == "rationale_divergence":
                 of_rationales = rationale_divergence(head.weight, *z, a, b, problem_type=problem_type)
-                distance = root_divergence(divergence + of_rationales, floor=ROOT_FLOOR)
-            else:
-                distance = self.step_class.distance_of_rationales(self.args, head, *z)
-        if distance is not None:
-            measured["distance"] = distance.item()
+                measured["distance"] = root_divergence(divergence + of_rationales, floor=ROOT_FLOOR).item()
+            elif head is not None:
+                measured["distance"] = self.step_class.distance_of_rationales(self.args, head, *z).item()
         return {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
 
     # ---- Logs and checkpoints ----

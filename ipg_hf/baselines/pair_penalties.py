@@ -58,6 +58,7 @@ class PairPenaltyStep(GuidedStep):
 
     value_name = "penalty"
     no_gradient = "the penalty depends on no trainable parameter: unfreeze the head or network."
+    without_head = "Or compare the outputs alone: pair_objective='kl'."
 
     def correct(self, model: nn.Module) -> dict[str, Tensor]:
         """Adds the gradient of the penalty; moves nothing. Returns the step's metrics, detached scalars."""
