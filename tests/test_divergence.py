@@ -207,15 +207,33 @@ def test_root_by_hand():
     assert a.grad.flatten().tolist() == pytest.approx([3 / (5 * math.sqrt(2)), -4 / (5 * math.sqrt(2))])
 
 
-def test_the_gradient_of_the_root_is_the_mean_over_its_parts():
+def test_root_with_a_floor_by_hand():
+    """c = 0.08 and f = 0.01: √0.09 - √0.01 = 0.2, with the slope 1 / (2·√0.09) = 5 / 3."""
+    c = torch.tensor(0.08, dtype=torch.float64, requires_grad=True)
+    root = root_divergence(c, floor=0.01)
+    assert root.item() == pytest.approx(0.2)
+    assert torch.autograd.grad(root, c)[0].item() == pytest.approx(5 / 3)
+
+
+def test_a_floor_does_not_cancel_tiny_divergences():
+    """√(c + f) - √f is c / (2·√f) for c far below f; float32 would make 0 of the difference of the two roots."""
+    c = torch.tensor(1e-12, requires_grad=True)
+    root = root_divergence(c, floor=1e-3)
+    assert root.item() == pytest.approx(1e-12 / (2 * math.sqrt(1e-3)), rel=1e-6)
+    assert torch.autograd.grad(root, c)[0].item() == pytest.approx(1 / (2 * math.sqrt(1e-3)), rel=1e-6)
+    assert (c + 1e-3).sqrt() - torch.tensor(1e-3).sqrt() == 0
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_the_gradient_of_the_root_is_the_mean_over_its_parts(floor):
     logits = [torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (0, 1)]
     whole = [part.clone().requires_grad_() for part in logits]
-    root_divergence(invariance_divergence(*whole)).backward()
+    root_divergence(invariance_divergence(*whole), floor=floor).backward()
     of_all = invariance_divergence(*logits)
     parts = [part.clone().requires_grad_() for part in logits]
     for rows in (slice(0, 3), slice(3, 6)):
-        root = root_divergence(invariance_divergence(parts[0][rows], parts[1][rows]), of_all)
-        assert root.item() == pytest.approx(of_all.sqrt().item())
+        root = root_divergence(invariance_divergence(parts[0][rows], parts[1][rows]), of_all, floor=floor)
+        assert root.item() == pytest.approx((of_all + floor).sqrt().item() - floor**0.5)
         (root / 2).backward()
     for ours, theirs in zip(parts, whole, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
@@ -224,20 +242,23 @@ def test_the_gradient_of_the_root_is_the_mean_over_its_parts():
     assert abs(sum(own) / 2 - of_all.sqrt()) > 1e-4
 
 
-def test_the_root_of_equal_outputs_has_a_zero_gradient():
+@pytest.mark.parametrize("floor", [0.0, 1e-3])
+def test_the_root_of_equal_outputs_has_a_zero_gradient(floor):
     a = torch.tensor([[1.0, -2.0]], requires_grad=True)
-    root = root_divergence(invariance_divergence(a, a.detach().clone()))
+    root = root_divergence(invariance_divergence(a, a.detach().clone()), floor=floor)
     root.backward()
     assert root.item() == 0 and a.grad.tolist() == [[0.0, 0.0]]
 
 
 def test_the_gradient_of_the_root_keeps_its_length():
-    """The gradient of the divergence falls with the difference, the gradient of its root does not."""
+    """The gradient of the divergence falls with the difference, that of its root does so with a floor only."""
     lengths = {}
     for scale in (1.0, 1e-3):
         a = torch.tensor([[scale, -scale]], requires_grad=True)
         c = invariance_divergence(a, torch.zeros(1, 2))
         (plain,) = torch.autograd.grad(c, a, retain_graph=True)
-        (root,) = torch.autograd.grad(root_divergence(c), a)
-        lengths[scale] = plain.norm(), root.norm()
+        (root,) = torch.autograd.grad(root_divergence(c), a, retain_graph=True)
+        (floored,) = torch.autograd.grad(root_divergence(c, floor=1e-3), a)
+        lengths[scale] = plain.norm(), root.norm(), floored.norm()
     assert lengths[1e-3][0] < 2e-3 * lengths[1.0][0] and lengths[1e-3][1] > 0.5 * lengths[1.0][1]
+    assert lengths[1.0][2] > 0.9 * lengths[1.0][1] and lengths[1e-3][2] < 0.1 * lengths[1e-3][1]

@@ -9,7 +9,14 @@ import torch
 from torch.linalg import matrix_norm, svdvals
 
 from ipg_hf import guidance
-from ipg_hf.guidance import invariance_divergence, loss_gradient_scale, rationale, rationale_distance
+from ipg_hf.guidance import (
+    invariance_divergence,
+    loss_gradient_scale,
+    rationale,
+    rationale_distance,
+    rationale_divergence,
+    root_divergence,
+)
 
 REDUCTIONS = ("mean", "pair")
 NORMS = ("spectral", "frobenius")
@@ -349,6 +356,140 @@ def test_the_distance_repeats_and_does_not_change_the_random_state():
     assert torch.equal(rationale_distance(weight, *one_pair(delta)), first)
 
 
+# --- divergence of the rationales
+
+LOG_3 = math.log(3)
+SINGLE, MULTI, REGRESSION = PROBLEM_TYPES
+
+
+@pytest.mark.parametrize(
+    ("weight", "delta", "logits", "problem_type", "expected"),
+    [
+        # p = (3/4, 1/4), rows that differ by u = (2, 2): ½·p(1 - p)·Σ (u_k δ_k)² = ½·3/16·(4 + 16)
+        ([[2, 1], [0, -1]], (1, 2), ((LOG_3, 0), (LOG_3, 0)), SINGLE, 1.875),
+        # the sides' p are (3/4, 1/4) and (1/4, 3/4), their mean is (1/2, 1/2): ½·1/4·20
+        ([[2, 1], [0, -1]], (1, 2), ((LOG_3, 0), (0, LOG_3)), SINGLE, 2.5),
+        # p = (1/2, 1/4, 1/4). Column (4, 0, 0): 16/2 - 2² = 4, times 3²/2. Column (0, 2, -2): 4/4 + 4/4 = 2, times 1/2.
+        ([[4, 0], [0, 2], [0, -2]], (3, 1), ((math.log(2), 0, 0),) * 2, SINGLE, 19),
+        # p(1 - p) = 3/16 of the first label and 1/4 of the second: ½·(3/16·2² + 1/4·4²)
+        ([[2, 0], [0, 4]], (1, 1), ((LOG_3, 0),) * 2, MULTI, 2.375),
+        # mean over outputs of w²: 5 and 10, times 1 and 4
+        ([[1, 2], [3, 4]], (1, 2), ((7, 8), (9, 0)), REGRESSION, 45),
+    ],
+)
+def test_rationale_divergence_by_hand(weight, delta, logits, problem_type, expected):
+    z_a, z_b = one_pair(torch.tensor(delta).float())
+    same = randn(1, 2)  # a second pair whose sides agree halves the mean
+    for more in (0, 1):
+        a, b = (torch.tensor([side] * (1 + more)).float() for side in logits)
+        sides = torch.cat([z_a, same[:more]]), torch.cat([z_b, same[:more]])
+        got = rationale_divergence(torch.tensor(weight).float(), *sides, a, b, problem_type=problem_type)
+        assert got.shape == ()
+        assert got.item() == pytest.approx(expected / (1 + more), rel=1e-6)
+
+
+def classified(classes=5, features=11, pairs=6, spread=1.0, dtype=torch.float64):
+    """W, the features of both sides, and their logits."""
+    weight, z_a, z_b = randn(classes, features), spread * randn(pairs, features, seed=1), randn(pairs, features, seed=2)
+    weight, z_a, z_b = (t.to(dtype) for t in (weight, z_a, spread * z_b))
+    return weight, z_a, z_b, z_a @ weight.T, z_b @ weight.T
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_what_the_rationale_divergence_does_not_depend_on(problem_type):
+    weight, z_a, z_b, a, b = classified()
+    value = rationale_divergence(weight, z_a, z_b, a, b, problem_type=problem_type)
+    assert torch.equal(rationale_divergence(weight, z_b, z_a, b, a, problem_type=problem_type), value)
+    features, classes, pairs = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (11, 5, 6))
+    permuted = weight[classes][:, features], z_a[:, features], z_b[:, features], a[:, classes], b[:, classes]
+    torch.testing.assert_close(rationale_divergence(*permuted, problem_type=problem_type), value)
+    unordered = (t[pairs] for t in (z_a, z_b, a, b))
+    torch.testing.assert_close(rationale_divergence(weight, *unordered, problem_type=problem_type), value)
+    other = rationale_divergence(weight, z_a, z_b.roll(1, 0), a, b.roll(1, 0), problem_type=problem_type)
+    assert abs(other - value) > 1e-2 * value  # which sides are a pair matters
+    # the same vector added to all rows of W: it changes the outputs of all classes alike, which is no other prediction
+    added = weight + randn(11, seed=3)
+    shifted = rationale_divergence(added, z_a, z_b, z_a @ added.T, z_b @ added.T, problem_type=problem_type)
+    if problem_type == SINGLE:
+        torch.testing.assert_close(shifted, value)
+    else:
+        assert abs(shifted - value) > 1e-2 * value
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_of_one_feature_both_divergences_agree_to_second_order(problem_type):
+    weight, z = randn(5, 1, dtype=torch.float64), randn(8, 1, seed=1, dtype=torch.float64)
+    gaps = []
+    for step in (1e-1, 1e-2):
+        a, b = (z + step) @ weight.T, z @ weight.T
+        of_outputs = invariance_divergence(a, b, problem_type=problem_type)
+        of_rationales = rationale_divergence(weight, z + step, z, a, b, problem_type=problem_type)
+        gaps.append(abs(of_rationales / of_outputs - 1).item())
+    assert gaps[0] < 1e-2 and gaps[1] < max(1.1e-2 * gaps[0], 1e-12)  # a hundredth, at a tenth of the difference
+
+
+def test_features_that_cancel_have_a_rationale_divergence_alone():
+    """δ = (1, -1) under equal weights: the outputs are equal, each feature's rationales are not."""
+    weight = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    z_a, z_b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    a, b = z_a @ weight.T - torch.tensor([1.0, 0.0]), z_b @ weight.T - torch.tensor([1.0, 0.0])
+    assert invariance_divergence(a, b) == 0
+    assert rationale_divergence(weight, z_a, z_b, a, b).item() == pytest.approx(0.25)  # ½·1/4·(1 + 1)
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_identical_features_give_exactly_zero_and_zero_gradients_by_rationales(problem_type):
+    weight, z_a, _, a, b = classified(dtype=torch.float32)
+    leaves = [weight.requires_grad_(), z_a.requires_grad_(), z_a.detach().clone().requires_grad_()]
+    value = rationale_divergence(*leaves, a, b, problem_type=problem_type)
+    assert value == 0
+    for of, floor in ((value, None), (root_divergence(value, floor=1e-3), 1e-3), (root_divergence(value), 0)):
+        for gradient in torch.autograd.grad(of, leaves, retain_graph=True):
+            assert torch.equal(gradient, torch.zeros_like(gradient)), floor
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_the_gradient_of_the_rationale_divergence(problem_type):
+    """The probabilities are constants: the outputs have no gradient."""
+    weight, z_a, z_b, a, b = (t.requires_grad_() for t in map(torch.clone, classified(3, 4, 2)))
+    value = rationale_divergence(weight, z_a, z_b, a, b, problem_type=problem_type)
+    assert torch.autograd.grad(value, [a, b], retain_graph=True, allow_unused=True) == (None, None)
+    assert torch.autograd.gradcheck(
+        lambda *t: rationale_divergence(*t, a, b, problem_type=problem_type), (weight, z_a, z_b)
+    )
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1.0, 10.0])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_the_rationale_divergence_keeps_float32_accuracy(classes, spread):
+    """Against the variance of its definition in float64; at a spread of 10 most predictions are certain."""
+    weight, z_a, z_b, a, b = (t / 8 if n == 0 else t for n, t in enumerate(classified(classes, 64, 8, spread)))
+    a, b = a / 8, b / 8
+    p = (a.softmax(-1) + b.softmax(-1)).unsqueeze(-1) / 2
+    gap = rationale(weight, z_a) - rationale(weight, z_b)
+    wanted = (p * (gap - (p * gap).sum(1, keepdim=True)).square()).sum((1, 2)).mean() / 2
+    torch.testing.assert_close(rationale_divergence(weight, z_a, z_b, a, b), wanted, rtol=1e-10, atol=0)
+    got = rationale_divergence(*(t.float() for t in (weight, z_a, z_b, a, b)))
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_rounding_makes_no_rationale_divergence_negative():
+    """Of certain predictions the variance is a difference of two numbers that agree in nearly all digits."""
+    weight, z_a, z_b, a, b = classified(dtype=torch.float32, spread=100.0)
+    pairs = zip(*(t.unsqueeze(1) for t in (z_a, z_b, a, a + 1e-3 * b)), strict=True)
+    values = [rationale_divergence(weight, *pair) for pair in pairs]
+    assert min(values) >= 0 and min(values) < 1e-3
+
+
+@pytest.mark.parametrize("classes", [6, 140])
+def test_the_rationale_divergence_keeps_no_tensor_of_pairs_by_classes_by_features(classes):
+    weight, z_a, z_b, a, b = (t.requires_grad_() for t in map(torch.clone, classified(classes, 150, 40)))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        rationale_divergence(weight, z_a, z_b, a, b)
+    assert 0 < max(sizes) <= max(weight.numel(), z_a.numel())
+
+
 # --- numerics: dtypes, autocast, non-finite values
 
 
@@ -356,11 +497,12 @@ def test_the_distance_repeats_and_does_not_change_the_random_state():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_is_computed_in_float32(dtype, autocast):
     weight, z_a, z_b = (t.to(dtype) for t in (randn(3, 40), randn(4, 40, seed=1), randn(4, 40, seed=2)))
-    leaf = weight.clone().requires_grad_()
+    leaf, logits = weight.clone().requires_grad_(), (z_a[:, :3].clone(), z_b[:, :3].clone())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = [rationale(leaf, z_a)]
         got += [rationale_distance(leaf, z_a, z_b, reduction=r, norm=n) for r in REDUCTIONS for n in NORMS]
         got += [invariance_divergence(z_a, z_b, problem_type=p) for p in PROBLEM_TYPES]
+        got += [rationale_divergence(leaf, z_a, z_b, *logits, problem_type=p) for p in PROBLEM_TYPES]
         got += [loss_gradient_scale(z_a[0, 0].abs(), z_b[0, 0].abs(), got[-1], alpha=0.3, threshold=0.0)]
         got[1].backward()
     assert leaf.grad.dtype == dtype
@@ -368,6 +510,8 @@ def test_low_precision_is_computed_in_float32(dtype, autocast):
     want = [rationale(weight, z_a)]
     want += [rationale_distance(weight, z_a, z_b, reduction=r, norm=n) for r in REDUCTIONS for n in NORMS]
     want += [invariance_divergence(z_a, z_b, problem_type=p) for p in PROBLEM_TYPES]
+    logits = z_a[:, :3], z_b[:, :3]
+    want += [rationale_divergence(weight, z_a, z_b, *logits, problem_type=p) for p in PROBLEM_TYPES]
     want += [loss_gradient_scale(z_a[0, 0].abs(), z_b[0, 0].abs(), want[-1], alpha=0.3, threshold=0.0)]
     for ours, reference in zip(got, want, strict=True):
         assert ours.dtype == torch.float32
@@ -381,6 +525,8 @@ def test_one_float64_argument_makes_it_float64():
         assert rationale_distance(weight, z_a, z_b.double(), norm=norm).dtype == torch.float64
         assert rationale_distance(weight, z_a, z_b, norm=norm).dtype == torch.float32
     assert invariance_divergence(z_a, z_b.double()).dtype == torch.float64
+    logits = z_a[:, :3], z_b[:, :3].double()
+    assert rationale_divergence(weight, z_a, z_b, *logits).dtype == torch.float64
     one = torch.ones((), dtype=torch.float64)
     assert loss_gradient_scale(one, one.float(), one.float(), alpha=1.0, threshold=0.0).dtype == torch.float64
 
@@ -396,6 +542,31 @@ def test_non_finite_arguments_give_non_finite_results(reduction, norm, shape):
         distance = rationale_distance(*leaves, reduction=reduction, norm=norm)
         assert not distance.isfinite(), (where, bad)
         assert not any(g.isfinite().all() for g in torch.autograd.grad(distance, leaves)), (where, bad)
+
+
+@pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
+def test_non_finite_arguments_give_a_non_finite_rationale_divergence(problem_type):
+    for where, bad in itertools.product(range(3), (math.nan, math.inf, -math.inf)):
+        tensors = list(classified(3, 8, 4))
+        tensors[where][1, 2] = bad
+        leaves = [t.requires_grad_() for t in tensors[:3]]
+        value = rationale_divergence(*leaves, *tensors[3:], problem_type=problem_type)
+        assert not value.isfinite(), (where, bad)
+        assert not all(g.isfinite().all() for g in torch.autograd.grad(value, leaves)), (where, bad)
+    weight, z_a, z_b, a, b = classified(3, 8, 4)
+    a[1, 2] = math.nan
+    assert rationale_divergence(weight, z_a, z_b, a, b, problem_type=problem_type).isnan() == (
+        problem_type != REGRESSION  # which reads no outputs
+    )
+
+
+def test_a_class_that_is_ruled_out_adds_no_rationale_divergence():
+    weight, z_a, z_b, a, b = classified()
+    outputs = [torch.cat([side, torch.full((6, 1), -math.inf)], 1) for side in (a, b)]
+    wider = torch.cat([weight, randn(1, 11, seed=4)])
+    torch.testing.assert_close(
+        rationale_divergence(wider, z_a, z_b, *outputs), rationale_divergence(weight, z_a, z_b, a, b)
+    )
 
 
 # --- errors
@@ -425,6 +596,20 @@ def test_rationale_names_shapes_that_do_not_fit():
         rationale(torch.zeros(3, 5), torch.zeros(2, 4))
 
 
+@pytest.mark.parametrize(
+    ("shapes", "named"),
+    [
+        (((3, 5), (2, 4), (2, 4), (2, 3), (2, 3)), "(3, 5), (2, 4), (2, 4)"),
+        (((3, 5), (2, 5), (2, 5), (2, 4), (2, 4)), "(B, C) = (2, 3), got (2, 4) and (2, 4)"),
+        (((3, 5), (2, 5), (2, 5), (2, 3), (1, 3)), "(B, C) = (2, 3), got (2, 3) and (1, 3)"),
+    ],
+)
+def test_rationale_divergence_names_shapes_that_do_not_fit(shapes, named):
+    with pytest.raises(ValueError) as error:
+        rationale_divergence(*map(torch.zeros, shapes))
+    assert named in str(error.value)
+
+
 def test_unknown_names_are_errors_that_list_the_known_ones():
     z = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"reduction 'sum', .*'mean', 'pair'"):
@@ -434,3 +619,5 @@ def test_unknown_names_are_errors_that_list_the_known_ones():
     names = ", ".join(f"'{name}'" for name in PROBLEM_TYPES)
     with pytest.raises(ValueError, match=rf"problem_type 'ranking', .*{names}"):
         invariance_divergence(z, z, problem_type="ranking")
+    with pytest.raises(ValueError, match=rf"problem_type 'ranking', .*{names}"):
+        rationale_divergence(z, z, z, z, z, problem_type="ranking")
