@@ -298,7 +298,7 @@ def referred(case, drawn, wrong=None):
 
 # kinds of heads: z and W of the rationales are another thing in each; clipped, since gradients are large in some
 HEADS = [
-    Case(model=name, freeze_norm=True, norm=norm, max_grad_norm=0.01)
+    Case(model=name, freeze_norm=True, norm=norm, max_grad_norm=0.003)
     for name in MODELS
     for norm in ("spectral", "default")
     if name not in ("vit", "resnet", "timm")
