@@ -32,9 +32,11 @@ from ipg_hf.inference import logits_of
 SIZE = 16
 
 # The method of the paper: the distance of rationales, and a step 4 that scales the task gradient up as well as down.
-# A test takes it where it computes the paper's distance or its factor by hand, or where the two distances take
+# A test takes it where it computes the paper's distance or its factor by hand, or where the distances take
 # different ways through the code. The threshold lets step 4 act on freshly initialised models.
 PAPER = {"invariance_distance": "rationale", "invariance_threshold": 1e-4, "max_loss_scale": float("inf")}
+DIVERGENCE = {"invariance_distance": "divergence"}
+DISTANCES = {"default": {}, "divergence": DIVERGENCE, "paper": PAPER}
 
 # Step 4 acts at every step: the outputs of freshly initialised models differ by less than the default threshold, and
 # an alpha of 1 would ask for a factor above the default limit of 1. `scales` shows that it did.
@@ -277,6 +279,27 @@ def scales(run):
 
 def weights(model):
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def distance_by_hand(name, weight, z, logits):
+    """A distance of `DISTANCES` from its definition, and the divergence of the outputs: one class an image.
+
+    Args:
+        name: a key of `DISTANCES`.
+        weight: of the head, (C, D).
+        z: the head's inputs, (2P, D), the a sides in the first half.
+        logits: (2P, C).
+    """
+    p, q = logits.softmax(-1).chunk(2)
+    divergence = ((p * (p / q).log()).sum(-1) + (q * (q / p).log()).sum(-1)).mean() / 2
+    a, b = (weight * z.unsqueeze(1)).chunk(2)  # rationales
+    if name == "paper":
+        return torch.linalg.svdvals(a.mean(0) - b.mean(0))[0], divergence
+    if name == "divergence":
+        return divergence.sqrt(), divergence
+    mean = ((p + q) / 2).detach().unsqueeze(-1)
+    variance = (mean * (a - b - (mean * (a - b)).sum(1, keepdim=True)) ** 2).sum(1)
+    return (divergence + variance.sum(-1).mean() / 2 + 1e-3).sqrt() - 1e-3**0.5, divergence
 
 
 def bit_equal(ours, theirs):

@@ -41,7 +41,9 @@ def test_train_leaves_a_model_a_record_a_card_and_a_figure(trained, capsys):
     assert sum(value for key, value in test.items() if key.startswith("group_n/")) == len(LOADERS["digits"]().test)
     settings = record["settings"]
     assert settings["compare"] == "erm" and settings["model_config"]["patch_size"] == 8
-    assert settings["invariance_distance"] == "divergence" and settings["optim"] == "adamw_torch_fused"  # not given
+    assert (
+        settings["invariance_distance"] == "rationale_divergence" and settings["optim"] == "adamw_torch_fused"
+    )  # not given
     assert {*record["given"]} == {*TINY, "compare"}
     assert (trained / "out" / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     erm = json.loads((trained / "out" / "erm" / "run.json").read_text())

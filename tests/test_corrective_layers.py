@@ -48,6 +48,7 @@ PAIR = MEAN | {"rationale_reduction": "pair"}
     [
         ("vit", {}),
         ("vit", {"pair_chunk_size": 1}),
+        ("vit", small.DIVERGENCE | {"pair_chunk_size": 1}),
         ("vit", MEAN),
         ("vit", PAIR | {"pair_chunk_size": 1}),
         ("resnet", {"pair_chunk_size": 1}),

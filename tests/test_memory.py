@@ -10,6 +10,8 @@ from ipg_hf.norms import norm_layers
 from ipg_hf.step import GuidedStep
 
 PAPER = {"invariance_distance": "rationale"}
+DISTANCES = small.DISTANCES | {"paper": PAPER}
+every_distance = pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES)
 
 
 def run(folder, build, chunk, **kwargs):
@@ -35,8 +37,8 @@ BUILDS = [small.vit, small.resnet, small.timm_resnet, small.deit_with_teacher, s
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize(
     "distance",
-    [{}, {**PAPER, "rationale_reduction": "mean"}, {**PAPER, "rationale_reduction": "pair"}],
-    ids=["default", "mean", "pair"],
+    [{}, small.DIVERGENCE, {**PAPER, "rationale_reduction": "mean"}, {**PAPER, "rationale_reduction": "pair"}],
+    ids=["default", "divergence", "mean", "pair"],
 )
 def test_chunks_give_the_gradient_of_the_whole(tmp_path, build, distance):
     whole, log = run(tmp_path, build, None, **distance)
@@ -57,7 +59,7 @@ def test_another_batch_size_is_not_the_same(tmp_path):
     assert differences(whole, weights(model)) > 1e-4
 
 
-@pytest.mark.parametrize("distance", [{}, PAPER], ids=["default", "paper"])
+@every_distance
 def test_a_chunk_holds_the_graph_of_its_pairs_alone(tmp_path, monkeypatch, distance):
     sizes, plain = [], GuidedStep.forward
 
@@ -72,7 +74,7 @@ def test_a_chunk_holds_the_graph_of_its_pairs_alone(tmp_path, monkeypatch, dista
     assert sizes == without + attached
 
 
-@pytest.mark.parametrize("distance", [{}, PAPER], ids=["default", "paper"])
+@every_distance
 @pytest.mark.parametrize("frozen", ["backbone", "head", "both"])
 def test_frozen_parts_in_chunks(tmp_path, frozen, distance):
     """The bias of the head is never frozen: the outputs depend on it, the rationales do not."""

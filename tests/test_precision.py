@@ -49,8 +49,9 @@ def test_an_overflow_leaves_the_group_weights_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("accumulation", "max_grad_norm", "chunk", "distance"),
     [
-        (1, 0.05, None, "divergence"),
-        (3, 0.05, 2, "divergence"),
+        (1, 0.05, None, "rationale_divergence"),
+        (3, 0.05, 2, "rationale_divergence"),
+        (1, 0.05, 2, "divergence"),
         (3, 0.0, None, "rationale"),
         (1, 0.0, 2, "rationale"),
     ],

@@ -13,14 +13,13 @@ from small import Around, bit_equal, descending, differences, logged, scales, tr
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from ipg_hf import IPGTrainer
+from ipg_hf import IPGTrainer, find_head
 from ipg_hf.callbacks import PairProgress
 from ipg_hf.step import GuidedStep, check_launch
 
 MODELS = {"vit": small.vit, "resnet": small.resnet, "timm": small.timm_resnet}
-DISTANCES = {"default": {}, "paper": small.PAPER}
 NEVER_REACHED = 1e9  # as a threshold, of a divergence
-both_distances = pytest.mark.parametrize("distance", DISTANCES.values(), ids=DISTANCES)
+every_distance = pytest.mark.parametrize("distance", small.DISTANCES)
 
 
 def corrected(around):
@@ -37,21 +36,27 @@ def guided(folder, **settings):
 # ---- R1, R2: numerics and the pair forward ----
 
 
-@both_distances
+@every_distance
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 model", "bf16 autocast"])
 def test_measures_are_float32_below_it(tmp_path, monkeypatch, autocast, distance):
     seen, add = {}, PairProgress.add
     monkeypatch.setattr(PairProgress, "add", lambda self, values: (seen.update(values), add(self, values)))
     dtype = torch.float32 if autocast else torch.bfloat16
     train, pairs = small.rows(16, dtype=dtype), small.pairs(10, dtype=dtype)
-    run = trainer(tmp_path, small.vit().to(dtype), train, pairs, max_steps=2, bf16=autocast, **distance)
+    run = trainer(
+        tmp_path, small.vit().to(dtype), train, pairs, max_steps=2, bf16=autocast, **small.DISTANCES[distance]
+    )
     run.train()
     assert {"distance", "divergence", "corrective_grad_norm", "loss_grad_norm", "loss_scale"} <= seen.keys()
     assert {name: value.dtype for name, value in seen.items()} == dict.fromkeys(seen, torch.float32)
     assert all(math.isfinite(entry["ipg/distance"]) and entry["ipg/distance"] > 0 for entry in logged(run))
 
 
-@pytest.mark.parametrize("distance", [{}, small.PAPER | {"rationale_reduction": "pair"}], ids=["default", "pair"])
+@pytest.mark.parametrize(
+    "distance",
+    [{}, small.DIVERGENCE, small.PAPER | {"rationale_reduction": "pair"}],
+    ids=["default", "divergence", "pair"],
+)
 def test_identical_members_give_zero_to_the_last_bit(tmp_path, distance):
     around, same = Around(), small.pairs(10, same=True)
     settings = distance | {"invariance_threshold": 0.0, "optim": "sgd", "callbacks": [around]}
@@ -117,16 +122,16 @@ def with_a_part_in_training_only(model):
     return model
 
 
-@both_distances
+@every_distance
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_parameter_that_the_distance_does_not_depend_on_is_not_corrected(tmp_path, kind, distance):
     """Its momentum is left too. The paper's distance does not depend on the head's bias."""
     model, around = with_a_part_in_training_only(small.vit()), Around()
     settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}
-    optimizer = kind(model.parameters(), 0.01, weight_decay=0.5, **settings)
-    run = trainer(tmp_path, model, optimizers=(optimizer, None), callbacks=[around], max_steps=2, **distance)
+    optimizer, settings = kind(model.parameters(), 0.01, weight_decay=0.5, **settings), small.DISTANCES[distance]
+    run = trainer(tmp_path, model, optimizers=(optimizer, None), callbacks=[around], max_steps=2, **settings)
     run.train()
-    left = {"extra", "classifier.bias"} if distance else {"extra"}
+    left = {"extra", "classifier.bias"} if distance == "paper" else {"extra"}
     (values, state), (middle, middle_state) = around.before[1], around.middle[1]
     assert {name for name in values if torch.equal(values[name], middle[name])} == left
     entries = {name for name in state if name.split("/")[0] in left}
@@ -168,8 +173,14 @@ def test_weight_decay_acts_in_the_second_update(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "distance"),
-    [("vit", {}), ("vit", {"invariance_distance": "rationale"}), ("resnet", {}), ("timm", {})],
-    ids=["vit", "vit-paper", "resnet", "timm"],
+    [
+        ("vit", {}),
+        ("vit", small.DIVERGENCE),
+        ("vit", {"invariance_distance": "rationale"}),
+        ("resnet", {}),
+        ("timm", {}),
+    ],
+    ids=["vit", "vit-divergence", "vit-paper", "resnet", "timm"],
 )
 def test_accumulation_equals_one_batch(tmp_path, name, distance):
     """24 rows in whole steps; 22 in steps of 9, the last of which is short and ends in an uneven micro-batch."""
@@ -269,7 +280,7 @@ def test_violated_if_any_set_is(tmp_path):
     assert logged(run)[0]["ipg/violated"] == 1.0
 
 
-@both_distances
+@every_distance
 @pytest.mark.parametrize("kind", ["regression", "multi-label"])
 def test_other_problem_types(tmp_path, kind, distance):
     labels = 1 if kind == "regression" else 3
@@ -279,7 +290,8 @@ def test_other_problem_types(tmp_path, kind, distance):
         row["labels"] = torch.rand(labels, generator=generator).round() if labels > 1 else float(torch.rand(()))
     pairs = small.pairs(4)
     with torch.no_grad():
-        a, b = (model(torch.stack([row[f"pixel_values_{side}"] for row in pairs])).logits for side in "ab")
+        sides = [torch.stack([row[f"pixel_values_{side}"] for row in pairs]) for side in "ab"]
+        a, b = (model(side).logits for side in sides)
     if kind == "regression":
         wanted = ((a - b) ** 2).mean()
     else:
@@ -287,12 +299,22 @@ def test_other_problem_types(tmp_path, kind, distance):
         one = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         other = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
         wanted = ((one + other) / 2).sum(-1).mean()
-    run = trainer(tmp_path, model, rows, pairs, max_steps=1, **distance)
+    z = find_head(model).run(model, {"pixel_values": torch.cat(sides)})[1]
+    gap = z[: len(pairs)] - z[len(pairs) :]
+    squares = (gap.square() @ model.classifier.weight.square().T).detach()
+    if kind == "regression":
+        of_rationales = squares.mean()
+    else:
+        p = (a.sigmoid() + b.sigmoid()) / 2
+        of_rationales = (p * (1 - p) * squares).sum(-1).mean() / 2
+    run = trainer(tmp_path, model, rows, pairs, max_steps=1, **small.DISTANCES[distance])
     before = weights(model)
     run.train()
     entry = logged(run)[0]
     assert entry["ipg/divergence"] == pytest.approx(wanted.item(), rel=1e-4)
-    assert (entry["ipg/distance"] == pytest.approx(wanted.item() ** 0.5, rel=1e-4)) is (not distance)
+    roots = {"divergence": wanted.sqrt(), "default": (wanted + of_rationales + 1e-3).sqrt() - 1e-3**0.5}
+    for name, root in roots.items():
+        assert (entry["ipg/distance"] == pytest.approx(root.item(), rel=1e-4)) is (distance == name)
     assert "ipg/collapsed" not in entry  # a constant output is told from class probabilities
     assert not bit_equal(before, weights(model))
 
@@ -304,7 +326,7 @@ def test_the_task_gradient_is_only_scaled_down(tmp_path):
     """The factor of the paper is above 1 in some of these steps; the default limits it, at 1."""
     ends = []
     for limit in ({"max_loss_scale": math.inf}, {}):
-        run, _ = guided(tmp_path, alpha=0.5, **limit)
+        run, _ = guided(tmp_path, alpha=1.5, **limit)
         ends.append((scales(run), weights(run.model)))
     (free, free_end), (limited, limited_end) = ends
     assert min(limited) < 1 < max(free) and max(limited) == 1
@@ -339,12 +361,13 @@ def test_an_interval_resumes_where_it_was(tmp_path):
         assert whole.progress.positions == again.progress.positions == {"pairs": 8}
 
 
-@both_distances
+@every_distance
 def test_the_schedule_violated_corrects_only_above_the_threshold(tmp_path, distance):
-    ends, distance = {}, {"invariance_distance": "rationale"} if distance else {}
+    ends = {}
     for threshold in (0.0, NEVER_REACHED):
         for schedule in ("always", "violated"):
-            settings = {"invariance_threshold": threshold, "correction_schedule": schedule, "max_steps": 3, **distance}
+            settings = {**small.DISTANCES[distance], "correction_schedule": schedule, "max_steps": 3}
+            settings["invariance_threshold"] = threshold
             run, around = guided(tmp_path, **settings)
             ends[threshold, schedule] = weights(run.model)
             assert corrected(around) == [schedule == "always" or threshold == 0] * 3
@@ -446,7 +469,9 @@ def test_optimizers_that_step_in_the_backward_are_refused(tmp_path, optim, inste
 
 @pytest.mark.parametrize("chunk", [None, 2])
 @pytest.mark.parametrize(
-    ("trained", "distance"), [("extra", {}), ("classifier.bias", small.PAPER)], ids=["default", "paper"]
+    ("trained", "distance"),
+    [("extra", {}), ("extra", small.DIVERGENCE), ("classifier.bias", small.PAPER)],
+    ids=["default", "divergence", "paper"],
 )
 def test_a_distance_that_no_trainable_parameter_changes_is_an_error(tmp_path, trained, distance, chunk):
     model = with_a_part_in_training_only(small.vit())
