@@ -28,6 +28,8 @@ PAPER = {"invariance_distance": "rationale", "max_loss_scale": float("inf")}
 CASES = {
     "default": {},
     "default, chunks": {"pair_chunk_size": 1},
+    "divergence": small.DIVERGENCE,
+    "labelled pairs, chunks": {"pair_loss_weight": 0.5, "pair_chunk_size": 1},
     "default, some layers": {"corrective_layers": ["vit.layers.1", "classifier"], "gradient_accumulation_steps": 3},
     "adversarial": {},
     # the gradient of W comes from all processes only where they share it
@@ -39,12 +41,15 @@ CASES = {
         "max_grad_norm": 0.05,
     },
     "paper, chunks": {**PAPER, "pair_chunk_size": 1},
-    "two heads": PAPER,
+    "two heads": {"invariance_threshold": 0.0},
+    "two heads, paper": PAPER,
+    "head in a group of its own": {},
     # by pairs: for the mean distance every process has the whole gradient of W
-    "head in a group of its own": {**PAPER, "rationale_reduction": "pair"},
+    "head in a group of its own, paper": {**PAPER, "rationale_reduction": "pair"},
 }
-BLOCKS = {"two heads": "DeiTLayer", "head in a group of its own": "ViTLayer,Linear"}
-CONTROL = "head in a group of its own; gradients that stay on their process"
+HEADS = ("head in a group of its own", "head in a group of its own, paper")
+BLOCKS = {"two heads": "DeiTLayer", "two heads, paper": "DeiTLayer", **dict.fromkeys(HEADS, "ViTLayer,Linear")}
+CONTROLS = [f"{case}; gradients that stay on their process" for case in HEADS]
 RESUMED = "default"
 
 
@@ -59,20 +64,20 @@ def train(folder, name, processes, resume=None):
         max_steps=4,
         optim="sgd",
         learning_rate=0.1,
-        alpha=0.1,  # step 4 acts
-        invariance_threshold=1e-5,
         per_device_train_batch_size=12 // processes // micro,
         per_device_pair_batch_size=4 // processes,
         save_strategy="steps" if case == RESUMED else "no",
         save_steps=2,
-        **settings,
+        **{"alpha": 0.1, "invariance_threshold": 1e-5} | settings,  # step 4 acts
         **sharded,
     )
     if processes > 1 and args.device:  # the device's set-up makes the state anew
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    model = small.deit_with_teacher() if case == "two heads" else small.vit()
+    model = small.deit_with_teacher() if case.startswith("two heads") else small.vit()
     # the sign of the noise's slope may be that of rounding
     pair_set = AdversarialPairs(small.images(10), noise=0) if case == "adversarial" else small.pairs(10)
+    if "pair_loss_weight" in settings:
+        pair_set = [{**pair, "label": (0, -100, 1)[row % 3]} for row, pair in enumerate(pair_set)]
     trainer = IPGTrainer(model, args, train_dataset=small.rows(200), pair_dataset=pair_set)
     whole = heads._whole
     if control:  # each process's own gradient of W
@@ -123,7 +128,7 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), [*CASES, CONTROL])
+    return launch(tmp_path_factory.mktemp("two"), [*CASES, *CONTROLS])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,8 +150,9 @@ def test_shards_resume_to_the_bit(two):
     assert distances[0] == distances[1]
 
 
-def test_a_gradient_that_stays_on_its_process_differs(one, two):
-    assert difference(one / CONTROL.partition(";")[0] / "final", two / CONTROL / "final") > 1e-4
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_gradient_that_stays_on_its_process_differs(one, two, control):
+    assert difference(one / control.partition(";")[0] / "final", two / control / "final") > 1e-4
 
 
 if __name__ == "__main__":
