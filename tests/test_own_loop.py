@@ -97,24 +97,28 @@ def test_the_loop_of_the_guide_is_that_of_the_trainer(tmp_path, micro_batches):
     assert small.differences(looped(micro_batches), by_trainer(tmp_path / "whole")) < 1e-9
 
 
-def test_the_distance_of_the_paper_is_that_of_the_trainer(tmp_path):
+# what the guide names for the other distances: each name of `invariance_distance` -> the new d, the new forward
+DISTANCE = 'root_divergence(own, accelerator.reduce(own.detach(), "mean"), floor=ROOT_FLOOR)'
+FORWARD = "logits, z = head.run(network, send_to_device(next(pair_loader), accelerator.device))"
+OTHERS = {
+    "rationale": ("rationale_distance(head.weight, *z.chunk(2))", FORWARD),
+    "divergence": ("root_divergence(of_outputs, c)", "logits = logits_of(network(**next(pair_loader)))"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_distances_are_those_of_the_trainer(tmp_path, name):
     """With the changes that the guide names."""
-    assert all(
-        name in SECTION for name in ("find_head(network", "head.run(network, ", "rationale_distance(head.weight,")
-    )
-    changes = {
-        "logits = logits_of(network(**send_to_device(next(pair_loader), accelerator.device)))": (
-            "pairs = next(pair_loader); head = find_head(network, inputs=pairs); logits, z = head.run(network, pairs)"
-        ),
-        "root_divergence(own, c)": "rationale_distance(head.weight, *z.chunk(2))",
-        "import inference, logits_of": "import inference; from ipg_hf import find_head",
-        "loss_gradient_scale, root_divergence": "loss_gradient_scale, rationale_distance",
-    }
-    code = CODE
-    for written, changed in changes.items():
+    distance, forward = OTHERS[name]
+    assert f"`d = {distance}`" in SECTION and ("`logits = logits_of(network(...))`" in SECTION or forward is FORWARD)
+    code = CODE.replace("import inference\n", "import inference, logits_of\n")
+    code = code.replace("    rationale_divergence,\n", "    rationale_distance,\n    rationale_divergence,\n")
+    if forward is not FORWARD:
+        code = re.sub(r" *(own = |head = ).*\n", "", code)
+    for written, changed in {DISTANCE: distance, FORWARD: forward}.items():
         assert code.count(written) == 1
         code = code.replace(written, changed)
-    expected = by_trainer(tmp_path, invariance_distance="rationale")
+    expected = by_trainer(tmp_path, invariance_distance=name)
     assert small.differences(looped(2, loop_of_the_guide(code)), expected) < 1e-9
     assert small.differences(looped(2), expected) > 1e-4
 
