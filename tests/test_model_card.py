@@ -108,7 +108,7 @@ TITLES = {
 }
 SCORES = ("accuracy", "worst_group_accuracy", "mae", "worst_group_mae")
 PAPER = {"invariance_distance": "rationale", "max_loss_scale": math.inf, "correction_schedule": "always"}
-PAPER |= {"rationale_reduction": "mean", "correction_interval": 1, "corrective_layers": None}
+PAPER |= {"rationale_reduction": "mean", "correction_interval": 1, "corrective_layers": None, "pair_loss_weight": 0.0}
 
 
 def tables(text):
@@ -146,18 +146,21 @@ def said_and_recorded(text, record, others=(), erm=None):
     # method
     ipg = "Invariance pair-guided learning (IPG, [arXiv 2502.18975]" in body
     yield "method", ipg, record["method"] == "ipg"
-    agree = {"rationale": "rationales of", "divergence": "outputs on"}[settings["invariance_distance"]]
+    distance = settings["invariance_distance"]
+    agree = "rationales of" if distance == "rationale" else "outputs on"
+    both = "pair, and their rationales feature by feature agree" in body
+    yield "distance, both", both, record["method"] == "ipg" and distance == "rationale_divergence"
     yield "distance", f"makes the {agree} the two images" in body, record["method"] == "ipg"
-    differences = dict(re.findall(r"`(\w+)` is (\S+) \(paper: \w+\)", body))
-    skipped = {"rationale_reduction"} if settings["invariance_distance"] == "divergence" else set()
+    differences = dict(re.findall(r"`(\w+)` is (\S+) \(paper: [\w.]+\)", body))
+    skipped = set() if distance == "rationale" else {"rationale_reduction"}
     yield (
         "departures",
         differences,
-        {k: str(settings[k]) for k in PAPER if settings[k] != PAPER[k] and k not in skipped},
+        {k: str(settings[k]) for k in PAPER if settings.get(k, PAPER[k]) != PAPER[k] and k not in skipped},
     )
     yield (
         "departures, paper",
-        dict(re.findall(r"`(\w+)` is \S+ \(paper: (\w+)\)", body)),
+        dict(re.findall(r"`(\w+)` is \S+ \(paper: ([\w.]+)\)", body)),
         {k: str(PAPER[k]) for k in differences},
     )
     yield "paper's own", "This is the method of the paper." in body, not differences
@@ -257,6 +260,7 @@ def said_and_recorded(text, record, others=(), erm=None):
     table = {name.strip("`"): value for name, value in rows}
     yield "settings", table, {name: str(settings[name]) for name in table}
     needed = {*OWN_SETTINGS[record["method"]], *SETTINGS} - {"rationale_reduction", "warmup_steps"}
+    needed -= set() if settings.get("pair_loss_weight") else {"pair_loss_weight"}
     yield "settings, all", needed - table.keys() <= {"max_steps", "num_train_epochs"}, True
 
     # the rest
@@ -401,7 +405,16 @@ def test_the_method_of_the_paper_is_called_so():
     pair = with_settings(max_loss_scale=math.inf, rationale_reduction="pair")
     assert "method of the paper: `rationale_reduction` is pair (paper: mean).\n" in pair
     assert "This is the method of the paper." not in pair
-    assert "| `rationale_reduction` |" not in with_settings(invariance_distance="divergence")
+    labelled = with_settings(max_loss_scale=math.inf, pair_loss_weight=0.5)
+    assert "method of the paper: `pair_loss_weight` is 0.5 (paper: 0.0).\n" in labelled
+    assert (
+        "| `pair_loss_weight` | 0.5 |" in labelled and "pair_loss_weight" not in paper.split("## How to reproduce")[0]
+    )
+    for distance in ("divergence", "rationale_divergence"):
+        assert "| `rationale_reduction` |" not in with_settings(invariance_distance=distance)
+    assert "makes the outputs on the two images of each pair, and their rationales feature by feature agree" in (
+        with_settings(invariance_distance="rationale_divergence")
+    )
 
 
 def test_what_a_record_lacks_is_said():

@@ -38,7 +38,7 @@ def test_every_field_of_the_recipe_and_of_the_method_is_a_setting():
         known = {name for name in known if not name.startswith(("hub_", "trackio_"))}
         assert {*found} == known, {*found} ^ known
         assert found["method"] == method and found["optim"] == args.optim.value
-        assert found["alpha"] == 1.0 and found["invariance_distance"] == "divergence"
+        assert found["alpha"] == 1.0 and found["invariance_distance"] == "rationale_divergence"
         assert json.loads(json.dumps(found)) == found
     assert {"num_fits", "strengths"} <= {*resolved_settings(parse_settings({"method": "dfr"}, title="")[1])}
 

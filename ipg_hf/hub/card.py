@@ -216,6 +216,8 @@ def shown_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: settings.get(name, NOT_RECORDED) for name in names}
     if shown.get("invariance_distance") in ("divergence", "rationale_divergence"):
         del shown["rationale_reduction"]
+    if shown.get("pair_loss_weight") in (0, NOT_RECORDED):  # a record without it is of a version that had none
+        del shown["pair_loss_weight"]
     if shown["lr_scheduler_type"] in WITHOUT_WARMUP:
         del shown["warmup_steps"]
     if shown["max_steps"] != NOT_RECORDED:
