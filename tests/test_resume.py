@@ -43,7 +43,8 @@ def images(n, seed):
 
 
 def raw_pairs(n, seed):
-    return datasets.Dataset.from_dict({"image_a": images(n, seed), "image_b": images(n, seed + 1)})
+    labels = [row % 2 for row in range(n)]
+    return datasets.Dataset.from_dict({"image_a": images(n, seed), "image_b": images(n, seed + 1), "label": labels})
 
 
 def noisy(batch):
@@ -97,7 +98,7 @@ def run(folder, kind, workers, *callbacks, resume=None):
         random_flip=True,
         random_crop_scale=0.5,
         dataloader_num_workers=workers,
-        **(small.PAPER if kind == "raw" else {}) | small.SCALED,
+        **({"pair_loss_weight": 0.5} if kind == "raw" else small.PAPER) | small.SCALED,
     )
     trainer = IPGTrainer(
         small.vit(dropout=0.2),
