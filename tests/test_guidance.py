@@ -405,6 +405,9 @@ def test_what_the_rationale_divergence_does_not_depend_on(problem_type):
     torch.testing.assert_close(rationale_divergence(*permuted, problem_type=problem_type), value)
     unordered = (t[pairs] for t in (z_a, z_b, a, b))
     torch.testing.assert_close(rationale_divergence(weight, *unordered, problem_type=problem_type), value)
+    scale = randn(11, seed=5).exp().double()  # of each feature, with the inverse in its column of W
+    scaled = rationale_divergence(weight / scale, scale * z_a, scale * z_b, a, b, problem_type=problem_type)
+    torch.testing.assert_close(scaled, value)
     other = rationale_divergence(weight, z_a, z_b.roll(1, 0), a, b.roll(1, 0), problem_type=problem_type)
     assert abs(other - value) > 1e-2 * value  # which sides are a pair matters
     # the same vector added to all rows of W: it changes the outputs of all classes alike, which is no other prediction
