@@ -49,14 +49,15 @@ class IPGConfig(TrainingArguments):
             The quantity that the corrective update reduces. `"rationale_divergence"` (ours) is the root of two
             divergences of each pair together: that of the outputs, and that of the rationales, feature by feature.
             `"divergence"` (ours) is √c, the root of the first alone; it needs no linear classifier head.
-            `"rationale"` (the paper's) is the distance between the rationales of the two sides. One α and one t serve
-            all benchmarks here with the two roots, and not with the paper's distance (recipes/findings.md).
+            `"rationale"` (the paper's) is the distance between the rationales of the two sides. With the two roots one
+            α and one t serve digits, ColoredMNIST and photographs; with the paper's distance they do not
+            (recipes/findings.md).
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             For `invariance_distance="rationale"`. `"mean"` (the paper's) is the distance of the mean rationales of the
             two sides; it needs oriented pairs. `"pair"` (ours) is the mean over pairs of the distance within a pair.
         pair_loss_weight (`float`, *optional*, defaults to `0.0`):
-            For pairs with a column `label`: weight of the task loss of both sides in the corrective update (ours).
-            `1.0` helps to fine-tune a pretrained network (recipes/findings.md); it costs no time. 0 uses no label.
+            For pairs with a column `label`: weight of the task loss of both sides in the corrective update (ours). It
+            costs no time. 0 uses no label.
         per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
             Number of pairs in each optimizer step and on each device. If the pair set is smaller, every step uses all
             of its pairs.

@@ -30,6 +30,9 @@ from .pairs import ImageRows, check_pairs
 # the value of a setting that an old record does not have and that nothing else tells
 NOT_RECORDED = "not recorded"
 
+# options that came after the first records, with the value that stands for what the code did before
+LATER = {"pair_loss_weight": 0.0, "layer_lr_decay": 1.0, "head_learning_rate": None}
+
 # the split of the metrics of held-out pairs, where there are several evaluation sets
 PAIRS = "held-out pairs"
 
@@ -365,7 +368,8 @@ def append_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a JSONL file, in its order; none where there is no file.
 
-    A last line without its end was left by a process that was killed, and is not read.
+    Settings that a record is older than have the value of `LATER`. A last line without its end was left by a process
+    that was killed, and is not read.
 
     Raises:
         ValueError: another line is not JSON.
@@ -376,7 +380,10 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            found.append(from_json(line))
+            record = from_json(line)
         except json.JSONDecodeError as failure:
             raise ValueError(f"{path}, line {number} is not a record ({failure}): remove the line.") from failure
+        if "settings" in record:
+            record["settings"] = LATER | record["settings"]
+        found.append(record)
     return found

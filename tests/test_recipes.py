@@ -74,7 +74,7 @@ def script(monkeypatch):
 
 
 def test_all_files_are_found():
-    assert len(TRAINING) == 45 and len(SUITES) == 25
+    assert len(TRAINING) == 48 and len(SUITES) == 25
     assert {path.parent.name for path in TRAINING} == {*DATASETS}
     others = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")} - {
         path.relative_to(RECIPES).as_posix() for path in [*TRAINING, *SUITES]
@@ -126,7 +126,7 @@ def test_a_recipe_of_the_defaults_departs_from_none():
     own = {field.name for field in fields(IPGConfig)} - {field.name for field in fields(TrainingArguments)}
     benchmark = {"per_device_pair_batch_size", "freeze_norm"}
     default = IPGConfig("out")
-    for name in ("digits/ipg_resnet", "colored_mnist/ipg_mlp"):
+    for name in ("digits/ipg_both_resnet", "colored_mnist/ipg_both_mlp"):
         _, args, _ = parsed(RECIPES / f"{name}.yaml")
         for setting in [*sorted(own - benchmark), "warmup_steps", "lr_scheduler_type", "optim"]:
             assert getattr(args, setting) == getattr(default, setting), (name, setting)
@@ -217,7 +217,7 @@ def test_a_name_means_the_same_in_every_recipe_and_suite():
         for row in rows:  # and so do the records
             for record in row.records.values():
                 assert record["method"] == NAMES["methods"].get(row.name, {}).get("method", record["method"])
-    assert checked == 40 + sum(len(suite(path.stem)[0].methods) for path in SUITES)
+    assert checked == 43 + sum(len(suite(path.stem)[0].methods) for path in SUITES)
 
 
 def test_the_table_of_names_is_used_and_a_wrong_row_is_noticed():
@@ -231,7 +231,7 @@ def test_the_table_of_names_is_used_and_a_wrong_row_is_noticed():
     }  # fmt: skip
     assert not agrees({"maker": "match"}, {"maker": "recolor"}) and not agrees("given", None)
     default = resolved_settings(*parse_settings({}, title="")[:2])
-    assert all(agrees(wanted, default[key]) for key, wanted in meaning("ipg").items())
+    assert all(agrees(wanted, default[key]) for key, wanted in meaning("ipg_both").items())
     assert not all(agrees(wanted, default[key]) for key, wanted in meaning("ipg_paper").items())
 
 

@@ -11,8 +11,10 @@ from small import TINY_RECIPE
 from transformers import Trainer, TrainingArguments
 
 from ipg_hf.baselines import METHODS
+from ipg_hf.config import IPGConfig
 from ipg_hf.recipe import Recipe, parse_settings
 from ipg_hf.record import (
+    LATER,
     append_record,
     course,
     hardware,
@@ -25,6 +27,16 @@ from ipg_hf.record import (
 )
 
 # ---- Settings
+
+
+def test_a_setting_that_a_record_is_older_than_has_the_value_of_before(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    append_record(path, {"run": "a-seed0", "settings": {"seed": 0, "pair_loss_weight": 1.0}})
+    (record,) = read_records(path)
+    assert record["settings"] == {
+        "seed": 0, "pair_loss_weight": 1.0, "layer_lr_decay": 1.0, "head_learning_rate": None,
+    }  # fmt: skip
+    assert {name: getattr(IPGConfig, name) for name in LATER} == LATER  # what the code does by default today too
 
 
 def test_every_field_of_the_recipe_and_of_the_method_is_a_setting():
@@ -151,10 +163,12 @@ def test_files_are_json_whose_numbers_are_read_again(tmp_path):
         append_record(tmp_path / "runs.jsonl", record)
     for text in ((tmp_path / "run.json").read_text(), *(tmp_path / "runs.jsonl").read_text().splitlines()):
         json.loads(text, parse_constant=refuse)
-    assert read_json(tmp_path / "run.json") == record and read_records(tmp_path / "runs.jsonl") == [record] * 2
+    read = read_records(tmp_path / "runs.jsonl")
+    assert read_json(tmp_path / "run.json") == record
+    assert read == [record | {"settings": LATER | record["settings"]}] * 2
     # a line of an earlier version has the bare word
     (tmp_path / "runs.jsonl").write_text('{"settings": {"max_loss_scale": Infinity}}\n')
-    assert read_records(tmp_path / "runs.jsonl") == [{"settings": {"max_loss_scale": math.inf}}]
+    assert read_records(tmp_path / "runs.jsonl") == [{"settings": LATER | {"max_loss_scale": math.inf}}]
     write_json(tmp_path / "run.json", {"value": math.nan})
     assert math.isnan(read_json(tmp_path / "run.json")["value"])
     (tmp_path / "run.json").write_text("{")
