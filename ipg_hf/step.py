@@ -246,15 +246,15 @@ class GuidedStep:
             scalars and equal on all processes (d up to rounding).
         """
         own = invariance_divergence(*logits.chunk(2), problem_type=self.problem_type)
-        divergence = self.mean_over_processes(own.detach())
-        if self.args.invariance_distance == "divergence":
-            return root_divergence(own, divergence), divergence
         if self.args.invariance_distance == "rationale_divergence":
             of_rationales = rationale_divergence(
                 self.head.weight, *z.chunk(2), *logits.chunk(2), problem_type=self.problem_type
             )
-            of_all = divergence + self.mean_over_processes(of_rationales.detach())
-            return root_divergence(own + of_rationales, of_all, floor=ROOT_FLOOR), divergence
+            both = self.mean_over_processes(torch.stack([own, of_rationales]).detach())  # in one exchange
+            return root_divergence(own + of_rationales, both.sum(), floor=ROOT_FLOOR), both[0]
+        divergence = self.mean_over_processes(own.detach())
+        if self.args.invariance_distance == "divergence":
+            return root_divergence(own, divergence), divergence
         several = self.accelerator.num_processes > 1
         if several and self.args.rationale_reduction == "mean":
             # The norm of a mean is not the mean of norms, so each process moves its features to the common mean. In
