@@ -228,8 +228,7 @@ class IPGTrainer(PublishingTrainer):
         Raises:
             ValueError: a set cannot be used, or two of them give one number to classes of different names.
         """
-        config = getattr(self.model, "config", None)
-        num_labels = getattr(config, "num_labels", None)
+        config, num_labels = getattr(self.model, "config", None), self._num_labels
         sets = {"train_dataset": self.train_dataset}
         sets |= {title_of("eval_dataset", name): dataset for name, dataset in named_sets(self.eval_dataset).items()}
         sets = {title: dataset for title, dataset in sets.items() if dataset is not None}
@@ -272,10 +271,9 @@ class IPGTrainer(PublishingTrainer):
     def _label_columns_of_pairs(self) -> dict[str, Any]:
         sets = {title_of("pair_dataset", name): pairs for name, pairs in self.pair_datasets.items()}
         sets |= {title_of("eval_pair_dataset", name): pairs for name, pairs in self.eval_pair_datasets.items()}
-        num_labels = getattr(getattr(self.model, "config", None), "num_labels", None)
         for title, pairs in sets.items():
             if self.pairs_with_labels:
-                check_labels(pairs, title, num_labels)
+                check_labels(pairs, title, self._num_labels)
             check_pair_columns(
                 pairs,
                 title,
@@ -288,9 +286,13 @@ class IPGTrainer(PublishingTrainer):
 
     def _check_measured(self, dataset: Any, title: str) -> None:
         """Raises a ValueError if a set that is measured has a label out of range, or numbers its classes otherwise."""
-        check_labels(dataset, title, getattr(getattr(self.model, "config", None), "num_labels", None))
+        check_labels(dataset, title, self._num_labels)
         columns = class_columns({title: dataset}, {*LABEL_COLUMNS, *PAIR_LABELS})
         check_names(self._label_columns | columns, names_for_training(self.model, {}))
+
+    @property
+    def _num_labels(self) -> int | None:
+        return getattr(getattr(self.model, "config", None), "num_labels", None)
 
     def _takes_attributes(self) -> bool:
         """Whether the user's metrics ask for the attributes of the rows."""

@@ -246,7 +246,7 @@ def test_a_cell_has_an_arrow_where_the_interval_of_the_difference_excludes_zero(
 
 
 def test_what_the_findings_say_of_the_methods_holds(page_tables):
-    def arrows(collections, row, reference=page_tables.DEFAULT):
+    def arrows(collections, row, reference=page_tables.OUTPUTS):
         return [page_tables.cell(name, row, reference)[-1] for name in collections]
 
     def steady(marks):
