@@ -259,13 +259,14 @@ def test_what_the_findings_say_of_the_methods_holds(page_tables):
     assert "↑" not in [mark for row in ("ipg_paper", "ipg_pair") for mark in arrows(tuned, row)]
     assert arrows(tuned[:2], "augmentation") == ["↓", "↓"]
     assert arrows(tuned[3:], "augmentation") == ["↑"]
-    assert steady(arrows(speed, "ipg_violated_every_4th"))
-    assert arrows(speed[1:], "ipg_every_4th") == ["↓", "↓"]
+    assert steady(arrows(speed, "ipg_outputs_violated_every_4th"))
+    assert arrows(speed[1:], "ipg_outputs_every_4th") == ["↓", "↓"]
     assert arrows(["few_pairs_long"], "kl") == ["↓"]
     lowest = {
-        row: float(page_tables.lowest("stability_scenes_100", row)) for row in ("ipg", "ipg_decay", "ipg_schedule")
+        row: float(page_tables.lowest("stability_scenes_100", row))
+        for row in ("ipg_outputs", "ipg_outputs_decay", "ipg_outputs_schedule")
     }
-    assert lowest["ipg"] == lowest["ipg_decay"] == 0 < lowest["ipg_schedule"]
+    assert lowest["ipg_outputs"] == lowest["ipg_outputs_decay"] == 0 < lowest["ipg_outputs_schedule"]
 
 
 def test_no_result_stands_in_the_prose_of_the_findings():

@@ -34,9 +34,9 @@ TRAINING = sorted(path for name in DATASETS for path in (RECIPES / name).rglob("
 SUITES = sorted(RECIPES.glob("suites/*.yaml"))
 NAMES = yaml.safe_load((RECIPES / "names.yaml").read_text())
 # suite -> what its differences are taken to, where that is not plain training
-REFERENCES = {"few_pairs_long": "kl", "scaling_scenes_100": "ipg"}
+REFERENCES = {"few_pairs_long": "kl", "scaling_scenes_100": "ipg_outputs"}
 QUESTIONS = ("interval_", "num_pairs", "scaling_colored_mnist", "scaling_digits", "sensitivity_")  # asked over a grid
-# made from old files: see recipes/scripts/migrate_records.py
+# of the records that were made from old files
 UNTOUCHED = ("seed", "metrics", "chosen_step", "steps", "course", "seconds", "versions", "commit", "hardware")
 
 
@@ -126,7 +126,7 @@ def test_a_recipe_of_the_defaults_departs_from_none():
     own = {field.name for field in fields(IPGConfig)} - {field.name for field in fields(TrainingArguments)}
     benchmark = {"per_device_pair_batch_size", "freeze_norm"}
     default = IPGConfig("out")
-    for name in ("digits/ipg_both_resnet", "colored_mnist/ipg_both_mlp"):
+    for name in ("digits/ipg_resnet", "colored_mnist/ipg_mlp"):
         _, args, _ = parsed(RECIPES / f"{name}.yaml")
         for setting in [*sorted(own - benchmark), "warmup_steps", "lr_scheduler_type", "optim"]:
             assert getattr(args, setting) == getattr(default, setting), (name, setting)
@@ -231,7 +231,7 @@ def test_the_table_of_names_is_used_and_a_wrong_row_is_noticed():
     }  # fmt: skip
     assert not agrees({"maker": "match"}, {"maker": "recolor"}) and not agrees("given", None)
     default = resolved_settings(*parse_settings({}, title="")[:2])
-    assert all(agrees(wanted, default[key]) for key, wanted in meaning("ipg_both").items())
+    assert all(agrees(wanted, default[key]) for key, wanted in meaning("ipg").items())
     assert not all(agrees(wanted, default[key]) for key, wanted in meaning("ipg_paper").items())
 
 
@@ -253,22 +253,24 @@ def test_every_suite_is_valid_and_has_its_results():
         assert {file.name for file in read.results.iterdir()} == expected, path
         incomplete |= {(path.stem, row.name) for row in rows if len(row.records) < len(read.seeds)}
     # nothing is left to run but what lost with its first seed
-    assert incomplete == {("few_pairs", name) for name in ("ipg", "kl", "ipg_sgd_resnet", "kl_sgd_resnet")}
+    assert incomplete == {
+        ("few_pairs", name) for name in ("ipg_outputs", "kl", "ipg_outputs_sgd_resnet", "kl_sgd_resnet")
+    }
 
 
 def test_the_defaults_are_what_was_measured_on_all_benchmarks():
     for name in ("colored_mnist", "digits", "scenes_100"):
         read, rows = suite(f"transfer_{name}")
-        measured = read.methods["ipg"]
+        measured = read.methods["ipg_outputs"]
         assert set(measured) == {"invariance_distance", "max_loss_scale", "alpha", "invariance_threshold"}
-        # the distance of these runs is that of the outputs alone; ipg_both of the recipes has the default
+        # the distance of these runs is that of the outputs alone; ipg of the recipes has the default
         assert measured == {key: getattr(IPGConfig, key) for key in measured} | {"invariance_distance": "divergence"}
-        (found,) = [row for row in rows if row.name == "ipg"]
+        (found,) = [row for row in rows if row.name == "ipg_outputs"]
         assert len(found.records) == len(read.seeds)
     for dataset, row, seeds in (
-        ("digits", "ipg_both_resnet", 5),
-        ("colored_mnist", "ipg_both_mlp", 10),
-        ("scenes", "ipg_both_lite0", 5),
+        ("digits", "ipg_resnet", 5),
+        ("colored_mnist", "ipg_mlp", 10),
+        ("scenes", "ipg_lite0", 5),
     ):
         made = [record for record in records(dataset) if record["run"].startswith(f"{row}-seed")]
         assert len(made) == seeds
@@ -345,12 +347,12 @@ def test_every_recipe_has_records_of_its_settings():
 
 
 def test_the_migration_touched_no_metric():
-    """The digests were made from the old files; see recipes/scripts/migrate_records.py."""
+    """The digests were made from the old files (at commit 399d828), whose `ipg` is `ipg_outputs` today."""
     digests = json.loads((RECORDS / "migrated.json").read_text())
     assert sum(entry["records"] for entry in digests.values()) == 2404
     for collection, entry in digests.items():
         kept = [
-            [record["run"], *(record.get(key) for key in UNTOUCHED)]
+            [re.sub("^ipg_outputs", "ipg", record["run"]), *(record.get(key) for key in UNTOUCHED)]
             for record in records(collection)[: entry["records"]]  # later records are below
         ]
         assert hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest() == entry["sha256"], collection
@@ -387,7 +389,9 @@ def test_what_the_findings_say_of_the_choice_of_a_checkpoint_holds():
         for rule, values in found.items():
             gap = paired_difference(values, found["worst_group_accuracy"])
             assert gap.low <= 0 <= gap.high, (name, rule)
-        recipe = {"digits": "ipg_resnet", "colored_mnist": "ipg_mlp", "scenes": "ipg_lite0"}[name]
+        recipe = {"digits": "ipg_outputs_resnet", "colored_mnist": "ipg_outputs_mlp", "scenes": "ipg_outputs_lite0"}[
+            name
+        ]
         whole = {record["seed"]: record["metrics"]["test"]["worst_group_accuracy"] for record in records(name)
                  if record["run"] == f"{recipe}-seed{record['seed']}"}  # fmt: skip
         assert paired_difference(whole, found["worst_group_accuracy"]).low <= 0, name

@@ -59,7 +59,7 @@ METHOD_TEXTS = {
 # value of `invariance_distance` -> what the corrective update makes agree
 AGREE = {
     "rationale": "the rationales of the two images of each pair",
-    "rationale_divergence": "the outputs on the two images of each pair, and their rationales feature by feature",
+    "rationale_divergence": "the outputs on the two images of each pair, and feature by feature their rationales,",
     "divergence": "the outputs on the two images of each pair",
 }
 # what the paper's method has; a card says where a run differs

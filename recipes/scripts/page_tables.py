@@ -6,8 +6,8 @@ Launch: python recipes/scripts/page_tables.py          says which page differs f
                                                        `<!-- end -->`
 
 A cell is the worst group on the test set, mean ± standard deviation over seeds. An arrow says that it is below (↓) or
-above (↑) the row or column of `ipg`, the earlier default, by a difference whose 95 % t-interval over the same seeds
-excludes zero.
+above (↑) the row or column of `ipg_outputs`, the earlier default, by a difference whose 95 % t-interval over the same
+seeds excludes zero.
 """
 
 import re
@@ -30,7 +30,8 @@ NOT_RUN = "-"
 
 METHODS = {"digits": "digits", "ColoredMNIST": "colored_mnist", "scenes": "scenes_100", "scenes, 5 %": "scenes_95"}
 THREE = {name: METHODS[name] for name in ("digits", "ColoredMNIST", "scenes")}
-OUTPUTS = ("ipg", "ipg_violated")  # in some suites the earlier default corrects only while the pairs disagree
+# in some suites the earlier default corrects only while the pairs disagree
+OUTPUTS = ("ipg_outputs", "ipg_outputs_violated")
 
 
 @cache
@@ -119,11 +120,17 @@ def by_method(
 def headline() -> str:
     """Plain training, the paper's method, the earlier default and the default, on three benchmarks."""
     names = {
-        "coloured digits, ResNet from scratch": ("digits", "digits", "ipg_both_resnet"),
-        "ColoredMNIST, MLP from scratch": ("colored_mnist", "colored_mnist", "ipg_both_mlp"),
-        "birds on land or water, EfficientNet-Lite0": ("scenes_100", "scenes", "ipg_both_lite0"),
+        "coloured digits, ResNet from scratch": ("digits", "digits", "ipg_resnet"),
+        "ColoredMNIST, MLP from scratch": ("colored_mnist", "colored_mnist", "ipg_mlp"),
+        "birds on land or water, EfficientNet-Lite0": ("scenes_100", "scenes", "ipg_lite0"),
     }
-    titles = ["benchmark, network", "plain training", "the paper's method", "`ipg`", "the default, not tuned"]
+    titles = [
+        "benchmark, network",
+        "plain training",
+        "the paper's method",
+        "`ipg_outputs`",
+        "`ipg`, the default, not tuned",
+    ]
     return table(
         titles,
         [
@@ -158,7 +165,7 @@ def methods() -> str:
     """All methods, tuned alike."""
     rows = {
         "`erm`, plain training": "erm",
-        "`ipg`": OUTPUTS,
+        "`ipg_outputs`": OUTPUTS,
         "`ipg_paper`": "ipg_paper",
         "`ipg_pair`": ("ipg_pair", "ipg_pair_limited_violated"),
         "`kl`": "kl",
@@ -166,7 +173,7 @@ def methods() -> str:
         "`rationales`": "rationales",
         "`features`": "features",
         "`ipg_pair` on adversarial pairs": "ipg_pair_adversarial",
-        "`ipg` with GroupDRO": "ipg_violated_group_dro",
+        "`ipg_outputs` with GroupDRO": "ipg_outputs_violated_group_dro",
         "`ipg_pair` with GroupDRO": "ipg_pair_group_dro",
         "`reweight`": "reweight",
         "`group_dro`": "group_dro",
@@ -182,7 +189,11 @@ def methods() -> str:
 
 def draws() -> str:
     """The validation scores of the random settings of the methods that guide."""
-    rows = {"`ipg`": OUTPUTS, "`ipg_paper`": "ipg_paper", "`ipg_pair`": ("ipg_pair", "ipg_pair_limited_violated")}
+    rows = {
+        "`ipg_outputs`": OUTPUTS,
+        "`ipg_paper`": "ipg_paper",
+        "`ipg_pair`": ("ipg_pair", "ipg_pair_limited_violated"),
+    }
     lines = []
     for title, names in rows.items():
         line = [title]
@@ -203,52 +214,63 @@ def untuned() -> str:
     """One setting of the pairs for three benchmarks."""
     rows = {
         "plain training": "erm",
-        "`ipg`, the default schedule": "ipg_schedule",
-        "`ipg`, the recipe's own schedule": "ipg",
+        "`ipg_outputs`, the default schedule": "ipg_outputs_schedule",
+        "`ipg_outputs`, the recipe's own schedule": "ipg_outputs",
         "`ipg_pair`, no limit, t = 1e-2": "ipg_pair",
         "`kl`, factor 1": "kl",
     }
     columns = {title: f"transfer_{name}" for title, name in THREE.items()}
-    return by_method(columns, rows, "ipg_schedule", "method")
+    return by_method(columns, rows, "ipg_outputs_schedule", "method")
 
 
 def default_distance() -> str:
     """The default distance and that of the outputs alone, in recipes that differ in nothing else."""
     recipes = {
-        "digits": ("digits", "erm_resnet", "ipg_resnet", "ipg_both_resnet"),
-        "ColoredMNIST": ("colored_mnist", "erm_mlp", "ipg_mlp", "ipg_both_mlp"),
-        "scenes": ("scenes", "erm_lite0", "ipg_lite0", "ipg_both_lite0"),
+        "digits": ("digits", "erm_resnet", "ipg_outputs_resnet", "ipg_resnet"),
+        "ColoredMNIST": ("colored_mnist", "erm_mlp", "ipg_outputs_mlp", "ipg_mlp"),
+        "scenes": ("scenes", "erm_lite0", "ipg_outputs_lite0", "ipg_lite0"),
     }
     lines = []
     for title, (collection, *names) in recipes.items():
         gap = paired_difference(scores(collection, names[2]), scores(collection, names[1]))
         shown = f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
         lines.append([title, *(cell(collection, name) for name in names), shown])
-    return table(["benchmark", "plain training", "`ipg`", "`ipg_both`, the default", "difference"], lines)
+    return table(["benchmark", "plain training", "`ipg_outputs`", "`ipg`, the default", "difference"], lines)
 
 
 def elsewhere() -> str:
     """The distance of the outputs on data that its settings were not chosen on."""
     protocols = {
-        "ColoredMNIST, DomainBed's protocol": ("colored_mnist", "erm_domainbed_mlp", "ipg_domainbed_mlp"),
-        "Fashion-MNIST, IRM's protocol": ("colored_mnist", "erm_fashion_mlp", "ipg_fashion_mlp"),
+        "ColoredMNIST, DomainBed's protocol": ("colored_mnist", "erm_domainbed_mlp", "ipg_outputs_domainbed_mlp"),
+        "Fashion-MNIST, IRM's protocol": ("colored_mnist", "erm_fashion_mlp", "ipg_outputs_fashion_mlp"),
         "Fashion-MNIST, DomainBed's protocol": (
             "colored_mnist",
             "erm_fashion_domainbed_mlp",
-            "ipg_fashion_domainbed_mlp",
+            "ipg_outputs_fashion_domainbed_mlp",
         ),
-        "scenes, 5 % minority images": ("makers_scenes_95", "erm", "ipg"),
+        "scenes, 5 % minority images": ("makers_scenes_95", "erm", "ipg_outputs"),
     }
-    lines = [[title, cell(name, erm), cell(name, ipg)] for title, (name, erm, ipg) in protocols.items()]
-    return table(["benchmark", "plain training", "`ipg`"], lines)
+    lines = [[title, cell(name, erm), cell(name, ipg_outputs)] for title, (name, erm, ipg_outputs) in protocols.items()]
+    return table(["benchmark", "plain training", "`ipg_outputs`"], lines)
 
 
 def few_pairs() -> str:
     """ColoredMNIST by number of pairs."""
-    titles = ["pairs", "`ipg`", "`ipg`, mixed", "`kl`", "`kl`, mixed", "`augmentation`", "mixed: `kl` minus `ipg`"]
+    titles = [
+        "pairs",
+        "`ipg_outputs`",
+        "`ipg_outputs`, mixed",
+        "`kl`",
+        "`kl`, mixed",
+        "`augmentation`",
+        "mixed: `kl` minus `ipg_outputs`",
+    ]
     lines = []
     for count in (10, 30, 100, 300, 1000, 3000, 20000):
-        names = [f"{name}-num_pairs-{count}" for name in ("ipg", "ipg_mixed", "kl", "kl_mixed", "augmentation")]
+        names = [
+            f"{name}-num_pairs-{count}"
+            for name in ("ipg_outputs", "ipg_outputs_mixed", "kl", "kl_mixed", "augmentation")
+        ]
         cells = [cell("num_pairs", name, names[0]) for name in names]
         mixed = paired_difference(scores("num_pairs", names[3]), scores("num_pairs", names[1]))
         lines.append([f"{count:,}", *cells, f"{mixed.mean:+.3f} [{mixed.low:+.3f}, {mixed.high:+.3f}]"])
@@ -260,27 +282,30 @@ def few_pairs_tuned() -> str:
     lines = [
         [
             "2,000 steps of SGD",
-            *(cell("few_pairs_tuned", name, "ipg") for name in ("ipg", "ipg_mixed", "kl", "kl_mixed")),
+            *(
+                cell("few_pairs_tuned", name, "ipg_outputs")
+                for name in ("ipg_outputs", "ipg_outputs_mixed", "kl", "kl_mixed")
+            ),
         ],
         [
-            *("6,000 steps, rate falls to 0", NOT_RUN, cell("few_pairs_long", "ipg")),
-            *(NOT_RUN, cell("few_pairs_long", "kl", "ipg")),
+            *("6,000 steps, rate falls to 0", NOT_RUN, cell("few_pairs_long", "ipg_outputs")),
+            *(NOT_RUN, cell("few_pairs_long", "kl", "ipg_outputs")),
         ],
     ]
-    return table(["300 pairs", "`ipg`", "`ipg`, mixed", "`kl`", "`kl`, mixed"], lines)
+    return table(["300 pairs", "`ipg_outputs`", "`ipg_outputs`, mixed", "`kl`", "`kl`, mixed"], lines)
 
 
 def speed() -> str:
     """What is paid for the pairs, and what is lost by paying less."""
     rows = {
         "plain training": "erm",
-        "`ipg`, at every step": "ipg",
-        '`correction_schedule="violated"`': "ipg_violated",
-        '`"violated"` and `correction_interval=4`': "ipg_violated_every_4th",
-        "`correction_interval=4`": "ipg_every_4th",
-        "`correction_interval=16`": "ipg_every_16th",
-        "`corrective_layers`: the last ones": "ipg_last_layers",
-        "pairs of the training batch (removed)": "ipg_in_batch",
+        "`ipg_outputs`, at every step": "ipg_outputs",
+        '`correction_schedule="violated"`': "ipg_outputs_violated",
+        '`"violated"` and `correction_interval=4`': "ipg_outputs_violated_every_4th",
+        "`correction_interval=4`": "ipg_outputs_every_4th",
+        "`correction_interval=16`": "ipg_outputs_every_16th",
+        "`corrective_layers`: the last ones": "ipg_outputs_last_layers",
+        "pairs of the training batch (removed)": "ipg_outputs_in_batch",
         "`kl`": "kl",
     }
 
@@ -294,7 +319,7 @@ def speed() -> str:
             collection = f"speed_{name}"
             was_run = first(collection, row) is not None
             time = f"{seconds(collection, row) / seconds(collection, 'erm'):.1f}" if was_run else NOT_RUN
-            line += [cell(collection, row, "ipg"), time]
+            line += [cell(collection, row, "ipg_outputs"), time]
         lines.append(line)
     return table(["corrections", *(title for name in THREE for title in (name, "time"))], lines)
 
@@ -318,12 +343,14 @@ def faults() -> str:
         line = [title]
         for name, network in networks.items():
             line += [
-                cell(f"pair_quality_{name}", f"{method}_{network}-{fault}", f"ipg_{network}-{fault}")
-                for method in ("ipg", "ipg_pair", "ipg_paper")
+                cell(f"pair_quality_{name}", f"{method}_{network}-{fault}", f"ipg_outputs_{network}-{fault}")
+                for method in ("ipg_outputs", "ipg_pair", "ipg_paper")
             ]
         lines.append(line)
     titles = [
-        f"{name}: `{method}`" for name in ("digits", "ColoredMNIST") for method in ("ipg", "ipg_pair", "ipg_paper")
+        f"{name}: `{method}`"
+        for name in ("digits", "ColoredMNIST")
+        for method in ("ipg_outputs", "ipg_pair", "ipg_paper")
     ]
     return table(["fault of the pairs", *titles], lines)
 
@@ -332,10 +359,10 @@ def batch_norm() -> str:
     """A ResNet from scratch on ColoredMNIST."""
     rows = {
         "plain training, batch norm on running statistics": "erm",
-        "`ipg`, batch norm as usual": "ipg",
-        "`ipg`, `freeze_norm=True`": "ipg_freeze_norm",
-        "`ipg`, `running_norm=True`": "ipg_running_norm",
-        "`ipg`, a ViT, without batch norm": "ipg_vit",
+        "`ipg_outputs`, batch norm as usual": "ipg_outputs",
+        "`ipg_outputs`, `freeze_norm=True`": "ipg_outputs_freeze_norm",
+        "`ipg_outputs`, `running_norm=True`": "ipg_outputs_running_norm",
+        "`ipg_outputs`, a ViT, without batch norm": "ipg_outputs_vit",
     }
     return by_method({"ColoredMNIST": "norm_colored_mnist"}, rows, None, "network")
 
@@ -346,20 +373,22 @@ def stability() -> str:
         "`erm`": "erm",
         "`ipg_pair` (no limit)": "ipg_pair",
         "`ipg_pair`, limit 1": "ipg_pair_limited",
-        "`ipg`, no limit": "ipg_unlimited",
-        "`ipg`": "ipg",
-        '`ipg`, `"violated"`': "ipg_violated",
-        "`ipg`, warm-up": "ipg_warmup",
-        "`ipg`, decay": "ipg_decay",
-        "`ipg`, half of the rate": "ipg_half_rate",
-        "`ipg`, warm-up and decay: the default schedule": "ipg_schedule",
+        "`ipg_outputs`, no limit": "ipg_outputs_unlimited",
+        "`ipg_outputs`": "ipg_outputs",
+        '`ipg_outputs`, `"violated"`': "ipg_outputs_violated",
+        "`ipg_outputs`, warm-up": "ipg_outputs_warmup",
+        "`ipg_outputs`, decay": "ipg_outputs_decay",
+        "`ipg_outputs`, half of the rate": "ipg_outputs_half_rate",
+        "`ipg_outputs`, warm-up and decay: the default schedule": "ipg_outputs_schedule",
         "`kl`": "kl",
         "`kl`, half of the rate": "kl_half_rate",
         "`kl`, decay": "kl_decay",
         "`kl`, the default schedule": "kl_schedule",
     }
     collection = "stability_scenes_100"
-    lines = [[title, cell(collection, row, "ipg_schedule"), lowest(collection, row)] for title, row in rows.items()]
+    lines = [
+        [title, cell(collection, row, "ipg_outputs_schedule"), lowest(collection, row)] for title, row in rows.items()
+    ]
     return table(["constant rate of 3e-4; the row names the change", "last state", "lowest"], lines)
 
 
@@ -368,12 +397,14 @@ def sensitivity() -> str:
     lines = []
     for title, name in THREE.items():
         collection = f"sensitivity_{name}"
-        points = {row: re.fullmatch(r"ipg-alpha-(.+)-invariance_threshold-(.+)", row) for row in runs(collection)}
+        points = {
+            row: re.fullmatch(r"ipg_outputs-alpha-(.+)-invariance_threshold-(.+)", row) for row in runs(collection)
+        }
         means = {row: statistics.fmean(scores(collection, row).values()) for row, point in points.items() if point}
         ends = [min(means, key=means.get), max(means, key=means.get)]
         alphas, thresholds = ({float(point[part]) for point in points.values()} for part in (1, 2))
         described = [f"{cell(collection, row)} (α = {points[row][1]}, t = {points[row][2]})" for row in ends]
-        middle = cell(collection, "ipg-alpha-1-invariance_threshold-0.01")
+        middle = cell(collection, "ipg_outputs-alpha-1-invariance_threshold-0.01")
         grid = f"α {min(alphas):g} to {max(alphas):g}, t {min(thresholds):g} to {max(thresholds):g}"
         lines.append([title, grid, described[0], middle, described[1]])
     return table(["benchmark", "grid", "lowest mean", "α = 1, t = 0.01", "highest mean"], lines)
@@ -382,7 +413,7 @@ def sensitivity() -> str:
 def scaling() -> str:
     """Step 4 left out, with the distance of the outputs and with the rationales'."""
     lines = [
-        [title, *(cell(f"scaling_{name}", row, "ipg") for row in ("ipg", "ipg_no_scaling"))]
+        [title, *(cell(f"scaling_{name}", row, "ipg_outputs") for row in ("ipg_outputs", "ipg_outputs_no_scaling"))]
         for title, name in THREE.items()
     ]
     paper = [cell("colored_mnist", row, "ipg_pair_mlp") for row in ("ipg_pair_mlp", "ablation_no_scaling_mlp")]
@@ -414,13 +445,13 @@ def sources() -> str:
     """Where pairs come from."""
     rows = {
         "plain training": "erm",
-        "the foreground on both backgrounds, by masks and photographs": "ipg",
-        "training images on each other's backgrounds, by masks": "ipg_background",
-        "matched training images, nearest features": "ipg_match_features",
-        "matched training images, at random": "ipg_match_random",
-        "adversarial pairs": "ipg_adversarial",
+        "the foreground on both backgrounds, by masks and photographs": "ipg_outputs",
+        "training images on each other's backgrounds, by masks": "ipg_outputs_background",
+        "matched training images, nearest features": "ipg_outputs_match_features",
+        "matched training images, at random": "ipg_outputs_match_random",
+        "adversarial pairs": "ipg_outputs_adversarial",
     }
-    return by_method({"scenes, 5 %": "makers_scenes_95"}, rows, "ipg", "pairs, none tuned")
+    return by_method({"scenes, 5 %": "makers_scenes_95"}, rows, "ipg_outputs", "pairs, none tuned")
 
 
 def readability() -> str:
@@ -428,7 +459,7 @@ def readability() -> str:
     trainings = {
         "digits": ("digits", (("erm_resnet", "plain training"), ("ipg_pair_resnet", "`ipg_pair`"))),
         "ColoredMNIST": ("colored_mnist", (("erm_mlp", "plain training"), ("ipg_pair_mlp", "`ipg_pair`"))),
-        "scenes": ("scenes", (("erm_lite0", "plain training"), ("ipg_lite0", "`ipg`"))),
+        "scenes": ("scenes", (("erm_lite0", "plain training"), ("ipg_outputs_lite0", "`ipg_outputs`"))),
     }
     lines = []
     for title, (name, rows) in trainings.items():
@@ -452,9 +483,9 @@ def checkpoints() -> str:
         "none: the last": "last",
     }
     trainings = {
-        "digits": ("digits", "ipg_resnet"),
-        "ColoredMNIST": ("colored_mnist", "ipg_mlp"),
-        "scenes": ("scenes", "ipg_lite0"),
+        "digits": ("digits", "ipg_outputs_resnet"),
+        "ColoredMNIST": ("colored_mnist", "ipg_outputs_mlp"),
+        "scenes": ("scenes", "ipg_outputs_lite0"),
     }
     lines = [[title] for title in ["the worst group, no pairs held out", *rules]]
     for name, row in trainings.values():
