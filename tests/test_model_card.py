@@ -148,7 +148,7 @@ def said_and_recorded(text, record, others=(), erm=None):
     yield "method", ipg, record["method"] == "ipg"
     distance = settings["invariance_distance"]
     agree = "rationales of" if distance == "rationale" else "outputs on"
-    both = "pair, and their rationales feature by feature agree" in body
+    both = "pair, and feature by feature their rationales, agree" in body
     yield "distance, both", both, record["method"] == "ipg" and distance == "rationale_divergence"
     yield "distance", f"makes the {agree} the two images" in body, record["method"] == "ipg"
     differences = dict(re.findall(r"`(\w+)` is (\S+) \(paper: [\w.]+\)", body))
@@ -412,7 +412,7 @@ def test_the_method_of_the_paper_is_called_so():
     )
     for distance in ("divergence", "rationale_divergence"):
         assert "| `rationale_reduction` |" not in with_settings(invariance_distance=distance)
-    assert "makes the outputs on the two images of each pair, and their rationales feature by feature agree" in (
+    assert "makes the outputs on the two images of each pair, and feature by feature their rationales, agree" in (
         with_settings(invariance_distance="rationale_divergence")
     )
 
