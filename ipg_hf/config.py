@@ -55,9 +55,9 @@ class IPGConfig(TrainingArguments):
         rationale_reduction (`str`, *optional*, defaults to `"mean"`):
             For `invariance_distance="rationale"`. `"mean"` (the paper's) is the distance of the mean rationales of the
             two sides; it needs oriented pairs. `"pair"` (ours) is the mean over pairs of the distance within a pair.
-        pair_loss_weight (`float`, *optional*, defaults to `0.0`):
+        pair_loss_weight (`float`, *optional*, defaults to `1.0`):
             For pairs with a column `label`: weight of the task loss of both sides in the corrective update (ours). It
-            costs no time. 0 uses no label.
+            costs no time. 0 reads no label, as in the paper. Pairs without labels have no such loss.
         per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
             Number of pairs in each optimizer step and on each device. If the pair set is smaller, every step uses all
             of its pairs.
@@ -127,7 +127,7 @@ class IPGConfig(TrainingArguments):
         default="mean", metadata={"help": "Distance of mean rationales (mean) or mean distance of pairs (pair)."}
     )
     pair_loss_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the task loss of labelled pairs in the corrective update."}
+        default=1.0, metadata={"help": "Weight of the task loss of labelled pairs in the corrective update."}
     )
     per_device_pair_batch_size: int = field(default=32, metadata={"help": "Pairs per optimizer step and device."})
     pair_chunk_size: int | None = field(

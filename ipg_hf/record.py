@@ -26,6 +26,7 @@ from transformers import Trainer
 
 from .metrics import OF_PAIRS, WORST_GROUP
 from .pairs import ImageRows, check_pairs
+from .seeding import first_row
 
 # the value of a setting that an old record does not have and that nothing else tells
 NOT_RECORDED = "not recorded"
@@ -184,15 +185,18 @@ def _is_of_pairs(key: str) -> bool:
 
 
 def data_facts(trainer: Trainer) -> dict[str, Any]:
-    """What a record keeps of a trainer's data: number of training rows, and of each pair set the number of pairs and
-    what the fast form of the linter finds (`None` for a stream, or where partners are searched in training)."""
+    """What a record keeps of a trainer's data: number of training rows, and of each pair set the number of pairs,
+    whether they are known to have labels, and what the fast form of the linter finds (`None` for a stream, or where
+    partners are searched in training)."""
 
     def of(dataset: Any) -> dict[str, Any]:
         looked = isinstance(dataset, (ImageRows, datasets.Dataset)) and getattr(dataset, "format", {})
         is_stored = isinstance(dataset, ImageRows) or (looked and looked["type"] != "custom")
         findings = check_pairs(dataset, fast=True) if is_stored else None
         kept = None if findings is None else [[f.severity, f.code, f.message] for f in findings]
-        return {"pairs": len(dataset) if hasattr(dataset, "__len__") else None, "findings": kept}
+        number = len(dataset) if hasattr(dataset, "__len__") else None
+        columns = first_row(dataset) if number else getattr(dataset, "features", None) or ()  # of a stream
+        return {"pairs": number, "labelled": "label" in columns, "findings": kept}
 
     train = trainer.train_dataset
     sets = getattr(trainer, "pair_datasets", {})  # a plain Trainer has none

@@ -173,7 +173,7 @@ class GuidedStep:
         The forward is the inference forward (R2): what becomes invariant is what will be deployed. The backward runs in
         the same mode, since timm's gradient checkpointing runs the forward once more then.
 
-        With `pair_loss_weight` the task loss of both sides, times that weight, is added to d.
+        Of labelled pairs the task loss of both sides, times `pair_loss_weight`, is added to d.
 
         With `pair_chunk_size` the result is the same (gradient caching): a forward without a graph gives what d is
         computed from (the logits, and the features z with W), d is differentiated with respect to it, and each chunk
@@ -182,8 +182,8 @@ class GuidedStep:
 
         Args:
             module: the model, not wrapped.
-            batch: inputs of its forward, the a sides of P pairs in the first half of each; with `pair_loss_weight` also
-                `labels`.
+            batch: inputs of its forward, the a sides of P pairs in the first half of each; of labelled pairs also
+                `labels`, if `pair_loss_weight` is above 0.
             weight: the weight of this pair set among several.
 
         Returns:

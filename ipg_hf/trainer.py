@@ -309,8 +309,13 @@ class IPGTrainer(PublishingTrainer):
 
     @property
     def pairs_with_labels(self) -> bool:
-        """Whether a pair batch holds `labels` too."""
+        """Whether a batch of labelled pairs holds `labels` too."""
         return self.args.pair_loss_weight > 0
+
+    @property
+    def needs_pair_labels(self) -> bool:
+        """Whether pairs without labels cannot be trained with."""
+        return False
 
     def _make_task_loss(self) -> GroupLoss:
         """The loss of an objective over groups.
@@ -372,12 +377,24 @@ class IPGTrainer(PublishingTrainer):
             self.model_accepts_loss_kwargs = True
 
     def _check_pair_label(self, pairs: Any, title: str) -> None:
-        """Raises a ValueError if the first pair, as model inputs, has no label, or none that gives a loss."""
-        labels = PairCollator(self._inputs, self._inputs[0], labels=True)([pairs[0]])["labels"]
-        if self.problem_type == "single_label_classification" and (labels.dim() > 1 or labels.is_floating_point()):
+        """Raises a ValueError if the first pair has a label that gives no loss, or lacks one that is needed."""
+        row = first_row(pairs)
+        if "label" not in row:
+            if self.needs_pair_labels:
+                raise ValueError(f"{title} needs a column 'label' for the loss of its sides, but has {sorted(row)}.")
+            return
+        label = torch.as_tensor(row["label"])
+        wanted = {
+            "single_label_classification": ("one class an image: the number of the class, an integer", ()),
+            "multi_label_classification": (f"{self._num_labels} labels, 0 or 1 each", (self._num_labels,)),
+            "regression": (f"{self._num_labels} outputs: as many numbers", (self._num_labels,)),
+        }
+        what, shape = wanted[self.problem_type]
+        fits = tuple(label.shape) == shape or (self.problem_type == "regression" and label.numel() == self._num_labels)
+        if not fits or (not shape and label.is_floating_point()):
             raise ValueError(
-                f"{title} has the label {labels[0].tolist()} in row 0, but the model has one class an image: make "
-                "it the number of the class, an integer."
+                f"{title} has the label {label.tolist()} in row 0, but the model has {what}. Make it so, remove the "
+                "column 'label', or read no labels of pairs: pair_loss_weight=0."
             )
 
     def _check_held_out(self, dataset: Any, title: str) -> None:

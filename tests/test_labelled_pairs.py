@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from small import bit_equal, descending, differences, logged, weights
 
 from ipg_hf.baselines import PairPenaltyTrainer
-from ipg_hf.pairs import AdversarialPairs
 
 WEIGHT = 0.7
 LABELS = (0, 1, -100, 1)
@@ -62,16 +61,19 @@ def test_the_corrective_update_is_that_of_the_distance_and_the_loss(tmp_path, di
         assert differences(middle, wanted) < 1e-9
     # the norm of step 4 is that of the whole corrective gradient; d is logged without the loss
     moves = [(around.middle[0][0][name] - value).square().sum() for name, value in around.before[0][0].items()]
-    entry, plain = (logged(training)[0], logged(run(tmp_path, **settings)[0])[0])
+    entry, plain = (logged(training)[0], logged(run(tmp_path, pair_loss_weight=0.0, **settings)[0])[0])
     assert entry["ipg/corrective_grad_norm"] == pytest.approx(sum(moves).sqrt().item() / small.RATE, rel=1e-6)
     assert entry["ipg/corrective_grad_norm"] > 1.1 * plain["ipg/corrective_grad_norm"]
     assert entry["ipg/distance"] == plain["ipg/distance"]
 
 
-def test_without_a_weight_labels_are_not_read(tmp_path):
+def test_labels_are_used_where_pairs_have_them_and_the_weight_is_not_0(tmp_path):
     plain = ended(tmp_path, small.pairs(4, dtype=torch.float64))
-    assert bit_equal(plain, ended(tmp_path, labelled()))
-    assert not bit_equal(plain, ended(tmp_path, labelled(), pair_loss_weight=WEIGHT))
+    assert bit_equal(plain, ended(tmp_path, labelled(), pair_loss_weight=0.0))
+    by_default = ended(tmp_path, labelled())
+    assert not bit_equal(plain, by_default)
+    assert bit_equal(by_default, ended(tmp_path, labelled(), pair_loss_weight=1.0))
+    assert not bit_equal(by_default, ended(tmp_path, labelled(), pair_loss_weight=WEIGHT))
 
 
 def test_pairs_of_which_no_label_is_known_are_pairs_without_labels(tmp_path):
@@ -110,9 +112,30 @@ def test_a_stream_gives_the_labels_of_its_pairs(tmp_path):
     stored = run(tmp_path, pair_loss_weight=WEIGHT, max_steps=1)
     ends = [around.middle[0][0] for _, around in (streamed, stored)]
     assert differences(*ends) < 1e-6  # the format makes float32 of the pixels
-    without = stream.remove_columns("label").with_format("torch")
-    with pytest.raises(ValueError, match="need a column 'label'"):
-        run(tmp_path, without, pair_loss_weight=WEIGHT)
+    without = run(tmp_path, stream.remove_columns("label").with_format("torch"), max_steps=1)
+    unread = run(tmp_path, stream.with_format("torch"), pair_loss_weight=0.0, max_steps=1)
+    ends = [around.middle[0][0] for _, around in (without, unread)]
+    assert bit_equal(*ends) and differences(ends[0], streamed[1].middle[0][0]) > 1e-5
+
+
+def test_one_set_has_labels_and_the_other_none(tmp_path):
+    other = small.pairs(4, 7, torch.float64)
+    moved = {}
+    for name, chosen in {
+        "both": {"with": labelled(), "without": other}, "with": labelled(), "without": other
+    }.items():  # fmt: skip
+        _, around = run(tmp_path, chosen, max_steps=1, pair_loss_weight=WEIGHT)
+        moved[name] = {key: around.middle[0][0][key] - value for key, value in around.before[0][0].items()}
+    wanted = {key: (moved["with"][key] + moved["without"][key]) / 2 for key in moved["both"]}
+    assert differences(moved["both"], wanted) < 1e-12 and differences(moved["both"], moved["without"]) > 1e-5
+
+
+@pytest.mark.parametrize("label", [None, "no column"])
+def test_a_label_that_is_missing_in_a_later_row_is_named(tmp_path, label):
+    pairs = labelled()
+    pairs[2] = {**pairs[2], "label": None} if label is None else small.pairs(4, dtype=torch.float64)[2]
+    with pytest.raises(ValueError, match=r"no label in row .* of the batch.*-100 where it is not known"):
+        run(tmp_path, pairs)
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi-label"])
@@ -163,20 +186,28 @@ def named(*names):
 @pytest.mark.parametrize(
     ("pair_dataset", "words"),
     [
-        ({"with": labelled(), "without": small.pairs(4)}, ["need a column 'label'"]),
         (stored([0, 2]), ["pair_dataset", "label 2 in row 1", "out of range"]),
         (stored([0, -1]), ["pair_dataset", "label -1 in row 1"]),
         (stored(["yes", "no"]), ["pair_dataset has texts as label"]),
         ([{**pair, "label": 0.5} for pair in small.pairs(4)], ["label 0.5 in row 0", "an integer"]),
         ([{**pair, "label": [0, 1]} for pair in small.pairs(4)], ["label [0, 1] in row 0", "an integer"]),
-        (AdversarialPairs(small.images(8)), ["need a column 'label'"]),
     ],
-    ids=["missing", "too large", "negative", "texts", "float", "list", "adversarial"],
+    ids=["too large", "negative", "texts", "float", "list"],
 )
-def test_pairs_without_a_label_that_gives_a_loss(tmp_path, pair_dataset, words):
+def test_pairs_with_a_label_that_gives_no_loss(tmp_path, pair_dataset, words):
     with pytest.raises(ValueError) as error:
-        small.trainer(tmp_path, pair_dataset=pair_dataset, pair_loss_weight=1.0)
+        small.trainer(tmp_path, pair_dataset=pair_dataset)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("regression", "1 outputs"), ("multi-label", "3 labels, 0 or 1 each")])
+def test_labels_of_pairs_have_the_form_of_those_of_images(tmp_path, kind, words):
+    outputs = 1 if kind == "regression" else 3
+    train = [{**row, "labels": torch.zeros(outputs).squeeze()} for row in small.rows(8)]
+    wrong = [{**pair, "label": [0.0, 1.0]} for pair in small.pairs(4)]
+    with pytest.raises(ValueError, match=words):
+        small.trainer(tmp_path, model=small.vit(outputs), train=train, pair_dataset=wrong)
+    small.trainer(tmp_path, model=small.vit(outputs), train=train, pair_dataset=wrong, pair_loss_weight=0.0)
 
 
 def test_pairs_number_their_classes_as_the_training_set_does(tmp_path):
@@ -198,6 +229,11 @@ def test_weights_out_of_range(tmp_path, weight):
         small.config(tmp_path, pair_loss_weight=weight)
 
 
-def test_a_penalty_on_pairs_takes_no_loss_beside_it(tmp_path):
-    with pytest.raises(ValueError, match=r"pair_loss_weight=1\.0 does not combine with pair_objective='kl'"):
-        small.config(tmp_path, PairPenaltyTrainer.config_class, pair_loss_weight=1.0)
+def test_a_penalty_on_pairs_has_no_loss_beside_it(tmp_path):
+    ends = []
+    for weight in (0.0, 1.0):
+        pairs = [{**pair, "label": 1} for pair in small.pairs(4)]
+        training = small.trainer(tmp_path, pair_dataset=pairs, kind=PairPenaltyTrainer, pair_loss_weight=weight)
+        training.train()
+        ends.append(weights(training.model))
+    assert bit_equal(*ends)

@@ -35,7 +35,7 @@ class PairPenaltyConfig(IPGConfig):
         pair_penalty_weight (`float`, *optional*, defaults to `1.0`):
             Factor of the penalty, above 0.
 
-    `alpha`, `invariance_threshold` and `max_loss_scale` do not act on the training.
+    `alpha`, `invariance_threshold`, `max_loss_scale` and `pair_loss_weight` do not act on the training.
     """
 
     pair_objective: PairObjective = field(default="kl", metadata={"help": "The penalty on the pairs."})
@@ -45,7 +45,7 @@ class PairPenaltyConfig(IPGConfig):
         """Raises ValueError for a setting that is not valid, its own settings included."""
         super().check()
         self._require("pair_penalty_weight", 0 < self.pair_penalty_weight < math.inf, "a finite number above 0")
-        for name, value in {"correction_interval": 1, "correction_schedule": "always", "pair_loss_weight": 0}.items():
+        for name, value in {"correction_interval": 1, "correction_schedule": "always"}.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} does not combine with pair_objective={self.pair_objective!r}: the "
@@ -134,7 +134,12 @@ class PairPenaltyTrainer(IPGTrainer):
 
     @property
     def pairs_with_labels(self) -> bool:
-        """Whether a pair batch holds `labels` too."""
+        """Whether a batch of labelled pairs holds `labels` too."""
+        return self.needs_pair_labels
+
+    @property
+    def needs_pair_labels(self) -> bool:
+        """Whether pairs without labels cannot be trained with."""
         return self.args.pair_objective == "augmentation"
 
     def needs_head(self) -> bool:
@@ -172,6 +177,8 @@ def pair_penalty(
         logits = logits.to(wide)
         if kind == "kl":
             return invariance_divergence(*logits.chunk(2), problem_type=problem_type)
+        if kind == "augmentation" and labels is None:  # a stream, of which nothing was read before
+            raise ValueError("pair_objective='augmentation' needs pairs with a column 'label'.")
         if kind == "augmentation":
             return summed_loss(logits, labels, problem_type) / labels.ne(IGNORED).sum()
         a, b = z.to(wide).chunk(2)

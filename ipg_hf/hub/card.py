@@ -28,10 +28,10 @@ IPG_PAPER = "[arXiv 2502.18975](https://arxiv.org/abs/2502.18975)"
 # method -> what it does; a name in braces is a setting, or a fact that the method reports
 METHOD_TEXTS = {
     "ipg": f"Invariance pair-guided learning (IPG, {IPG_PAPER}). Each optimizer step has two updates. The corrective "
-    "update makes {agree} agree. The update of the task follows; its gradient is scaled while the outputs of the pairs "
-    "disagree.",
+    "update makes {agree} agree{and_loss}. The update of the task follows; its gradient is scaled while the outputs of "
+    "the pairs disagree.",
     "ablation": f"An ablation of invariance pair-guided learning (IPG, {IPG_PAPER}): a part of its step is changed, as "
-    "the settings say. The corrective update makes {agree} agree.",
+    "the settings say. The corrective update makes {agree} agree{and_loss}.",
     "erm": "Plain training (ERM), without pairs. Nothing keeps the model from using {attribute}.",
     "kl": "A penalty on pairs, added to the task loss: the symmetric KL divergence between the outputs on the two "
     "images of a pair, times {pair_penalty_weight}.",
@@ -171,6 +171,7 @@ def model_card(
     data = ModelCardData(**(known | metadata))
     shown, shown_results = shown_settings(record), [_results(split, record, erm) for split in splits]
     facts = {**settings, **record.get("baseline", {}), "attribute": about.get("attribute") or "a spurious attribute"}
+    facts["and_loss"] = " and lowers their task loss" if _uses_pair_labels(record) else ""
     facts["agree"] = AGREE.get(settings.get("invariance_distance"), "the two images of each pair")
     context = {
         "record": record,
@@ -216,8 +217,8 @@ def shown_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: settings.get(name, NOT_RECORDED) for name in names}
     if shown.get("invariance_distance") in ("divergence", "rationale_divergence"):
         del shown["rationale_reduction"]
-    if shown.get("pair_loss_weight") in (0, NOT_RECORDED):  # a record without it is of a version that had none
-        del shown["pair_loss_weight"]
+    if not _uses_pair_labels(record):
+        shown.pop("pair_loss_weight", None)
     if shown["lr_scheduler_type"] in WITHOUT_WARMUP:
         del shown["warmup_steps"]
     if shown["max_steps"] != NOT_RECORDED:
@@ -307,6 +308,14 @@ def _pair_sets(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if number in (None, NOT_RECORDED) and not settings.get("pairs") and not settings.get("mix_pairs"):
         number = settings.get("num_pairs")
     return [("", NOT_RECORDED if number is None else number)]
+
+
+def _uses_pair_labels(record: Mapping[str, Any]) -> bool:
+    """Whether the corrective update lowered the task loss of pairs."""
+    if record["settings"].get("pair_loss_weight") in (None, 0, NOT_RECORDED):  # some versions had no such setting
+        return False
+    sets = (record.get("data") or {}).get("pair_sets") or {}
+    return any(entry.get("labelled", True) for entry in sets.values())
 
 
 def _pair_source(settings: Mapping[str, Any], about: Mapping[str, Any]) -> str:

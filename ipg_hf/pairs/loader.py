@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..losses import IGNORED
 from ..seeding import seeded
 from .transforms import ImageRows
 
@@ -25,7 +26,7 @@ class PairCollator:
         input_names: names of the inputs that the model's forward takes. The columns `<name>_a` and `<name>_b` of a row
             become the input `<name>`.
         main_input: name of the input that every row must have.
-        labels: whether a batch also holds `labels`, for both halves, from the column `label`.
+        labels: whether a batch of rows with a column `label` also holds `labels`, for both halves.
 
     A call takes n rows and returns `{name: tensor (2n, ...)}`. It raises a ValueError if columns are missing, if the
     sides differ in shape or dtype, or if a value is NaN or infinite.
@@ -55,9 +56,13 @@ class PairCollator:
                     check_rows_agree(name, sides[0][0], a, where)
             batch[name] = torch.stack(values)
             self._check_finite(name, batch[name], rows.__getitem__)
-        if self.labels:
-            for row in rows:
-                self._check_label(row)
+        if self.labels and "label" in rows[0]:
+            for number, row in enumerate(rows):
+                if row.get("label") is None:
+                    raise ValueError(
+                        f"the pair set has no label in row {number} of the batch{source_of(row)}, other than in row 0: "
+                        f"give it one, or {IGNORED} where it is not known."
+                    )
             batch["labels"] = torch.stack([torch.as_tensor(row["label"]) for row in rows] * 2)
         return batch
 
@@ -73,8 +78,7 @@ class PairCollator:
             check_sides(name, a[0], b[0], "row 0 of the batch")
             batch[name] = torch.cat([a, b])
             self._check_finite(name, batch[name], lambda n: {column: rows[n] for column, rows in columns.items()})
-        if self.labels:
-            self._check_label(columns)
+        if self.labels and "label" in columns:
             batch["labels"] = columns["label"].repeat(2)
         return batch
 
@@ -88,12 +92,6 @@ class PairCollator:
             raise ValueError(
                 f"the pair set has NaN or infinite values in {name!r}, row {number} of the batch"
                 f"{source_of(row_of(number))}. Remove or mend that row."
-            )
-
-    def _check_label(self, row: Mapping[str, Any]) -> None:
-        if "label" not in row:
-            raise ValueError(
-                f"the pairs need a column 'label' if the loss of their sides is minimised, but have {sorted(row)}."
             )
 
     def names(self, row: Mapping[str, Any]) -> list[str]:
