@@ -35,6 +35,7 @@ from .names import nearest
 from .pairs import (
     AdversarialPairs,
     background_pairs,
+    extend_pairs,
     match_pairs,
     mix_pairs,
     overlay_pairs,
@@ -59,7 +60,7 @@ MAKERS: dict[str, Callable] = {
 }
 FROM_FILES = ("folders", "table")
 EDITS = ("recolor", "overlay")  # makers of pairs of any single image, so also of those of validation and test
-MAPPINGS = ("dataset_options", "pairs", "mix_pairs", "model_config", "image_processor", "about")
+MAPPINGS = ("dataset_options", "pairs", "extend_pairs", "mix_pairs", "model_config", "image_processor", "about")
 
 
 class RecipeError(ValueError):
@@ -80,6 +81,8 @@ class Recipe:
         pairs: how the training pairs are made: `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`], or
             `{SET: {"maker": ...}, ...}` for several sets; by default the benchmark's own pairs.
         pair_sets: names of the pair sets to train with, where a benchmark has several; by default all.
+        extend_pairs: `{"num_pairs": 20000}` makes that many pairs of the training images, by the colour map that the
+            training pairs show (`pairs.extend_pairs`); `{"num_pairs": null}` uses all training images.
         mix_pairs: `{"num_pairs": 20000}` makes that many pairs by mixing the training pairs (`pairs.mix_pairs`).
         method: name of a method in `ipg_hf.baselines.METHODS`: `"ipg"`; `"erm"`, plain training without the pairs; or a
             baseline, whose config has settings of its own.
@@ -108,6 +111,7 @@ class Recipe:
     oriented_pairs: bool = field(default=True, metadata={"help": "Keep one attribute value on each side."})
     pairs: dict | str | None = field(default=None, metadata={"help": "A maker of pairs and its arguments, as JSON."})
     pair_sets: list[str] | None = field(default=None, metadata={"help": "Names of the pair sets to train with."})
+    extend_pairs: dict | str | None = field(default=None, metadata={"help": "Make more by their colours, as JSON."})
     mix_pairs: dict | str | None = field(default=None, metadata={"help": "Enlarge the training pairs, as JSON."})
     method: str = field(default="ipg", metadata={"help": f"One of {', '.join(METHODS)}."})
     compare: Literal["none", "erm"] = field(default="none", metadata={"help": "Train without pairs (erm) too."})
@@ -179,11 +183,21 @@ class Recipe:
                 if name not in sets:
                     raise RecipeError(f"pair_sets: {self.dataset} has no pair set {name!r}.{nearest(name, sets)}")
             data = replace(data, pairs={name: sets[name] for name in self.pair_sets})
+        if self.extend_pairs:
+            data = self._enlarged(data, extend_pairs, self.extend_pairs, data.train, seed=seed)
         if self.mix_pairs:
-            sets = named_sets(data.pairs).items()
-            mixed = {name: _called(mix_pairs, self.mix_pairs, pairs, seed=seed) for name, pairs in sets}
-            data = replace(data, pairs=mixed if isinstance(data.pairs, dict) else mixed[ONLY_SET])
+            data = self._enlarged(data, mix_pairs, self.mix_pairs, seed=seed)
         return data
+
+    def _enlarged(self, data: Benchmark, function: Callable, options: Mapping, *args: Any, seed: int) -> Benchmark:
+        """The benchmark with each of its pair sets enlarged by `function(pairs, *args, **options)`."""
+        made = {}
+        for name, pairs in named_sets(data.pairs).items():
+            try:
+                made[name] = _called(function, options, pairs, *args, seed=seed)
+            except ValueError as failure:
+                raise RecipeError(f"{title_of('pairs', name)}: {failure}") from failure
+        return replace(data, pairs=made if isinstance(data.pairs, dict) else made[ONLY_SET])
 
     def _held_out_pairs(self, data: Benchmark, split: str, seed: int) -> Any:
         """The held-out pairs of a split: those of the benchmark, or else those that the recipe's makers make of it."""

@@ -32,7 +32,7 @@ from .seeding import first_row
 NOT_RECORDED = "not recorded"
 
 # options that came after the first records, with the value that stands for what the code did before
-LATER = {"pair_loss_weight": 0.0, "layer_lr_decay": 1.0, "head_learning_rate": None}
+LATER = {"pair_loss_weight": 0.0, "layer_lr_decay": 1.0, "head_learning_rate": None, "extend_pairs": {}}
 
 # the split of the metrics of held-out pairs, where there are several evaluation sets
 PAIRS = "held-out pairs"

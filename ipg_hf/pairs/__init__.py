@@ -3,6 +3,7 @@
 
 from .adversarial import AdversarialPairs
 from .edits import background_pairs, overlay_pairs, recolor_pairs
+from .extending import extend_pairs
 from .linter import Finding, check_pairs, format_findings
 from .loader import PairCollator, PairLoader, PairSampler
 from .makers import pairs_from_render
@@ -22,6 +23,7 @@ __all__ = [
     "PairSampler",
     "background_pairs",
     "check_pairs",
+    "extend_pairs",
     "format_findings",
     "match_pairs",
     "mix_pairs",
