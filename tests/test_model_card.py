@@ -233,7 +233,7 @@ def said_and_recorded(text, record, others=(), erm=None):
     said = dict(reversed(re.fullmatch(r"(.*?)(?: \((.*)\))?", part).groups()) for part in counted.split(", "))
     numbers = {name if len(sets) > 1 else None: str(number) for name, number in numbers.items()}
     yield "pairs", said, numbers
-    if settings["num_pairs"] and not settings["pairs"] and not settings["mix_pairs"]:
+    if settings["num_pairs"] and not any(settings.get(name) for name in ("pairs", "extend_pairs", "mix_pairs")):
         yield "pairs as set", set(said.values()), {str(settings["num_pairs"])}
     findings = [
         (severity, code, name if len(sets) > 1 else "", message)
@@ -419,7 +419,8 @@ def test_the_method_of_the_paper_is_called_so():
 
 def test_what_a_record_lacks_is_said():
     """Never a default of the present code."""
-    settings = dict.fromkeys(RECORD["settings"], NOT_RECORDED) | {"dataset": "files", "pairs": {}, "mix_pairs": {}}
+    settings = dict.fromkeys(RECORD["settings"], NOT_RECORDED) | {"dataset": "files"}
+    settings |= {"pairs": {}, "extend_pairs": {}, "mix_pairs": {}}
     lacks = {"commit": None, "seconds": None, "base_model": None, "about": None, "data": None, "metrics": {}}
     text = text_of(settings=settings, given=None, **lacks)
     assert "(base model not recorded)" in text and "This model has not been evaluated." in text
@@ -440,9 +441,16 @@ def test_the_number_of_pairs_is_that_of_the_training():
     old = {"train": 100, "pair_sets": {"pairs": {"pairs": NOT_RECORDED, "findings": NOT_RECORDED}}}
     settings = {**RECORD["settings"], "pairs": {}, "num_pairs": 997}
     assert "Number of pairs: 997." in text_of(data=old, settings=settings)
-    # which of them were mixed or made is not known from the setting alone
-    for change in ({"pairs": {"maker": "match"}}, {"mix_pairs": {"num_pairs": 9000}}):
+    # how many were made or mixed is not known from the setting alone
+    for change in (
+        {"pairs": {"maker": "match"}},
+        {"extend_pairs": {"num_pairs": 9000}},
+        {"mix_pairs": {"num_pairs": 9000}},
+    ):
         assert "Number of pairs: not recorded." in text_of(data=old, settings={**settings, **change})
+    extended = text_of(settings={**settings, "extend_pairs": {"num_pairs": 40}})
+    sentence = "A colour map learned from fewer pairs made the others of training images (`extend_pairs`)."
+    assert f"Number of pairs: 40. {sentence}\n" in extended and sentence not in text_of(settings=settings)
     mixed = text_of(settings={**settings, "mix_pairs": {"num_pairs": 40}})
     assert "Number of pairs: 40. Mixtures made them from fewer pairs (`mix_pairs`)." in mixed
     two = {"pair_sets": {"color": {"pairs": 5, "findings": []}, "mark": {"pairs": None, "findings": None}}}

@@ -305,7 +305,8 @@ def _pair_sets(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if len(sets) > 1:
         return [(_in_one_line(name), NOT_RECORDED if number is None else number) for name, number in sets.items()]
     number, settings = next(iter(sets.values()), None), record["settings"]
-    if number in (None, NOT_RECORDED) and not settings.get("pairs") and not settings.get("mix_pairs"):
+    changed = any(settings.get(key) for key in ("pairs", "extend_pairs", "mix_pairs"))
+    if number in (None, NOT_RECORDED) and not changed:
         number = settings.get("num_pairs")
     return [("", NOT_RECORDED if number is None else number)]
 
