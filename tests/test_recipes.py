@@ -35,7 +35,8 @@ SUITES = sorted(RECIPES.glob("suites/*.yaml"))
 NAMES = yaml.safe_load((RECIPES / "names.yaml").read_text())
 # suite -> what its differences are taken to, where that is not plain training
 REFERENCES = {"few_pairs_long": "kl", "scaling_scenes_100": "ipg_outputs"}
-QUESTIONS = ("interval_", "num_pairs", "scaling_colored_mnist", "scaling_digits", "sensitivity_")  # asked over a grid
+# asked over a grid
+QUESTIONS = ("extended_pairs", "interval_", "num_pairs", "scaling_colored_mnist", "scaling_digits", "sensitivity_")
 # of the records that were made from old files
 UNTOUCHED = ("seed", "metrics", "chosen_step", "steps", "course", "seconds", "versions", "commit", "hardware")
 
@@ -74,7 +75,7 @@ def script(monkeypatch):
 
 
 def test_all_files_are_found():
-    assert len(TRAINING) == 48 and len(SUITES) == 25
+    assert len(TRAINING) == 48 and len(SUITES) == 27
     assert {path.parent.name for path in TRAINING} == {*DATASETS}
     others = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")} - {
         path.relative_to(RECIPES).as_posix() for path in [*TRAINING, *SUITES]
