@@ -36,7 +36,8 @@ def test_a_setting_that_a_record_is_older_than_has_the_value_of_before(tmp_path)
     assert record["settings"] == {
         "seed": 0, "pair_loss_weight": 1.0, "layer_lr_decay": 1.0, "head_learning_rate": None,
     }  # fmt: skip
-    assert {name: getattr(IPGConfig, name) for name in LATER} == LATER  # what the code does by default today too
+    append_record(path, {"run": "b-seed0", "settings": {"seed": 0}})
+    assert read_records(path)[1]["settings"]["pair_loss_weight"] == 0.0 != IPGConfig.pair_loss_weight
 
 
 def test_every_field_of_the_recipe_and_of_the_method_is_a_setting():
