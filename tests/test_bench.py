@@ -17,7 +17,7 @@ from small_suite import SUITE, TINY, TUNING, fake, records_of, write
 from ipg_hf import run as runs
 from ipg_hf.bench import figures as comparison_figures
 from ipg_hf.bench import suite
-from ipg_hf.bench.run import KEEP_MEMORY, _start, execute
+from ipg_hf.bench.run import _start, execute
 from ipg_hf.bench.suite import Tuning, draw_runs, draws, load_suite, seed_runs, suite_records
 from ipg_hf.bench.tables import best_other, markdown, paired_difference, suite_rows, t_interval
 from ipg_hf.cli import main
@@ -449,7 +449,7 @@ def ends_at_once(*_):
 
 def shows_its_surroundings(config, log, *rest):
     with open(log, "w") as file:
-        json.dump({"config": config, "rest": rest, "memory": {name: os.environ[name] for name in KEEP_MEMORY}}, file)
+        json.dump({"config": config, "rest": rest, "threads": os.environ["OMP_NUM_THREADS"]}, file)
 
 
 def test_a_process_that_dies_before_it_says_anything(tmp_path, monkeypatch):
@@ -462,19 +462,18 @@ def test_a_process_that_dies_before_it_says_anything(tmp_path, monkeypatch):
     assert "earlier attempt" not in str(error.value)
 
 
-def test_memory_is_kept_as_the_user_has_set_it(tmp_path, monkeypatch):
+def test_several_runs_at_a_time_have_one_thread_each(tmp_path, monkeypatch):
     """In an interpreter of its own: what the environment is, the server of the processes reads once."""
     monkeypatch.setattr("ipg_hf.bench.run._processes", lambda: multiprocessing.get_context("spawn"))
     monkeypatch.setattr("ipg_hf.bench.run._train", shows_its_surroundings)
-    for name in KEEP_MEMORY:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before, run = dict(os.environ), seed_runs(load_suite(write(tmp_path)), "a", {})[0]
-    process = _start(run, tmp_path / "one", 2)
-    process.join(120)
-    seen = json.loads((tmp_path / "one/log.txt").read_text())
-    assert seen["memory"] == {**KEEP_MEMORY, "MALLOC_TOP_PAD_": "4096"} and os.environ == before
-    assert seen["config"] == str(tmp_path / "one/recipe.yaml") and seen["rest"] == [True, commit()]
+    for jobs, threads in ((1, "2"), (2, "1")):
+        process = _start(run, tmp_path / f"{jobs}", jobs)
+        process.join(120)
+        seen = json.loads((tmp_path / f"{jobs}/log.txt").read_text())
+        assert seen["threads"] == threads and os.environ == before
+        assert seen["config"] == str(tmp_path / f"{jobs}/recipe.yaml") and seen["rest"] == [jobs > 1, commit()]
 
 
 def test_a_draw_that_diverges_is_the_worst_and_the_suite_goes_on(tmp_path, capsys):

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs in chunks: the gradient of the whole pair batch, with the graph of a few pairs held at a time."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import small
 import torch
@@ -139,3 +144,36 @@ def test_timms_checkpointing_forwards_once_more_in_the_mode_of_the_pairs(tmp_pat
 def test_the_setting_is_checked(tmp_path):
     with pytest.raises(ValueError, match="pair_chunk_size=0 is not valid"):
         small.config(tmp_path, pair_chunk_size=0)
+
+
+# ---- The C library's memory
+
+
+FAULTS = """
+import resource, sys
+import torch
+from ipg_hf.run import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+torch.set_num_threads(1)
+for _ in range(3):
+    torch.zeros(2**24)  # 64 MiB, given back at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_memory_of_a_step_is_kept_for_the_next_unless_the_user_set_it_otherwise():
+    """Page faults of ten tensors of 64 MiB, one after the other."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    set_by_user = plain | {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
+
+    def faults(environment, argument):
+        command = [sys.executable, "-c", FAULTS, argument]
+        return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    assert faults(plain, "keep") < 100 < 1000 < faults(plain, "give back")
+    assert faults(set_by_user, "keep") > 1000

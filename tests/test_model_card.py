@@ -75,7 +75,9 @@ RECORD = {
     "about": {**asdict(ABOUT["files"]), "title": "Pets", "license": "CC0", "attribute": "the place"},
     "data": {
         "train": 100,
-        "pair_sets": {"pairs": {"pairs": 40, "findings": [["warning", "few-pairs", "the set has 40 pairs"]]}},
+        "pair_sets": {
+            "pairs": {"pairs": 40, "labelled": True, "findings": [["warning", "few-pairs", "the set has 40 pairs"]]}
+        },
     },
 }
 OTHER = {**RECORD, "seed": 4, "metrics": {"test": {"accuracy": 0.7, "worst_group_accuracy": 0.25}}}
@@ -149,10 +151,16 @@ def said_and_recorded(text, record, others=(), erm=None):
     distance = settings["invariance_distance"]
     agree = "rationales of" if distance == "rationale" else "outputs on"
     both = "pair, and feature by feature their rationales, agree" in body
+    sets = record["data"]["pair_sets"].values()
+    labelled = (
+        settings["pair_loss_weight"] > 0 and record["method"] == "ipg" and any(s.get("labelled", True) for s in sets)
+    )
+    yield "labels of pairs", "agree and lowers the task loss of both." in body, labelled
     yield "distance, both", both, record["method"] == "ipg" and distance == "rationale_divergence"
     yield "distance", f"makes the {agree} the two images" in body, record["method"] == "ipg"
     differences = dict(re.findall(r"`(\w+)` is (\S+) \(paper: [\w.]+\)", body))
     skipped = set() if distance == "rationale" else {"rationale_reduction"}
+    skipped |= set() if labelled else {"pair_loss_weight"}
     yield (
         "departures",
         differences,
@@ -260,7 +268,7 @@ def said_and_recorded(text, record, others=(), erm=None):
     table = {name.strip("`"): value for name, value in rows}
     yield "settings", table, {name: str(settings[name]) for name in table}
     needed = {*OWN_SETTINGS[record["method"]], *SETTINGS} - {"rationale_reduction", "warmup_steps"}
-    needed -= set() if settings.get("pair_loss_weight") else {"pair_loss_weight"}
+    needed -= set() if labelled else {"pair_loss_weight"}
     yield "settings, all", needed - table.keys() <= {"max_steps", "num_train_epochs"}, True
 
     # the rest
@@ -400,9 +408,9 @@ def test_the_texts_cover_every_method_and_maker():
 
 
 def test_the_method_of_the_paper_is_called_so():
-    paper = with_settings(max_loss_scale=math.inf)
+    paper = with_settings(max_loss_scale=math.inf, pair_loss_weight=0.0)
     assert "This is the method of the paper." in paper and "Differences from" not in paper
-    pair = with_settings(max_loss_scale=math.inf, rationale_reduction="pair")
+    pair = with_settings(max_loss_scale=math.inf, rationale_reduction="pair", pair_loss_weight=0.0)
     assert "method of the paper: `rationale_reduction` is pair (paper: mean).\n" in pair
     assert "This is the method of the paper." not in pair
     labelled = with_settings(max_loss_scale=math.inf, pair_loss_weight=0.5)
@@ -410,6 +418,10 @@ def test_the_method_of_the_paper_is_called_so():
     assert (
         "| `pair_loss_weight` | 0.5 |" in labelled and "pair_loss_weight" not in paper.split("## How to reproduce")[0]
     )
+    assert "agree and lowers the task loss of both." in labelled and "lowers the task loss" not in paper
+    unlabelled = {"pair_sets": {"pairs": {"pairs": 40, "labelled": False, "findings": None}}}
+    without = text_of(settings={**RECORD["settings"], "max_loss_scale": math.inf}, data=unlabelled)
+    assert "lowers the task loss" not in without and "This is the method of the paper." in without
     for distance in ("divergence", "rationale_divergence"):
         assert "| `rationale_reduction` |" not in with_settings(invariance_distance=distance)
     assert "makes the outputs on the two images of each pair, and feature by feature their rationales, agree" in (

@@ -36,9 +36,9 @@ def test_a_setting_that_a_record_is_older_than_has_the_value_of_before(tmp_path)
     assert record["settings"] == {
         "seed": 0, "pair_loss_weight": 1.0, "layer_lr_decay": 1.0, "head_learning_rate": None, "extend_pairs": {},
     }  # fmt: skip
-    default = resolved_settings(Recipe(), IPGConfig("out"))
-    # what the code does by default today too, but for the labels of pairs
-    assert {name: default[name] for name in LATER} == LATER | {"pair_loss_weight": 1.0}
+    append_record(path, {"run": "b-seed0", "settings": {"seed": 0}})
+    assert read_records(path)[1]["settings"]["pair_loss_weight"] == 0.0 != IPGConfig.pair_loss_weight
+    assert LATER["extend_pairs"] == resolved_settings(Recipe())["extend_pairs"]
 
 
 def test_every_field_of_the_recipe_and_of_the_method_is_a_setting():

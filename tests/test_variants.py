@@ -97,6 +97,7 @@ def train_mlp(folder, data, names):
         str(folder),
         max_steps=100,
         learning_rate=3e-3,
+        pair_loss_weight=0.0,  # the labels of these pairs teach the digit, whatever the pairs guard
         per_device_train_batch_size=64,
         per_device_eval_batch_size=512,
         logging_steps=50,

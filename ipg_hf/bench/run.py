@@ -39,9 +39,6 @@ from .figures import write_comparison
 from .suite import Run, Suite, chosen, draw_runs, load_suite, points, seed_runs, suite_records, validation_score
 
 LOG = "log.txt"
-# glibc gives large tensors back to the system and asks for them anew at each step, which zeroes every page of them and
-# makes steps on a CPU longer. What the user has set stays; other C libraries do not read these.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 def bench(
@@ -154,7 +151,7 @@ def _start(run: Run, folder: Path, jobs: int) -> BaseProcess:
     # the package that this one is, wherever it was found
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # read by the server, which is started with the first process
-    with _environment({**KEEP_MEMORY, **os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}):
+    with _environment({**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)}):
         process.start()
     return process
 

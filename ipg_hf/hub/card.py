@@ -171,7 +171,7 @@ def model_card(
     data = ModelCardData(**(known | metadata))
     shown, shown_results = shown_settings(record), [_results(split, record, erm) for split in splits]
     facts = {**settings, **record.get("baseline", {}), "attribute": about.get("attribute") or "a spurious attribute"}
-    facts["and_loss"] = " and lowers their task loss" if _uses_pair_labels(record) else ""
+    facts["and_loss"] = " and lowers the task loss of both" if _uses_pair_labels(record) else ""
     facts["agree"] = AGREE.get(settings.get("invariance_distance"), "the two images of each pair")
     context = {
         "record": record,
