@@ -278,6 +278,15 @@ def few_pairs_tuned() -> str:
     return table(["300 pairs", "`ipg_outputs`", "`ipg_outputs`, mixed", "`kl`", "`kl`, mixed"], lines)
 
 
+def extended_pairs() -> str:
+    """Few pairs of ColoredMNIST as they are, and extended."""
+    lines = []
+    for count in (30, 100, 300):
+        names = [f"{name}-num_pairs-{count}" for name in ("ipg", "ipg_extended")]
+        lines.append([str(count), *(cell("extended_pairs", name, names[0]) for name in names)])
+    return table(["pairs", "`ipg`", "`ipg`, extended"], lines)
+
+
 def speed() -> str:
     """What is paid for the pairs, and what is lost by paying less."""
     rows = {
@@ -508,7 +517,7 @@ def ablations() -> str:
 
 
 TABLES: list[Callable[[], str]] = [
-    *(headline, recipes),
+    *(headline, recipes, extended_pairs),
     *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, few_pairs_tuned, speed, faults),
     *(batch_norm, stability, checkpoints, sources, attributes, regression, readability, ablations),
 ]
