@@ -184,7 +184,7 @@ def learn_colors(raw: datasets.Dataset, modes: list[str | None]) -> ColorMaps:
     if not told >= TOLD:
         raise ValueError(
             f"the colours do not tell which side an image is like: of held-out pairs {_share(told)} of the sides are "
-            f"told right, and extend_pairs needs {TOLD}. Put one value of the attribute on side a of every pair; else "
+            f"told right, and extend_pairs needs {TOLD}. Put one value of the attribute on side a of every pair, or "
             f"{fix}"
         )
     whole = products.sum(0)
