@@ -553,7 +553,7 @@ def test_columns_of_pairs(tmp_path, form):
 def test_labels_of_held_out_pairs(tmp_path, labels, words):
     wrong = pairs(label=labels)
     trainer(tmp_path, pair_dataset=wrong, pair_loss_weight=0.0)  # the training then reads none of them
-    with pytest.raises(ValueError, match="^pair_dataset|label of pair_dataset"):
+    with pytest.raises(ValueError, match=r"^pair_dataset|label of pair_dataset"):
         trainer(tmp_path, pair_dataset=wrong)
     with pytest.raises(ValueError, match=f"eval_pair_dataset.*{words}"):
         trainer(tmp_path, eval_pair_dataset=wrong)
