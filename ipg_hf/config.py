@@ -57,7 +57,8 @@ class IPGConfig(TrainingArguments):
             two sides; it needs oriented pairs. `"pair"` (ours) is the mean over pairs of the distance within a pair.
         pair_loss_weight (`float`, *optional*, defaults to `1.0`):
             For pairs with a column `label`: weight of the task loss of both sides in the corrective update (ours). It
-            costs no time. 0 reads no label, as in the paper. Pairs without labels have no such loss.
+            is the plain mean loss, whatever `objective` is, and costs no time. 0 reads no label, as in the paper. Pairs
+            without labels have no such loss.
         per_device_pair_batch_size (`int`, *optional*, defaults to `32`):
             Number of pairs in each optimizer step and on each device. If the pair set is smaller, every step uses all
             of its pairs.

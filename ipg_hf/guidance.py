@@ -213,7 +213,7 @@ def loss_gradient_scale(
 ) -> Tensor:
     """Computes the factor on the task gradient: α·‖g_d‖/‖g_L‖ if c > t, else 1 (arXiv 2502.18975, step 4).
 
-    g_d is the gradient of the distance, g_L the gradient of the task loss. Their norms are over all trainable
+    g_d is the corrective gradient, g_L the gradient of the task loss. Their norms are over all trainable
     parameters together.
 
     Args:

@@ -51,8 +51,8 @@ KEEP_MEMORY = (("MALLOC_MMAP_MAX_", -4, 0), ("MALLOC_TRIM_THRESHOLD_", -1, 2**31
 def keep_memory() -> None:
     """Lets the C library keep the memory of large tensors, for steps on a CPU.
 
-    glibc gives it back to the system and asks for it anew at each step, which zeroes every page of it: a third of the
-    time of a step (recipes/speed). What the user has set in the environment stays; other C libraries are left alone.
+    glibc gives it back to the system and asks for it anew at each step, which zeroes every page of it (measured:
+    recipes/speed). What the user has set in the environment stays; other C libraries are left alone.
     """
     if platform.libc_ver()[0] == "glibc":
         for name, number, value in KEEP_MEMORY:

@@ -4,7 +4,7 @@
 For a pair batch I, a training batch with the loss L, parameters θ, an optimizer σ and its learning rate η:
 
 1. One forward of both sides of the pairs. It gives the distance d(I) and the invariance divergence c(I).
-2. The corrective update: θ ← σ(θ, η, ∇d(I)).
+2. The corrective update: θ ← σ(θ, η, ∇d(I)). Of labelled pairs a multiple of their task loss is added to d (ours).
 3. The task gradient at the corrected θ: g_L = ∇L.
 4. While c(I) > t: g_L ← min(m, α · ‖∇d(I)‖ / ‖g_L‖) · g_L (m: max_loss_scale; the paper has no limit).
 5. The task update with the same optimizer and its state: θ ← σ(θ, η, g_L).

@@ -105,7 +105,7 @@ class IPGTrainer(PublishingTrainer):
         eval_dataset: an argument of `Trainer`. The model never sees the column `attribute`.
         pair_dataset: pairs, as one map-style or iterable data set, or as a dict of sets, one for each attribute to
             ignore. Rows hold `<main_input>_a` and `<main_input>_b`, e.g. `pixel_values_a`, or raw `image_a` and
-            `image_b`. Without pairs the trainer is `Trainer`.
+            `image_b`, and if it is known `label`. Without pairs the trainer is `Trainer`.
         eval_pair_dataset: held-out pairs, in the same forms but no stream. Each evaluation during training measures
             them (`eval_flip_rate`, `eval_pair_accuracy`, ...), so that `metric_for_best_model="pair_accuracy"` chooses
             a checkpoint without an attribute. If that setting names a metric of pairs and none are given, a fifth of

@@ -273,7 +273,7 @@ def test_pairs_that_no_colour_map_explains_are_refused_before_any_pair_is_made(d
 def test_sides_that_cannot_be_told_are_refused(digits):
     """Without orientation, red and green are still exchanged by one map, its own inverse."""
     with pytest.raises(
-        ValueError, match=r"of held-out pairs 0\.\d\d of the sides are told right, .* needs 0\.95\. Put"
+        ValueError, match=r"of held-out pairs 0\.\d\d of the sides are recognised, .* needs 0\.95\. Put"
     ):
         extend_pairs(degrade_pairs(digits.pairs, unoriented=0.5), digits.train)
 
@@ -281,7 +281,7 @@ def test_sides_that_cannot_be_told_are_refused(digits):
 def test_the_sides_of_held_out_pairs_must_be_told():
     """In noise nothing tells one order of the channels from another, but twelve features fit these ten pairs."""
     pairs = pair_set([(picture(noise(n)), picture(noise(n)[..., [1, 2, 0]])) for n in range(20, 30)])
-    with pytest.raises(ValueError, match=r"of held-out pairs 0\.70 of the sides are told right"):
+    with pytest.raises(ValueError, match=r"of held-out pairs 0\.70 of the sides are recognised"):
         extend_pairs(pairs, image_set([picture(noise(99))]))
 
 

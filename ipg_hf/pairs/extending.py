@@ -23,7 +23,7 @@ SIDES = ("image_a", "image_b")
 FOLDS = 5
 FEWEST = 10  # pairs: each fold holds out two or more
 EXPLAINED = 0.9  # share of the held-out pairs' difference
-TOLD = 0.95  # share of the held-out pairs' images
+RECOGNISED = 0.95  # share of the held-out pairs' images
 # variance of the rounding to 8 bits: pixels that vary less in a direction say nothing about it
 ROUNDING = 1 / 12 / 255**2
 SHRINKAGE = 0.01  # of the coefficients that tell the side, per image, for standardized features
@@ -83,7 +83,7 @@ def extend_pairs(
         ValueError: one of the sets is a stream or lacks a column; the pairs are too few; `num_pairs` is out of range;
             an image cannot be read; the sides of a pair differ in size; the labels of the two sets are of different
             types; on held-out pairs a map explains less than 0.9 of the squared difference of the sides, or less than
-            0.95 of the sides are told right; the maps change no training image.
+            0.95 of the sides are recognised; the maps change no training image.
     """
     check_is_set(pairs, "the pair set that extend_pairs enlarges")
     check_is_set(source, "the set of training images of extend_pairs")
@@ -181,10 +181,10 @@ def learn_colors(raw: datasets.Dataset, modes: list[str | None]) -> ColorMaps:
             f"{_share(explained[0])} of the squared difference from side a to b and {_share(explained[1])} from b to "
             f"a, and extend_pairs needs {EXPLAINED} of both. It is for pairs that differ in their colours alone: {fix}"
         )
-    if not told >= TOLD:
+    if not told >= RECOGNISED:
         raise ValueError(
             f"the colours do not tell which side an image is like: of held-out pairs {_share(told)} of the sides are "
-            f"told right, and extend_pairs needs {TOLD}. Put one value of the attribute on side a of every pair, or "
+            f"recognised, and extend_pairs needs {RECOGNISED}. Put one value of the attribute on side a of every pair, or "
             f"{fix}"
         )
     whole = products.sum(0)

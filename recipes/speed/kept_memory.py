@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it saves on a CPU that the C library keeps its memory between steps (`ipg_hf.run.keep_memory`).
+"""Measures what it saves on a CPU that the C library keeps its memory between steps (`ipg_hf.run.keep_memory`).
 
     python recipes/speed/kept_memory.py [--rounds 3] [--write]
 
