@@ -184,8 +184,8 @@ def learn_colors(raw: datasets.Dataset, modes: list[str | None]) -> ColorMaps:
     if not told >= RECOGNISED:
         raise ValueError(
             f"the colours do not tell which side an image is like: of held-out pairs {_share(told)} of the sides are "
-            f"recognised, and extend_pairs needs {RECOGNISED}. Put one value of the attribute on side a of every pair, or "
-            f"{fix}"
+            f"recognised, and extend_pairs needs {RECOGNISED}. Put one value of the attribute on side a of every pair, "
+            f"or {fix}"
         )
     whole = products.sum(0)
     return ColorMaps(_fit(whole, 0), _fit(whole, 1), _fit_rule(features))
