@@ -220,9 +220,9 @@ class PairProgress(TrainerCallback, ExportableState):
             logger.warning(
                 "The model's outputs on the pairs have become one constant: the trivial solution, which has distance "
                 "and divergence 0. Use the defaults of invariance_distance, pair_loss_weight, max_loss_scale, "
-                "warmup_steps and lr_scheduler_type where they were changed ('constant' has no warm-up), a larger alpha "
-                f"(now {alpha}) or a smaller learning_rate (now {learning_rate}), and choose the checkpoint by worst-group accuracy "
-                f"on validation. {of_one_label}"
+                "warmup_steps and lr_scheduler_type where they were changed ('constant' has no warm-up), "
+                f"a larger alpha (now {alpha}) or a smaller learning_rate (now {learning_rate}), and choose "
+                f"the checkpoint by worst-group accuracy on validation. {of_one_label}"
             )
             self.warned = True
         if stalled and not self.warned and not self.warned_of_stall:
