@@ -104,6 +104,7 @@ TITLES = {
     "worst-group accuracy": "worst_group_accuracy",
     "adjusted accuracy": "adjusted_accuracy",
     "flip rate": "flip_rate",
+    "pair accuracy": "pair_accuracy",
     "mean absolute error": "mae",
     "worst-group mean absolute error": "worst_group_mae",
     "mean absolute difference within pairs": "difference",

@@ -346,6 +346,8 @@ def _recipe(record: Mapping[str, Any], shown: Mapping[str, Any]) -> str | None:
     if "dataset" not in settings:
         return None
     names = dict.fromkeys(["dataset", "method", *(record.get("given") or settings), *shown, "warmup_steps"])
+    if record["method"] in GUIDED:
+        names["pair_loss_weight"] = None  # whose default was another before
     recipe = {"method": record["method"]}
     for name in names:
         value = settings.get(name)
