@@ -383,11 +383,13 @@ class IPGTrainer(PublishingTrainer):
             if self.needs_pair_labels:
                 raise ValueError(f"{title} needs a column 'label' for the loss of its sides, but has {sorted(row)}.")
             return
+        if row["label"] is None:
+            raise ValueError(f"{title} has no label in row 0: give it one, or -100 where it is not known.")
         label = torch.as_tensor(row["label"])
         wanted = {
-            "single_label_classification": ("one class an image: the number of the class, an integer", ()),
+            "single_label_classification": ("one class an image (its number, an integer)", ()),
             "multi_label_classification": (f"{self._num_labels} labels, 0 or 1 each", (self._num_labels,)),
-            "regression": (f"{self._num_labels} outputs: as many numbers", (self._num_labels,)),
+            "regression": (f"{self._num_labels} outputs (as many numbers)", (self._num_labels,)),
         }
         what, shape = wanted[self.problem_type]
         fits = tuple(label.shape) == shape or (self.problem_type == "regression" and label.numel() == self._num_labels)

@@ -189,10 +189,11 @@ def named(*names):
         (stored([0, 2]), ["pair_dataset", "label 2 in row 1", "out of range"]),
         (stored([0, -1]), ["pair_dataset", "label -1 in row 1"]),
         (stored(["yes", "no"]), ["pair_dataset has texts as label"]),
+        ([{**pair, "label": None} for pair in small.pairs(4)], ["no label in row 0", "-100"]),
         ([{**pair, "label": 0.5} for pair in small.pairs(4)], ["label 0.5 in row 0", "an integer"]),
         ([{**pair, "label": [0, 1]} for pair in small.pairs(4)], ["label [0, 1] in row 0", "an integer"]),
     ],
-    ids=["too large", "negative", "texts", "float", "list"],
+    ids=["too large", "negative", "texts", "none", "float", "list"],
 )
 def test_pairs_with_a_label_that_gives_no_loss(tmp_path, pair_dataset, words):
     with pytest.raises(ValueError) as error:
