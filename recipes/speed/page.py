@@ -92,9 +92,18 @@ def pair_wait(record):
     return lines_of(["case", *arms, "load"], rows)
 
 
+def kept_memory(record):
+    """The processor's seconds of a step, and their ratio."""
+    rows = [
+        [f"`{case}`", *(f"{found[arm][1]:.3g}" for arm in ("kept", "given back")), of_ratio(found)]
+        for case, found in record["cases"].items()
+    ]
+    return lines_of(("case", "kept, seconds a step", "given back", "kept / given back"), rows)
+
+
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait, pair_check):
+    for make in (step, pair_memory, processes, pair_wait, pair_check, kept_memory):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
