@@ -75,7 +75,7 @@ def script(monkeypatch):
 
 
 def test_all_files_are_found():
-    assert len(TRAINING) == 51 and len(SUITES) == 26
+    assert len(TRAINING) == 51 and len(SUITES) == 27
     assert {path.parent.name for path in TRAINING} == {*DATASETS}
     others = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")} - {
         path.relative_to(RECIPES).as_posix() for path in [*TRAINING, *SUITES]

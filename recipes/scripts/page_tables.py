@@ -350,6 +350,20 @@ def faults() -> str:
     return table(["fault of the pairs", *titles], lines)
 
 
+def from_scratch() -> str:
+    """A vision transformer from scratch."""
+    rows = {
+        "plain training": "erm",
+        "`ipg`, pairs of 300 digits": "ipg",
+        "`ipg`, pairs of all training digits": "ipg_all_digits",
+        "oracle": "augmentation_all_digits",
+        "4 patches: `ipg`, pairs of all training digits": "ipg_all_digits_4_patches",
+        "4 patches: oracle": "augmentation_all_digits_4_patches",
+    }
+    lines = [[title, cell("vit_digits", row), lowest("vit_digits", row)] for title, row in rows.items()]
+    return table(["digits, a ViT of 16 patches", "worst group", "lowest"], lines)
+
+
 def batch_norm() -> str:
     """A ResNet from scratch on ColoredMNIST."""
     rows = {
@@ -522,7 +536,7 @@ def ablations() -> str:
 TABLES: list[Callable[[], str]] = [
     *(headline, recipes, extended_pairs),
     *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, few_pairs_tuned, speed, faults),
-    *(batch_norm, stability, checkpoints, sources, attributes, regression, readability, ablations),
+    *(batch_norm, from_scratch, stability, checkpoints, sources, attributes, regression, readability, ablations),
 ]
 
 
