@@ -126,6 +126,7 @@ def headline() -> str:
         "coloured digits, ResNet from scratch": ("methods_digits", "digits:ipg_resnet"),
         "ColoredMNIST, MLP from scratch": ("methods_colored_mnist", "colored_mnist:ipg_mlp"),
         "birds on land or water, EfficientNet-Lite0": ("methods_scenes_100", "scenes:ipg_lite0"),
+        "birds on land or water, DINOv2 ViT": ("scenes_dinov2", "ipg"),
     }
     titles = ["benchmark, network", "plain training", "the paper's method", "on both sides of the pairs", "`ipg`"]
     lines = [[title, *(cell(name, row) for row in (*rivals, ours))] for title, (name, ours) in benchmarks.items()]
@@ -203,7 +204,10 @@ def draws() -> str:
 
 def untuned() -> str:
     """One setting of the pairs for all benchmarks."""
-    columns = {title: f"transfer_{name}" for title, name in THREE.items()} | {"scenes, 5 %": "makers_scenes_95"}
+    columns = {title: f"transfer_{name}" for title, name in THREE.items()} | {
+        "scenes, 5 %": "makers_scenes_95",
+        "scenes, ViT": "scenes_dinov2",
+    }
     # three recipes have the settings that the suites would have
     recipes = {"digits": "digits:{}_resnet", "ColoredMNIST": "colored_mnist:{}_mlp", "scenes": "scenes:{}_lite0"}
     rows = {
