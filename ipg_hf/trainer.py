@@ -384,7 +384,7 @@ class IPGTrainer(PublishingTrainer):
                 raise ValueError(f"{title} needs a column 'label' for the loss of its sides, but has {sorted(row)}.")
             return
         if row["label"] is None:
-            raise ValueError(f"{title} has no label in row 0: give it one, or -100 where it is not known.")
+            raise ValueError(f"{title} has no label in row 0: give it one, or {IGNORED} where it is not known.")
         label = torch.as_tensor(row["label"])
         wanted = {
             "single_label_classification": ("one class an image (its number, an integer)", ()),

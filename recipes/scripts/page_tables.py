@@ -116,6 +116,12 @@ def by_method(
     return table([first_title, *columns], lines)
 
 
+def with_lowest(titles: Sequence[str], rows: Mapping[str, tuple[str, str]], reference: str | None = None) -> str:
+    """A row for each title, of a collection and its row: the cell, and the worst seed."""
+    lines = [[title, cell(*found, reference), lowest(*found)] for title, found in rows.items()]
+    return table(titles, lines)
+
+
 # ---- The tables
 
 
@@ -204,28 +210,24 @@ def draws() -> str:
 
 def untuned() -> str:
     """One setting of the pairs for all benchmarks."""
-    columns = {title: f"transfer_{name}" for title, name in THREE.items()} | {
-        "scenes, 5 %": "makers_scenes_95",
-        "scenes, ViT": "scenes_dinov2",
+    columns = {  # a suite, and where its settings were run with the default: in three cases as a recipe
+        "digits": ("transfer_digits", "digits:{}_resnet"),
+        "ColoredMNIST": ("transfer_colored_mnist", "colored_mnist:{}_mlp"),
+        "scenes": ("transfer_scenes_100", "scenes:{}_lite0"),
+        "scenes, 5 %": ("makers_scenes_95", "{}"),
+        "scenes, ViT": ("scenes_dinov2", "{}"),
     }
-    # three recipes have the settings that the suites would have
-    recipes = {"digits": "digits:{}_resnet", "ColoredMNIST": "colored_mnist:{}_mlp", "scenes": "scenes:{}_lite0"}
-    rows = {
-        "plain training": "erm",
-        **{f"`{name}`": name for name in ("ipg", "ipg_unlabelled")},
+    others = {
         "`ipg_outputs`": ("ipg_outputs_schedule", "ipg_outputs"),
         "`ipg_pair`, no limit, t = 1e-2": "ipg_pair",
         "`kl`, factor 1": ("kl_schedule", "kl"),
         "`augmentation`, factor 1": ("augmentation_schedule", "augmentation"),
     }
-
-    def of(title: str, names: str | Sequence[str]) -> str | Sequence[str]:
-        return recipes[title].format(names) if title in recipes and names in ("ipg", "ipg_unlabelled") else names
-
-    lines = [
-        [name, *(cell(collection, of(title, names), of(title, "ipg")) for title, collection in columns.items())]
-        for name, names in rows.items()
-    ]
+    lines = [["plain training"], ["`ipg`"], ["`ipg_unlabelled`"], *([title] for title in others)]
+    for suite, ours in columns.values():
+        rows = ["erm", ours.format("ipg"), ours.format("ipg_unlabelled"), *others.values()]
+        for line, row in zip(lines, rows, strict=True):
+            line.append(cell(suite, row, ours.format("ipg")))
     return table(["method", *columns], lines)
 
 
@@ -364,8 +366,8 @@ def from_scratch() -> str:
         "4 patches: `ipg`, pairs of all training digits": "ipg_all_digits_4_patches",
         "4 patches: oracle": "augmentation_all_digits_4_patches",
     }
-    lines = [[title, cell("vit_digits", row), lowest("vit_digits", row)] for title, row in rows.items()]
-    return table(["digits, a ViT of 16 patches", "worst group", "lowest"], lines)
+    found = {title: ("vit_digits", row) for title, row in rows.items()}
+    return with_lowest(["digits, a ViT of 16 patches", "worst group", "lowest"], found)
 
 
 def batch_norm() -> str:
@@ -398,11 +400,9 @@ def stability() -> str:
         "`kl`, decay": "kl_decay",
         "`kl`, the default schedule": "kl_schedule",
     }
-    collection = "stability_scenes_100"
-    lines = [
-        [title, cell(collection, row, "ipg_outputs_schedule"), lowest(collection, row)] for title, row in rows.items()
-    ]
-    return table(["constant rate of 3e-4; the row names the change", "last state", "lowest"], lines)
+    found = {title: ("stability_scenes_100", row) for title, row in rows.items()}
+    titles = ["constant rate of 3e-4; the row names the change", "last state", "lowest"]
+    return with_lowest(titles, found, "ipg_outputs_schedule")
 
 
 def sensitivity() -> str:
@@ -443,8 +443,8 @@ def attributes() -> str:
         "pairs of both": "ipg_pair_resnet",
         "both, made by editing the training images": "ipg_pair_makers_resnet",
     }
-    lines = [[title, cell("marked_digits", row), lowest("marked_digits", row)] for title, row in rows.items()]
-    return table(["training, `ipg_pair`", "worst of eight groups", "lowest"], lines)
+    found = {title: ("marked_digits", row) for title, row in rows.items()}
+    return with_lowest(["training, `ipg_pair`", "worst of eight groups", "lowest"], found)
 
 
 def regression() -> str:
@@ -533,8 +533,7 @@ def ablations() -> str:
         "digits: `ipg_pair`, ViT": ("digits", "ipg_pair_vit_tiny"),
         "digits: `ipg_pair`, ViT, 300 pairs instead of 997": ("digits", "ipg_pair_300_vit_tiny"),
     }
-    lines = [[title, cell(name, row), lowest(name, row)] for title, (name, row) in rows.items()]
-    return table(["training", "worst group", "lowest"], lines)
+    return with_lowest(["training", "worst group", "lowest"], rows)
 
 
 TABLES: list[Callable[[], str]] = [
