@@ -4,6 +4,7 @@
 from .adversarial import AdversarialPairs
 from .edits import background_pairs, overlay_pairs, recolor_pairs
 from .extending import extend_pairs
+from .generating import generate_pairs, label_classifier, label_neighbors
 from .linter import Finding, check_pairs, format_findings
 from .loader import PairCollator, PairLoader, PairSampler
 from .makers import pairs_from_render
@@ -25,6 +26,9 @@ __all__ = [
     "check_pairs",
     "extend_pairs",
     "format_findings",
+    "generate_pairs",
+    "label_classifier",
+    "label_neighbors",
     "match_pairs",
     "mix_pairs",
     "overlay_pairs",

@@ -82,7 +82,7 @@ def recolor_pairs(
         check_number("amount", amount, -math.inf, math.inf)
 
     source = _with_features(source)
-    names, ids = _attribute_ids(source, attribute) if attribute else (None, {})
+    names, ids = attribute_ids(source, attribute) if attribute else (None, {})
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         other = _recolored(image, change, amount if amount is not None else rng.uniform(60, 300), order)
@@ -269,7 +269,7 @@ def background_pairs(
     source = _with_features(source)
     names, ids = datasets.ClassLabel(names=["0", "1"]), {}
     if attribute in (source.column_names or []):
-        names, ids = _attribute_ids(source, attribute)
+        names, ids = attribute_ids(source, attribute)
     if backgrounds is None:
         check_columns(source, ["image", mask, attribute])
         is_stream = isinstance(source, datasets.IterableDataset)
@@ -520,7 +520,7 @@ def _with_features(source: Any) -> Any:
         ) from failure
 
 
-def _attribute_ids(source: Any, attribute: str) -> tuple[Any, dict[Any, int]]:
+def attribute_ids(source: Any, attribute: str) -> tuple[Any, dict[Any, int]]:
     """Returns the feature of an attribute in a pair set, and the id of each of its values."""
     feature = _attribute_feature(source, attribute)
     if is_class_label(feature):
