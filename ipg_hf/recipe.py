@@ -35,6 +35,7 @@ from .names import nearest
 from .pairs import (
     AdversarialPairs,
     background_pairs,
+    exchange_pairs,
     extend_pairs,
     match_pairs,
     mix_pairs,
@@ -53,13 +54,18 @@ MAKERS: dict[str, Callable] = {
     "recolor": recolor_pairs,
     "overlay": overlay_pairs,
     "background": background_pairs,
+    "exchange": exchange_pairs,
     "match": match_pairs,
     "adversarial": AdversarialPairs,
     "folders": pairs_from_folders,
     "table": pairs_from_table,
 }
 FROM_FILES = ("folders", "table")
-EDITS = ("recolor", "overlay")  # makers of pairs of any single image, so also of those of validation and test
+EDITS = (
+    "recolor",
+    "overlay",
+    "exchange",
+)  # makers of pairs of any single image, so also of those of validation and test
 MAPPINGS = ("dataset_options", "pairs", "extend_pairs", "mix_pairs", "model_config", "image_processor", "about")
 
 
@@ -208,7 +214,9 @@ class Recipe:
         edits = {}
         for name, options in sets.items():
             options = dict(options) if isinstance(options, Mapping) else {"maker": options}
-            if options.get("maker") not in EDITS or options.get("attribute", "image") not in images.column_names:
+            needed = {options.get("attribute", "image")}
+            needed |= {options.get("mask", "mask")} if options.get("part") == "background" else set()
+            if options.get("maker") not in EDITS or not needed <= {*images.column_names}:
                 continue
             options |= {"num_pairs": None, "skip_unchanged": True}  # one grey image must not stop a training
             made = self._make_pairs(options, replace(data, train=images), seed)

@@ -104,6 +104,7 @@ MADE = {  # maker -> what its pairs are
     "recolor": "a training image, and the same image in other colours",
     "overlay": "a training image, without and with something laid over it",
     "background": "the foreground of a training image, by its mask, on two backgrounds",
+    "exchange": "a training image, and the same image with a part of another one",
     "match": "two training images with one label and different attributes",
     "adversarial": "a training image, and the augmentation of it that changes the output most, which each step finds "
     "by gradient ascent; the training does not know the attribute",

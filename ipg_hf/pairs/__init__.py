@@ -3,6 +3,7 @@
 
 from .adversarial import AdversarialPairs
 from .edits import background_pairs, overlay_pairs, recolor_pairs
+from .exchanging import exchange_pairs
 from .extending import extend_pairs
 from .generating import generate_pairs, label_classifier, label_neighbors
 from .linter import Finding, check_pairs, format_findings
@@ -24,6 +25,7 @@ __all__ = [
     "PairSampler",
     "background_pairs",
     "check_pairs",
+    "exchange_pairs",
     "extend_pairs",
     "format_findings",
     "generate_pairs",

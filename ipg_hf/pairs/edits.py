@@ -81,7 +81,7 @@ def recolor_pairs(
     if amount is not None:
         check_number("amount", amount, -math.inf, math.inf)
 
-    source = _with_features(source)
+    source = with_features(source)
     names, ids = attribute_ids(source, attribute) if attribute else (None, {})
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -92,7 +92,7 @@ def recolor_pairs(
             raise ValueError(f"{attribute}={row[attribute]!r} is none of the two values {[*ids][:2]}: drop the row.")
         return (other, image) if ids[row[attribute]] else (image, other)
 
-    return _edited(
+    return edited(
         source,
         edit,
         names or datasets.ClassLabel(names=["original", "recolored"]),
@@ -191,7 +191,7 @@ def overlay_pairs(
     if fill_present and (attribute is None or callable(overlay) or random_position):
         raise ValueError("fill_present=True needs attribute=..., and an overlay (no function) at a fixed position.")
 
-    source = _with_features(source)
+    source = with_features(source)
     has_overlay = _presence(source, attribute, present) if attribute else None
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -213,7 +213,7 @@ def overlay_pairs(
     kind = hashlib.sha256(overlay.tobytes()).hexdigest() if isinstance(overlay, Image.Image) else overlay
     shape = overlay.size if isinstance(overlay, Image.Image) else None
     settings = ["overlay", kind, shape, text, size, opacity, tuple(color), random_position]
-    return _edited(
+    return edited(
         source,
         edit,
         datasets.ClassLabel(names=["without", "with"]),
@@ -266,7 +266,7 @@ def background_pairs(
             one side has no backgrounds; with `keep_own`, an attribute is none of its first two values.
     """
     check_number("soft_edge", soft_edge, 0, math.inf)
-    source = _with_features(source)
+    source = with_features(source)
     names, ids = datasets.ClassLabel(names=["0", "1"]), {}
     if attribute in (source.column_names or []):
         names, ids = attribute_ids(source, attribute)
@@ -291,7 +291,7 @@ def background_pairs(
         ]
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-        alpha = _alpha(row[mask], image.size, soft_edge)
+        alpha = alpha_of(row[mask], image.size, soft_edge)
         sides = []
         if keep_own and ids.get(row[attribute]) not in (0, 1):
             raise ValueError(
@@ -309,7 +309,7 @@ def background_pairs(
         return sides[0], sides[1]
 
     facts = ["background", mask, attribute, ids, soft_edge, keep_own, [pool.stored for pool in pools]]
-    return _edited(
+    return edited(
         source,
         edit,
         names,
@@ -396,7 +396,7 @@ def _filled(image: Image.Image, inside: np.ndarray) -> Image.Image:
     return Image.fromarray(np.asarray(image)[rows, columns])
 
 
-def _edited(
+def edited(
     source: Any,
     edit: Edit,
     names: Any,
@@ -506,7 +506,7 @@ def _edited(
     return pairs.select(changed)
 
 
-def _with_features(source: Any) -> Any:
+def with_features(source: Any) -> Any:
     """Checks that a source is a set; returns a stream whose features are unknown with those of its first rows."""
     check_is_set(source, "the source", or_stream=True)
     if not isinstance(source, datasets.IterableDataset) or source.features is not None:
@@ -720,7 +720,7 @@ def _lies_on_its_side(size: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(shape + own) < 0.02 < abs(shape - own)
 
 
-def _alpha(mask: Image.Image, size: tuple[int, int], soft_edge: float) -> Image.Image:
+def alpha_of(mask: Image.Image, size: tuple[int, int], soft_edge: float) -> Image.Image:
     alpha = mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
     low, high = alpha.getextrema()
     if high < 128 or low > 127:

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes pairs by exchange: an image, and the same image with one of its parts taken from an image of another label.
+
+A part is a region of the frame, the background, or a property of the whole image, such as its colours. `ipg scan`
+exchanges the same parts to find out which of them a model follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from .edits import alpha_of, edited, fill_foreground, read_mask
+from .images import image_content, read_image, stored_images
+from .makers import check_choice, check_columns, check_is_set, known_values
+
+BACKGROUND, CENTER = "background", "center"
+# region -> its upper, lower, left and right edge, as shares of the frame
+BOXES = {
+    "border": (0.075, 0.925, 0.075, 0.925),
+    "top": (0, 0.15, 0, 1),
+    "bottom": (0.85, 1, 0, 1),
+    "left": (0, 1, 0, 0.15),
+    "right": (0, 1, 0.85, 1),
+    "top_left": (0, 0.3, 0, 0.3),
+    "top_right": (0, 0.3, 0.7, 1),
+    "bottom_left": (0.7, 1, 0, 0.3),
+    "bottom_right": (0.7, 1, 0.7, 1),
+}
+OVALS = {"surroundings": (0.14, 0.86, 0.06, 0.94), CENTER: (0.14, 0.86, 0.06, 0.94)}  # likewise
+OUTSIDE = ("border", "surroundings")  # regions outside of their box or oval
+SOFT = 0.02  # radius of the blur of a region's edge, as a share of the frame's shorter side
+DETAIL = 0.02  # radius of the blur that takes the fine detail off, likewise
+BLURS = 1, 2, 4  # radii in pixels: what each takes off is a kind of detail, from fine to coarse
+FAINT = 0.1  # of 255: weaker detail is not made stronger
+PATCHES = 4  # rows and columns of patches
+
+Exchange = Callable[[Image.Image, Image.Image], Image.Image]
+
+
+def exchange_pairs(
+    source: datasets.Dataset,
+    *,
+    part: str,
+    mask: str = "mask",
+    soft_edge: float = 1.5,
+    num_pairs: int | None = None,
+    seed: int = 0,
+    skip_unchanged: bool = False,
+) -> datasets.Dataset:
+    """Makes pairs of an image and the same image with a part of another one (ours).
+
+    It needs no attribute. The other image, the donor, is drawn from those with another label, so that the pairs guard
+    against a part that tells the label. Use it for what `ipg scan` finds. A part that overlaps the object takes some of
+    the object with it: look at a preview.
+
+    Args:
+        source: a set with the columns `image` and, optionally, `label`. Without labels the donor is any other image.
+        part: what is exchanged:
+            - `"surroundings"`: all outside of a central oval of 0.72 of the height and 0.88 of the width.
+            - `"background"`: all outside of the object, by its mask. The donor's object is filled from around it.
+            - `"border"`: a frame, 0.075 of height and width on each side.
+            - `"top"`, `"bottom"`, `"left"`, `"right"`: a strip along an edge, 0.15 of height or width.
+            - `"top_left"`, `"top_right"`, `"bottom_left"`, `"bottom_right"`: a corner, 0.3 of height and width.
+            - `"color"`: the mean colour, and the spread along the principal axes of the colours.
+            - `"texture"`: the fine detail, in patches that have changed places.
+            - `"sharpness"`: how strong fine, middle and coarse detail is, which compression, blur and noise change.
+        mask: column of masks, for `"background"`, as [`background_pairs`] takes them.
+        soft_edge: radius in pixels of the Gaussian blur of the mask's edge; 0 or more.
+        num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
+            uses all.
+        seed: non-negative seed of the draws of rows and donors.
+        skip_unchanged: `True` leaves out the images that the exchange does not change. A warning counts them. By
+            default such an image is an error.
+
+    Returns:
+        A set with the columns `image_a` (the image), `image_b` (with the donor's part), `attribute_a`, `attribute_b`
+        (`"own"`, `"exchanged"`), `source_id` (number of the row in the source) and, if the source has it, `label`.
+
+    Raises:
+        ValueError: `part` is unknown; the source is a stream or lacks a column; it has one image, or one label; an
+            image or a mask cannot be read, or does not change; a mask is empty, covers the whole image or is no mask.
+    """
+    check_choice("part", part, [*(name for name in PARTS if name != CENTER), BACKGROUND])
+    check_is_set(source, "the source")
+    is_masked = part == BACKGROUND
+    donors = Donors(source, mask if is_masked else None)
+    if not is_masked:
+        exchange = PARTS[part]
+
+    def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+        donor = donors.draw(rng, row)
+        if donor is None:
+            raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
+        donor = fitted(donor, image.size)
+        if is_masked:
+            return image, Image.composite(image, donor, alpha_of(row[mask], image.size, soft_edge))
+        return image, exchange(image, donor)
+
+    return edited(
+        source,
+        edit,
+        datasets.ClassLabel(names=["own", "exchanged"]),
+        masks=[mask] if is_masked else [],
+        needs=["label"] if "label" in source.column_names else [],
+        num_pairs=num_pairs,
+        seed=seed,
+        skip_unchanged=skip_unchanged,
+        facts=["exchange", part, soft_edge, [donors.stored]],
+    )
+
+
+class Donors:
+    """The images that parts are taken from.
+
+    Args:
+        source: a set with the column `image` and, optionally, `label`.
+        mask: column of masks of objects, which are filled from around them. By default the images are left as they are.
+
+    Raises:
+        ValueError: a column is missing; there are fewer than two images, or labels.
+    """
+
+    def __init__(self, source: datasets.Dataset, mask: str | None = None):
+        columns = ["image", *([mask] if mask else [])]
+        check_columns(source, columns)
+        self.mask = mask
+        self.modes = {name: getattr(source.features[name], "mode", None) for name in columns}
+        self.stored = stored_images(source.with_format(None).select_columns(columns), columns)
+        self.labels = known_values(source, "label") if "label" in source.column_names else None
+        kinds = len(source) if self.labels is None else len(np.unique(self.labels))
+        if kinds < 2:
+            what = "labels" if self.labels is not None else "images"
+            raise ValueError(f"an exchange needs two {what}, but the source has {kinds}: add images of another one.")
+
+    def draw(self, rng: np.random.Generator, row: Mapping[str, Any], *, same: bool = False) -> Image.Image | None:
+        """Draws a donor for an image, in RGB.
+
+        Args:
+            rng: the generator.
+            row: the row of the image, as the set has it, with `image` encoded. The donor is another image.
+            same: draw a donor with the label of the image. By default it has another label.
+
+        Returns:
+            The donor; `None` if there is none.
+        """
+        rows = np.arange(len(self.stored))
+        if self.labels is not None:
+            rows = np.flatnonzero((self.labels == row["label"]) == same)
+        own = image_content(row["image"])
+        others = (int(number) for number in rng.permutation(rows))
+        number = next((number for number in others if image_content(self.stored[number]["image"]) != own), None)
+        return None if number is None else self.read(number)
+
+    def read(self, row: int) -> Image.Image:
+        """Reads an image as RGB, its object filled if the set has masks."""
+        value = self.stored[row]
+        image = read_image(value["image"], f"the image of row {row}", self.modes["image"]).convert("RGB")
+        if self.mask is None:
+            return image
+        mask = read_mask(value[self.mask], f"the mask of row {row}", self.modes[self.mask], image)
+        try:
+            return fill_foreground(image, mask)
+        except ValueError as failure:
+            raise ValueError(f"the image of row {row}: {failure}") from failure
+
+
+def fitted(donor: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scales a donor and crops it at the centre to the width and height of the image that gets its part."""
+    return donor if donor.size == size else ImageOps.fit(donor, size, Image.Resampling.BICUBIC)
+
+
+def region(name: str, size: tuple[int, int]) -> Image.Image:
+    """The mask of a region of the frame, 255 inside, with a soft edge.
+
+    Args:
+        name: a key of `BOXES` or `OVALS`.
+        size: width and height of the mask in pixels.
+    """
+    columns, rows = ((np.arange(length) + 0.5) / length for length in size)
+    up, down, left, right = BOXES.get(name) or OVALS[name]
+    # distance from the middle, 1 at the edge
+    y, x = (np.abs(2 * at - low - high) / (high - low) for at, low, high in ((rows, up, down), (columns, left, right)))
+    inside = np.hypot(y[:, None], x) <= 1 if name in OVALS else np.maximum(y[:, None], x) <= 1
+    mask = Image.fromarray(np.uint8(255 * (inside != (name in OUTSIDE))))
+    return mask.filter(ImageFilter.GaussianBlur(SOFT * min(size)))
+
+
+def _region(image: Image.Image, donor: Image.Image, name: str) -> Image.Image:
+    return Image.composite(donor, image, region(name, image.size))
+
+
+def _color(image: Image.Image, donor: Image.Image) -> Image.Image:
+    """Gives an image the donor's colours: the mean, and the spread along each principal axis of the colours."""
+    pixels, others = (np.asarray(part, np.float64).reshape(-1, 3) for part in (image, donor))
+    mean, spread, axes = _axes(pixels)
+    mean_of_donor, spread_of_donor, axes_of_donor = _axes(others)
+    scale = np.where(spread > 1, spread_of_donor / np.maximum(spread, 1), 0)
+    made = (pixels - mean) @ axes * scale @ axes_of_donor.T + mean_of_donor
+    return Image.fromarray(np.uint8(np.rint(made.clip(0, 255))).reshape(*image.size[::-1], 3))
+
+
+def _axes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation along each principal axis (largest first), and the axes as columns, of RGB pixels."""
+    mean = pixels.mean(0)
+    variances, axes = np.linalg.eigh(np.cov((pixels - mean).T))
+    axes = axes[:, ::-1]
+    largest = axes[np.abs(axes).argmax(0), range(3)]  # an axis has no sign of its own: its largest entry is positive
+    return mean, np.sqrt(variances[::-1].clip(0)), axes * np.sign(largest)
+
+
+def _sharpness(image: Image.Image, donor: Image.Image) -> Image.Image:
+    """Gives the brightness of an image the donor's strength of fine, middle and coarse detail."""
+    luma, blue, red = image.convert("YCbCr").split()
+    (made, *bands), (_, *of_donor) = (_bands(part) for part in (luma, donor.convert("L")))
+    for band, other in zip(bands, of_donor, strict=True):
+        strength = band.std()
+        made = made + band * (other.std() / strength if strength > FAINT else 1)
+    return Image.merge("YCbCr", [Image.fromarray(np.uint8(np.rint(made.clip(0, 255)))), blue, red]).convert("RGB")
+
+
+def _bands(luma: Image.Image) -> list[np.ndarray]:
+    """What remains of a grey image after the strongest blur, and what each blur takes off. Their sum is the image."""
+    blurred = [np.asarray(luma, np.float64)]
+    blurred += [np.asarray(luma.filter(ImageFilter.GaussianBlur(radius)), np.float64) for radius in BLURS]
+    return [blurred[-1], *(fine - coarse for fine, coarse in pairwise(blurred))]
+
+
+def _texture(image: Image.Image, donor: Image.Image) -> Image.Image:
+    """Gives an image the donor's fine detail, in patches that have changed places so that they show no shape."""
+    radius = DETAIL * min(image.size)
+    own, other = (np.asarray(part.filter(ImageFilter.GaussianBlur(radius)), np.float64) for part in (image, donor))
+    detail = np.asarray(donor, np.float64) - other
+    height, width = (length // PATCHES for length in detail.shape[:2])
+    for row in range(PATCHES // 2):  # each patch and the one opposite the centre change places
+        for column in range(PATCHES):
+            here = np.s_[row * height : (row + 1) * height, column * width : (column + 1) * width]
+            y, x = PATCHES - 1 - row, PATCHES - 1 - column
+            there = np.s_[y * height : (y + 1) * height, x * width : (x + 1) * width]
+            detail[here], detail[there] = detail[there].copy(), detail[here].copy()
+    return Image.fromarray(np.uint8(np.rint((own + detail).clip(0, 255))))
+
+
+# part -> the exchange of an image with a donor of the same size, both RGB
+PARTS: dict[str, Exchange] = {
+    "color": _color,
+    "texture": _texture,
+    "sharpness": _sharpness,
+    **{name: partial(_region, name=name) for name in (*BOXES, *OVALS)},
+}

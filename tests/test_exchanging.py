@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exchanged parts: each region and property by hand, the donor of another label, and a recipe that trains with them."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from small_runs import train
+
+from ipg_hf.data import load_digits
+from ipg_hf.pairs import check_pairs, exchange_pairs
+from ipg_hf.pairs.exchanging import BOXES, PARTS, region
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def flat(*color, size=(100, 100)):
+    return Image.new("RGB", size, color)
+
+
+def photo(seed, size=(64, 48)):
+    """Smooth colours with some noise."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(np.uint8(rng.integers(0, 256, (6, 8, 3)))).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.uint8((pixels(small) + rng.normal(0, 8, (size[1], size[0], 3))).clip(0, 255)))
+
+
+def image_set(images, labels=None):
+    if labels is None:
+        return datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["x", "y", "z"]))
+    return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+# ---- The parts
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [  # row and column of pixels of 100 × 100
+        ("border", [(1, 50), (98, 50), (50, 1), (50, 98)], [(50, 50), (15, 15), (85, 85)]),
+        ("top", [(3, 3), (9, 97)], [(25, 50), (97, 50)]),
+        ("bottom", [(97, 3), (90, 97)], [(75, 50), (3, 50)]),
+        ("left", [(3, 3), (97, 9)], [(50, 25), (50, 97)]),
+        ("right", [(3, 97), (97, 90)], [(50, 75), (50, 3)]),
+        ("top_left", [(3, 3), (24, 24)], [(3, 40), (40, 3), (97, 97)]),
+        ("top_right", [(3, 97), (24, 76)], [(3, 60), (40, 97), (97, 3)]),
+        ("bottom_left", [(97, 3), (76, 24)], [(97, 40), (60, 3), (3, 97)]),
+        ("bottom_right", [(97, 97), (76, 76)], [(97, 60), (60, 97), (3, 3)]),
+        ("surroundings", [(3, 3), (97, 97), (5, 50), (50, 0)], [(50, 50), (20, 50), (80, 50), (50, 12)]),
+        ("center", [(50, 50), (20, 50), (80, 50), (50, 12)], [(3, 3), (97, 97), (5, 50)]),
+    ],
+)
+def test_a_region_is_the_donors_and_the_rest_is_the_images(name, inside, outside):
+    made = pixels(PARTS[name](flat(10, 20, 30), flat(200, 210, 220)))
+    assert all(made[place].tolist() == [200, 210, 220] for place in inside)
+    assert all(made[place].tolist() == [10, 20, 30] for place in outside)
+
+
+def test_surroundings_and_center_are_each_others_rest():
+    a, b = (pixels(region(name, (90, 60))) for name in ("surroundings", "center"))
+    assert np.abs(a + b - 255).max() <= 1
+    for name in BOXES:  # a mask is neither empty nor whole
+        assert 0.04 < (pixels(region(name, (90, 60))) > 127).mean() < 0.5
+
+
+def test_the_colour_of_a_digit_is_exchanged():
+    shape, other = (np.random.default_rng(seed).integers(0, 2, (16, 16)) for seed in (0, 1))
+    red, green = (np.zeros((16, 16, 3), np.uint8) for _ in "ab")
+    red[..., 0], green[..., 1] = 255 * shape, 255 * other
+    made = pixels(PARTS["color"](Image.fromarray(red), Image.fromarray(green)))
+    assert made[shape == 1].mean(0)[1] > 200 and made[shape == 1].mean(0)[[0, 2]].max() < 5
+    assert made[shape == 0].max() < 40
+
+
+def test_exchanged_colours_have_the_donors_mean_and_spread():
+    image, donor = photo(0), photo(1).point(lambda level: 60 + level // 3)
+    made = pixels(PARTS["color"](image, donor)).reshape(-1, 3)
+    expected = pixels(donor).reshape(-1, 3)
+    np.testing.assert_allclose(made.mean(0), expected.mean(0), atol=1)
+    np.testing.assert_allclose(np.cov(made.T), np.cov(expected.T), atol=0.02 * np.cov(expected.T).max())
+    assert np.abs(np.cov(pixels(image).reshape(-1, 3).T) - np.cov(expected.T)).max() > 0.5 * np.cov(expected.T).max()
+
+
+def fineness(image):
+    """The mean square of what a blur of one pixel takes off."""
+    grey = image.convert("L")
+    return ((pixels(grey) - pixels(grey.filter(ImageFilter.GaussianBlur(1)))) ** 2).mean()
+
+
+def test_an_image_gets_the_donors_sharpness_in_both_directions():
+    sharp, blurred = photo(0), photo(1).filter(ImageFilter.GaussianBlur(2))
+    for image, donor in ((sharp, blurred), (blurred, sharp)):
+        made = PARTS["sharpness"](image, donor)
+        left, before = (abs(np.log(fineness(part) / fineness(donor))) for part in (made, image))
+        assert left < 0.7 * before  # what was never there cannot be made sharp
+        coarse = [pixels(part.filter(ImageFilter.GaussianBlur(6))) for part in (image, made)]
+        assert np.abs(coarse[0] - coarse[1]).mean() < 12  # the content stays
+
+
+def test_an_image_gets_the_donors_texture_and_keeps_its_shapes():
+    smooth = photo(0, (64, 64)).filter(ImageFilter.GaussianBlur(3))
+    stripes = Image.fromarray(np.uint8(np.tile(np.array([40, 200]).repeat(1), (64, 32))[..., None].repeat(3, 2)))
+    made = PARTS["texture"](smooth, stripes)
+    assert fineness(made) > 0.5 * fineness(stripes) > 20 * fineness(smooth)
+    coarse = [pixels(part.filter(ImageFilter.GaussianBlur(6))) for part in (smooth, made)]
+    assert np.abs(coarse[0] - coarse[1]).mean() < 10
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_the_image_itself_changes_little(name):
+    image = photo(3)
+    made = PARTS[name](image, image)
+    assert made.size == image.size and made.mode == "RGB"
+    change = np.abs(pixels(made) - pixels(image)).mean()
+    assert change < (10 if name == "texture" else 2)  # patches change places
+
+
+# ---- The pairs
+
+
+def colored(count=12):
+    """Images of one colour for each label, a little different each."""
+    labels = [number % 3 for number in range(count)]
+    images = [flat(*(200 + number if channel == label else 20 for channel in range(3)), size=(40, 40))
+              for number, label in enumerate(labels)]  # fmt: skip
+    return image_set(images, labels)
+
+
+def test_the_donor_has_another_label():
+    source = colored()
+    pairs = exchange_pairs(source, part="bottom", seed=1)
+    assert pairs["source_id"][:] == [*range(12)] and pairs["label"][:] == source["label"][:]
+    assert pairs.features["attribute_a"].names == ["own", "exchanged"]
+    for row in pairs:
+        a, b = pixels(row["image_a"]), pixels(row["image_b"])
+        assert (a[:30] == b[:30]).all()  # the rest is the image's
+        assert a[2, 2].argmax() == row["label"] != b[38, 38].argmax()
+    assert {pixels(row["image_b"])[38, 38].argmax() for row in pairs} == {0, 1, 2}
+    assert not [finding for finding in check_pairs(pairs) if finding.severity == "error"]
+
+
+def test_without_labels_the_donor_is_another_image():
+    source = image_set([flat(10, 0, 0, size=(20, 20)), flat(10, 0, 0, size=(20, 20)), flat(0, 90, 0, size=(20, 20))])
+    pairs = exchange_pairs(source, part="top", seed=0)
+    assert "label" not in pairs.column_names
+    # a copy of the image is no donor: the first two get the third's top
+    assert [pixels(row["image_b"])[0, 0].tolist() for row in pairs][:2] == [[0, 90, 0]] * 2
+
+
+def stored(pairs):
+    return [row["image_b"].tobytes() for row in pairs]
+
+
+def test_pairs_follow_the_seed_and_fewer_are_a_subset():
+    source = colored()
+    some = exchange_pairs(source, part="left", num_pairs=5, seed=2)
+    assert stored(exchange_pairs(source, part="left", num_pairs=5, seed=2)) == stored(some)
+    more = exchange_pairs(source, part="left", seed=2)
+    assert {*some["source_id"][:]} < {*more["source_id"][:]} and {*stored(some)} < {*stored(more)}
+    assert stored(exchange_pairs(source, part="left", seed=3)) != stored(more)
+
+
+def test_a_background_comes_from_around_the_donors_object():
+    def photo_of(object_color, ground):
+        image = flat(*ground, size=(40, 40))
+        image.paste(object_color, (10, 10, 30, 30))
+        return image
+
+    mask = Image.new("L", (40, 40))
+    mask.paste(255, (10, 10, 30, 30))
+    source = image_set([photo_of((250, 0, 0), (0, 0, 90)), photo_of((0, 250, 0), (90, 90, 0))], [0, 1])
+    source = source.add_column("mask", [None, None]).remove_columns("mask")
+    rows = [{**row, "mask": mask} for row in source]
+    source = datasets.Dataset.from_list(rows, features=datasets.Features({**source.features, "mask": datasets.Image()}))
+    first = exchange_pairs(source, part="background", soft_edge=0)[0]
+    made = pixels(first["image_b"])
+    assert made[20, 20].tolist() == [250, 0, 0]  # the object of the image
+    np.testing.assert_allclose(made[2, 2], [90, 90, 0], atol=1)  # the ground of the donor
+    np.testing.assert_allclose(made[8, 20], [90, 90, 0], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"part": "middle"}, "part='middle' is unknown"),
+        ({"part": "center"}, "part='center' is unknown"),
+        ({"part": "background"}, "no column 'mask'"),
+        ({"part": "top", "num_pairs": 99}, "num_pairs=99"),
+        ({"part": "top", "source": image_set([flat(1), flat(2)], [0, 0])}, "needs two labels, but the source has 1"),
+        ({"part": "top", "source": image_set([flat(1)])}, "needs two images, but the source has 1"),
+        ({"part": "top", "source": image_set([flat(1, 1, 1), flat(1, 1, 1)])}, "row 0.*no other image"),
+        ({"part": "top", "source": [flat(1)]}, "must be a datasets.Dataset"),
+        ({"part": "top", "source": image_set([flat(1, 1, 1), flat(1, 1, 1)], [0, 1])}, "row 0.*no other image"),
+    ],
+)
+def test_what_cannot_be_exchanged_is_refused(change, message):
+    given = {"source": colored()} | change
+    with pytest.raises(ValueError, match=message):
+        exchange_pairs(given.pop("source"), **given)
+
+
+def test_a_recipe_trains_with_exchanged_colours(tmp_path):
+    record, _ = train(tmp_path, pairs={"maker": "exchange", "part": "color"}, max_steps=3, eval_steps=3)
+    assert record["settings"]["pairs"] == {"maker": "exchange", "part": "color"}
+    assert record["data"]["pair_sets"]["pairs"]["labelled"]
+    # each digit of validation makes a held-out pair too
+    assert 0 <= record["metrics"]["validation"]["flip_rate"] <= 1
+
+
+def test_digits_change_their_colour_and_keep_their_shape():
+    train = load_digits().train
+    pairs = exchange_pairs(train, part="color", num_pairs=50)
+    for row in pairs:
+        a, b = (pixels(row[side]) for side in ("image_a", "image_b"))
+        assert a.sum((0, 1)).argmax() != b.sum((0, 1)).argmax()  # red becomes green, and green red
+        shapes = [image.max(-1) > 100 for image in (a, b)]
+        assert (shapes[0] == shapes[1]).mean() > 0.9
