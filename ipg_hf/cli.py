@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs`, `ipg bench`, `ipg card` and `ipg heads`."""
+"""The command line: `ipg train`, `ipg evaluate`, `ipg pairs`, `ipg scan`, `ipg bench`, `ipg card` and `ipg heads`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .bench.run import bench
 from .config import IPGConfig
 from .hub.card import model_card
 from .models import load_trained_classifier
+from .norms import norm_layers
 from .pairs.checks import ONLY_SET, first_pairs, named_sets
 from .pairs.classes import model_names
 from .pairs.linter import check_pairs, format_findings
@@ -34,6 +35,8 @@ from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import read_json, write_json
 from .run import RECORD, evaluate, load_trained, refuse_existing, train
+from .scan import check_folder as check_folder_of_scan
+from .scan import guard, guarding_recipe, load_images, scan, scan_table, write_scan
 from .survey import survey
 
 # errors of a user's files, settings and installation, which one line says; any other error is a fault of ours
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 1 for bad pairs, 2 for a usage error, 130 for an interrupt."""
     parser, commands = _parser()
     options, flags = parser.parse_known_args(argv)
-    if options.command in ("heads", "card", "bench") and flags:
+    if options.command in ("heads", "card", "bench", "scan") and flags:
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         status = _run(options, flags)
@@ -90,6 +93,9 @@ def _run(options: argparse.Namespace, flags: Sequence[str]) -> int:
         return 0
     if options.command == "heads":
         show_heads(options.models)
+        return 0
+    if options.command == "scan":
+        scan_model(options)
         return 0
     recipe, args, given = parse_recipe(options.config, flags)
     if options.command == "pairs":
@@ -157,12 +163,27 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
         "without any, every class of transformers and every model of timm (minutes). Weights are random; of a Hub id "
         "only the config is fetched. A wildcard of timm proves which layers reach the logits, a name the numbers too.",
     )
+    _add_scan(commands)
     card = commands.add_parser("card", help="print the model card of a run", allow_abbrev=False)
     card.add_argument("run", help="a folder made by ipg train; the run in its folder erm is compared with it")
     card.add_argument("--name", help="of the model, a Hub id or a word; by default the folder's name")
     card.add_argument("--license", help="of the model, as the Hub spells it, e.g. apache-2.0")
     _add_bench(commands)
     return parser, commands
+
+
+def _add_scan(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "scan", help="find which parts of the images a model follows; no attribute is needed", allow_abbrev=False
+    )
+    command.add_argument("model", help="a folder or Hub id")
+    command.add_argument("--data", required=True, help="a folder of images or of a data set, or a Hub id")
+    command.add_argument("--split", help="by default test, or else validation, or else train")
+    command.add_argument("--mask", metavar="COLUMN", help="column of masks of the objects, to exchange backgrounds too")
+    command.add_argument("--num_images", type=int, default=300, help="number of images to scan, at least 20 [300]")
+    command.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
+    command.add_argument("--report", metavar="DIR", help="write a page with pictures and the numbers to this folder")
+    command.add_argument("--write_recipe", metavar="FILE", help="write a recipe that trains against the first finding")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -252,6 +273,27 @@ def card_of(run: str, name: str | None = None, license: str | None = None) -> st
     if "settings" not in record:
         raise RecipeError(f"{paths[0]} lacks the settings, as a record of an earlier version: train again.")
     return str(model_card(record, name=name or folder.resolve().name, erm=erm, license=license))
+
+
+def scan_model(options: argparse.Namespace) -> None:
+    """Scans a model, prints the findings, and writes what was asked for."""
+    if options.report:
+        check_folder_of_scan(options.report)
+    recipe = options.write_recipe and Path(options.write_recipe)
+    if recipe and recipe.exists():
+        raise FileExistsError(f"{recipe} exists, and is not replaced: remove it, or name another by --write_recipe.")
+    images = load_images(options.data, options.split)
+    model, processor = load_trained_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
+    result = scan(model, images, processor, mask=options.mask, num_images=options.num_images, seed=options.seed)
+    print(f"\n{scan_table(result)}\n")
+    part = guard(result)
+    print(f"Look at the pictures: is {part!r} a shortcut?" if part else "No strong finding.")
+    if options.report:
+        print(write_scan(result, options.report, title=f"Scan of {options.model} on {options.data}")[0])
+    if recipe and part:
+        has_norms = bool(norm_layers(model))
+        recipe.write_text(guarding_recipe(part, options.model, options.data, freeze_norm=has_norms))
+        print(f"train: ipg train --config {recipe}")
 
 
 def show_heads(models: Sequence[str]) -> None:

@@ -90,18 +90,10 @@ def fineness(image):
     return ((pixels(grey) - pixels(grey.filter(ImageFilter.GaussianBlur(1)))) ** 2).mean()
 
 
-def test_an_image_gets_the_donors_sharpness_in_both_directions():
-    sharp, blurred = photo(0), photo(1).filter(ImageFilter.GaussianBlur(2))
-    for image, donor in ((sharp, blurred), (blurred, sharp)):
-        made = PARTS["sharpness"](image, donor)
-        left, before = (abs(np.log(fineness(part) / fineness(donor))) for part in (made, image))
-        assert left < 0.7 * before  # what was never there cannot be made sharp
-        coarse = [pixels(part.filter(ImageFilter.GaussianBlur(6))) for part in (image, made)]
-        assert np.abs(coarse[0] - coarse[1]).mean() < 12  # the content stays
-
-
 def test_an_image_gets_the_donors_texture_and_keeps_its_shapes():
     smooth = photo(0, (64, 64)).filter(ImageFilter.GaussianBlur(3))
+    # a blurred donor takes the detail off
+    assert fineness(PARTS["texture"](photo(1, (64, 64)), smooth)) < 0.2 * fineness(photo(1, (64, 64)))
     stripes = Image.fromarray(np.uint8(np.tile(np.array([40, 200]).repeat(1), (64, 32))[..., None].repeat(3, 2)))
     made = PARTS["texture"](smooth, stripes)
     assert fineness(made) > 0.5 * fineness(stripes) > 20 * fineness(smooth)

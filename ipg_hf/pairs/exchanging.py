@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -37,8 +36,6 @@ OVALS = {"surroundings": (0.14, 0.86, 0.06, 0.94), CENTER: (0.14, 0.86, 0.06, 0.
 OUTSIDE = ("border", "surroundings")  # regions outside of their box or oval
 SOFT = 0.02  # radius of the blur of a region's edge, as a share of the frame's shorter side
 DETAIL = 0.02  # radius of the blur that takes the fine detail off, likewise
-BLURS = 1, 2, 4  # radii in pixels: what each takes off is a kind of detail, from fine to coarse
-FAINT = 0.1  # of 255: weaker detail is not made stronger
 PATCHES = 4  # rows and columns of patches
 
 Exchange = Callable[[Image.Image, Image.Image], Image.Image]
@@ -69,8 +66,7 @@ def exchange_pairs(
             - `"top"`, `"bottom"`, `"left"`, `"right"`: a strip along an edge, 0.15 of height or width.
             - `"top_left"`, `"top_right"`, `"bottom_left"`, `"bottom_right"`: a corner, 0.3 of height and width.
             - `"color"`: the mean colour, and the spread along the principal axes of the colours.
-            - `"texture"`: the fine detail, in patches that have changed places.
-            - `"sharpness"`: how strong fine, middle and coarse detail is, which compression, blur and noise change.
+            - `"texture"`: the fine detail, in patches that have changed places. Compression, blur and noise show in it.
         mask: column of masks, for `"background"`, as [`background_pairs`] takes them.
         soft_edge: radius in pixels of the Gaussian blur of the mask's edge; 0 or more.
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
@@ -215,23 +211,6 @@ def _axes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.sqrt(variances[::-1].clip(0)), axes * np.sign(largest)
 
 
-def _sharpness(image: Image.Image, donor: Image.Image) -> Image.Image:
-    """Gives the brightness of an image the donor's strength of fine, middle and coarse detail."""
-    luma, blue, red = image.convert("YCbCr").split()
-    (made, *bands), (_, *of_donor) = (_bands(part) for part in (luma, donor.convert("L")))
-    for band, other in zip(bands, of_donor, strict=True):
-        strength = band.std()
-        made = made + band * (other.std() / strength if strength > FAINT else 1)
-    return Image.merge("YCbCr", [Image.fromarray(np.uint8(np.rint(made.clip(0, 255)))), blue, red]).convert("RGB")
-
-
-def _bands(luma: Image.Image) -> list[np.ndarray]:
-    """What remains of a grey image after the strongest blur, and what each blur takes off. Their sum is the image."""
-    blurred = [np.asarray(luma, np.float64)]
-    blurred += [np.asarray(luma.filter(ImageFilter.GaussianBlur(radius)), np.float64) for radius in BLURS]
-    return [blurred[-1], *(fine - coarse for fine, coarse in pairwise(blurred))]
-
-
 def _texture(image: Image.Image, donor: Image.Image) -> Image.Image:
     """Gives an image the donor's fine detail, in patches that have changed places so that they show no shape."""
     radius = DETAIL * min(image.size)
@@ -251,6 +230,5 @@ def _texture(image: Image.Image, donor: Image.Image) -> Image.Image:
 PARTS: dict[str, Exchange] = {
     "color": _color,
     "texture": _texture,
-    "sharpness": _sharpness,
     **{name: partial(_region, name=name) for name in (*BOXES, *OVALS)},
 }

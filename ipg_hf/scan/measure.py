@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exchanges parts between images of different answers, and counts how often the answer goes with the part."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from datasets.utils import tqdm
+from PIL import Image
+from torch import nn
+
+from ..inference import inference, logits_of
+from ..models import forward_inputs
+from ..pairs.classes import is_class_label
+from ..pairs.edits import alpha_of, fill_foreground, read_mask
+from ..pairs.exchanging import BACKGROUND, BOXES, CENTER, PARTS, fitted, region
+from ..pairs.images import read_image, stored_images
+from ..pairs.makers import check_columns, check_is_set, check_number
+
+logger = logging.getLogger(__name__)
+
+STRONG = 0.1  # a lower end of the interval above this
+LEAST_IMAGES = 20
+EXAMPLES = 4  # pictures of a finding
+CROP = 0.875  # the smallest share of a frame that processors crop: images are not made smaller than needs be
+NESTED = 0.1  # of a frame's area: by how much smaller an effect may be for a smaller part to come first
+
+Strength = Literal["strong", "weak", "none"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image, before and after a part of another image was put into it; sizes as the model gets them, RGB."""
+
+    row: int  # in the scanned set
+    donor_row: int
+    image: Image.Image
+    donor: Image.Image
+    edited: Image.Image
+    answer: str  # name of the predicted class
+    answer_after: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far the answers follow a part of the images.
+
+    Args:
+        part: what was exchanged, a value of `part` in [`~ipg_hf.pairs.exchange_pairs`], or `"center"`.
+        effect: how much more often the answer becomes that of the donor if the donor has another answer than if it has
+            the same one, in [-1, 1]. Shares of images, as all numbers here.
+        low: lower end of the 95 % interval of `effect`.
+        high: upper end.
+        changed: share of the answers that change with a part of an image of another answer, in [0, 1].
+        control: the same with a part of an image of the same answer. The edit is of the same kind and size, so what it
+            does is no effect of the part's content.
+        by_answer: answer before the exchange -> `effect` over its images.
+        strength: `"strong"` if `low` is above 0.1; `"weak"` if it is above 0; else `"none"`.
+    """
+
+    part: str
+    effect: float
+    low: float
+    high: float
+    changed: float
+    control: float
+    by_answer: dict[str, float]
+    strength: Strength
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The result of a scan.
+
+    Args:
+        findings: one for each part. First the parts of the largest effect; a smaller part comes before a larger one
+            unless the effect of the larger one is greater by more than 0.1 of the frame's area between them. `"center"`
+            is the last: what the object's own place does is no shortcut.
+        examples: part -> images whose answers became those of the donors, at most 4.
+        num_images: number of scanned images.
+        accuracy: share of right answers; `None` if the set has no labels, or others than the model.
+        answers: answer -> number of images that got it.
+        seed: seed of the draws.
+    """
+
+    findings: list[Finding]
+    examples: dict[str, list[Example]]
+    num_images: int
+    accuracy: float | None
+    answers: dict[str, int]
+    seed: int
+
+
+def scan(
+    model: nn.Module,
+    dataset: datasets.Dataset,
+    processor: Any,
+    *,
+    mask: str | None = None,
+    num_images: int = 300,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Scan:
+    """Finds which parts of the images a model follows (ours).
+
+    Each image gets a part of two other images, the donors: of one to which the model gives another answer, and of one
+    to which it gives the same. If the model follows the part, the first exchange moves the answer to that of the donor,
+    and the second does not. So no attribute and no label is needed, and the second exchange is the control: an edit of
+    the same kind and size. [`~ipg_hf.pairs.exchange_pairs`] exchanges the same parts, to make pairs against a finding.
+
+    A part that shows something of the object moves answers rightly. The scan cannot know what is an object: look at the
+    pictures. A shortcut that is in no part, or that two parts carry each alone, is not found.
+
+    Args:
+        model: an image classifier, on any device.
+        dataset: a set with the column `image`, not the training images if there are others. If it has `label`, with the
+            classes of the model, the accuracy is reported.
+        processor: the image processor of the model.
+        mask: column of masks of the objects. With it the background is exchanged too.
+        num_images: number of images to scan, at least 20, drawn at random. `None` or more than there are uses all.
+        batch_size: number of images in a forward.
+        seed: non-negative seed of the draws.
+
+    Raises:
+        ValueError: the set is a stream, lacks a column or has fewer than 20 images; a number is out of range; an image
+            cannot be read; the model gives one answer to all images, or another answer to one image alone.
+    """
+    check_is_set(dataset, "the set to scan")
+    check_columns(dataset, ["image", *([mask] if mask else [])])
+    check_number("seed", seed, 0, math.inf, whole=True)
+    check_number("batch_size", batch_size, 1, math.inf, whole=True)
+    if num_images is not None:
+        check_number("num_images", num_images, LEAST_IMAGES, math.inf, whole=True)
+    if len(dataset) < LEAST_IMAGES:
+        raise ValueError(f"a scan needs at least {LEAST_IMAGES} images, but the set has {len(dataset)}: give more.")
+    rng = np.random.default_rng((seed, 17))
+    rows = np.sort(rng.permutation(len(dataset))[:num_images])
+    images, masks = _read(dataset, rows, mask, _size(model, processor))
+
+    def answers_of(batch: Sequence[Image.Image]) -> np.ndarray:
+        return _answers(model, processor, batch, batch_size)
+
+    before = answers_of(images)
+    other, same = _donors(before, rng)
+    parts: dict[str, Callable[[int, int], Image.Image]] = {
+        name: lambda to, of, exchange=exchange: exchange(images[to], fitted(images[of], images[to].size))
+        for name, exchange in PARTS.items()
+    }
+    if masks:
+        filled = [fill_foreground(image, shape) for image, shape in zip(images, masks, strict=True)]
+        alphas = [alpha_of(shape, image.size, 1.5) for image, shape in zip(images, masks, strict=True)]
+        parts[BACKGROUND] = lambda to, of: Image.composite(images[to], fitted(filled[of], images[to].size), alphas[to])
+    names = _names(model)
+    findings, examples = [], {}
+    with tqdm(total=2 * len(parts) * len(rows), desc="Scanning") as bar:
+        for name, exchange in parts.items():
+            after = []
+            for donors in (other, same):
+                found = []
+                for start in range(0, len(rows), batch_size):
+                    places = range(start, min(start + batch_size, len(rows)))
+                    found.append(answers_of([exchange(place, int(donors[place])) for place in places]))
+                    bar.update(len(places))
+                after.append(np.concatenate(found))
+            findings.append(_finding(name, before, *after, other, names))
+            moved = np.flatnonzero(after[0] == before[other])[:EXAMPLES].tolist()
+            shown = [(place, int(other[place]), exchange(place, int(other[place]))) for place in moved]
+            examples[name] = [
+                Example(
+                    row=int(rows[place]),
+                    donor_row=int(rows[donor]),
+                    image=images[place],
+                    donor=images[donor],
+                    edited=edited,
+                    answer=names[before[place]],
+                    answer_after=names[after[0][place]],
+                )
+                for place, donor, edited in shown
+            ]
+    areas = _areas()
+    findings.sort(key=lambda found: (found.part == CENTER, NESTED * areas[found.part] - found.effect))
+    counts = {names[number]: int((before == number).sum()) for number in np.unique(before)}
+    return Scan(findings, examples, len(rows), _accuracy(dataset, rows, before, names), counts, seed)
+
+
+def _read(
+    dataset: datasets.Dataset, rows: np.ndarray, mask: str | None, size: int
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Reads images and masks, as RGB and L, the shorter side at most `size` pixels long."""
+    columns = ["image", *([mask] if mask else [])]
+    stored = stored_images(dataset.with_format(None).select_columns(columns), columns)
+    modes = {name: dataset.features[name].mode for name in columns}
+    images, masks = [], []
+    for row in rows.tolist():
+        value = stored[row]
+        image = read_image(value["image"], f"the image of row {row}", modes["image"]).convert("RGB")
+        scale = size / min(image.size)
+        new = image.size if scale >= 1 else tuple(max(1, round(length * scale)) for length in image.size)
+        if mask:
+            shape = read_mask(value[mask], f"the mask of row {row}", modes[mask], image)
+            masks.append(shape if shape.size == new else shape.resize(new, Image.Resampling.BILINEAR))
+        images.append(image if new == image.size else image.resize(new, Image.Resampling.BICUBIC))
+    return images, masks
+
+
+def _inputs(model: nn.Module, processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
+    return processor([*images], return_tensors="pt")[forward_inputs(model)[0]]
+
+
+def _size(model: nn.Module, processor: Any) -> int:
+    """The shorter side in pixels below which an image would be enlarged for the model."""
+    return math.ceil(max(_inputs(model, processor, [Image.new("RGB", (64, 64))]).shape[-2:]) / CROP)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, processor: Any, images: Sequence[Image.Image], batch_size: int) -> np.ndarray:
+    """The predicted classes: int64, shape (n,)."""
+    weight, found = next(model.parameters()), []
+    with inference(model):
+        for start in range(0, len(images), batch_size):
+            inputs = _inputs(model, processor, images[start : start + batch_size])
+            found.append(logits_of(model(inputs.to(weight.device, weight.dtype))).argmax(-1).cpu())
+    return torch.cat(found).numpy()
+
+
+def _donors(answers: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws for each image a donor of another answer, and one of the same answer that is not the image itself."""
+    kinds, counts = np.unique(answers, return_counts=True)
+    if len(kinds) < 2:
+        raise ValueError("the model gives one answer to all images: there is nothing to exchange. Give other images.")
+    if counts.min() < 2:
+        raise ValueError(
+            f"the model gives the answer {kinds[counts.argmin()]} to one of {len(answers)} images: scan more images."
+        )
+    places = np.arange(len(answers))
+    other = [rng.choice(places[answers != answer]) for answer in answers]
+    same = [rng.choice(places[(answers == answer) & (places != place)]) for place, answer in enumerate(answers)]
+    return np.array(other), np.array(same)
+
+
+def _finding(
+    part: str, before: np.ndarray, after: np.ndarray, control: np.ndarray, donors: np.ndarray, names: dict[int, str]
+) -> Finding:
+    """Counts, for answers before and after an exchange with donors of another answer, and of the same (`control`)."""
+    of_donor = before[donors]
+    moved = (after == of_donor).astype(float) - (control == of_donor)
+    effect = moved.mean()
+    # as if one more image had moved: without it the interval of equal values would have no width
+    error = 1.96 * math.sqrt((((moved - effect) ** 2).sum() + 1) / (len(moved) + 1) / len(moved))
+    low, high = max(effect - error, -1), min(effect + error, 1)
+    return Finding(
+        part,
+        effect=float(effect),
+        low=float(low),
+        high=float(high),
+        changed=float((after != before).mean()),
+        control=float((control != before).mean()),
+        by_answer={names[number]: float(moved[before == number].mean()) for number in np.unique(before).tolist()},
+        strength="strong" if low > STRONG else "weak" if low > 0 else "none",
+    )
+
+
+def _areas() -> dict[str, float]:
+    """The area of each part, as a share of the frame. A property of the whole image has the area 1."""
+    regions = {name: np.asarray(region(name, (100, 100))).mean() / 255 for name in PARTS if name in (*BOXES, CENTER)}
+    return {**dict.fromkeys((*PARTS, BACKGROUND), 1.0), **regions, "surroundings": 1 - regions[CENTER]}
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return _Names({int(number): str(name) for number, name in names.items()})
+
+
+class _Names(dict):
+    """The names of classes; a class without one has its number."""
+
+    def __missing__(self, number: int) -> str:
+        return str(number)
+
+
+def _accuracy(dataset: datasets.Dataset, rows: np.ndarray, answers: np.ndarray, names: dict[int, str]) -> float | None:
+    feature = dataset.features.get("label")
+    if not is_class_label(feature) or not {*feature.names} <= {*names.values()}:
+        return None
+    labels = dataset.with_format(None).select(rows)["label"][:]
+    known = [None if label is None or label < 0 else feature.names[label] for label in labels]
+    return float(np.mean([name == names[answer] for name, answer in zip(known, answers.tolist(), strict=True)]))

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scan: planted shortcuts are found in networks that follow them, by hand-made models; page, command and recipe."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, ViTImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from ipg_hf.cli import main
+from ipg_hf.recipe import parse_recipe
+from ipg_hf.scan import guard, load_images, scan, scan_table, write_scan
+from ipg_hf.scan.measure import _donors, _finding
+
+SIZE = 40
+PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, do_normalize=False, resample=0)
+CLASSES = {0: "dark", 1: "light"}
+
+
+class Looks(PreTrainedModel):
+    """Answers "light" if a function of the pixels, of shape (N, 3, 40, 40) in [0, 1], is above 0.5."""
+
+    config_class = PretrainedConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, function, classes=CLASSES):
+        super().__init__(PretrainedConfig(id2label=classes))
+        self.function, self.weight = function, nn.Parameter(torch.ones(1))
+
+    def forward(self, pixel_values, labels=None):
+        values = self.function(pixel_values) * self.weight
+        return ImageClassifierOutput(logits=torch.stack([0.5 - values, values - 0.5], -1))
+
+
+LOOKS = {
+    "bottom": lambda x: x[:, :, 36:, :].mean((1, 2, 3)),
+    "top_left": lambda x: x[:, :, :8, :8].mean((1, 2, 3)),
+    "right": lambda x: x[:, :, 8:32, 37:].mean((1, 2, 3)),
+    "border": lambda x: torch.cat([x[:, :, :2], x[:, :, -2:], x[..., :2].mT, x[..., -2:].mT], 2).mean((1, 2, 3)),
+    "center": lambda x: x[:, :, 15:25, 15:25].mean((1, 2, 3)),
+    # the share of red
+    "color": lambda x: x[:, 0].mean((1, 2)) / (x[:, 0] + x[:, 1]).mean((1, 2)),
+    # the differences of neighbours
+    "texture": lambda x: 0.5 * (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3)) / 0.06,
+}
+
+
+def cells(count=80, seed=0, masks=False):
+    """Images of 5 × 5 cells, each of a level of its own: no region tells another one."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        grid = rng.integers(0, 256, (5, 5, 1)).repeat(3, 2) * rng.choice([[1, 0.4, 0.4], [0.4, 1, 0.4]])
+        pixels = np.kron(grid, np.ones((SIZE // 5, SIZE // 5, 1)))
+        for edge in (pixels[36:], pixels[:, 37:], pixels[:8, :8]):
+            edge[:] = rng.integers(0, 256)
+        if rng.random() < 0.5:
+            pixels += rng.normal(0, 25, pixels.shape[:2])[..., None]
+        images.append(Image.fromarray(np.uint8(pixels.clip(0, 255))))
+    return datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+
+
+def middling(function, images):
+    """A model that answers by whether the function is above its mean over these images."""
+    with torch.no_grad():
+        values = function(PROCESSOR(images["image"][:], return_tensors="pt").pixel_values)
+    middle = float(values.mean())
+    return Looks(lambda x: function(x) - middle + 0.5)
+
+
+@pytest.mark.parametrize("part", [name for name in LOOKS if name != "center"])
+def test_the_part_that_a_model_looks_at_is_the_first_finding(part):
+    images = cells()
+    result = scan(middling(LOOKS[part], images), images, PROCESSOR)
+    assert result.findings[0].part == part == guard(result)
+    assert result.findings[0].strength == "strong" and result.findings[0].effect > 0.5
+    assert {found.part for found in result.findings} >= {*LOOKS, "surroundings"}
+
+
+def test_a_model_of_the_center_has_no_suspect_region():
+    images = cells()
+    result = scan(middling(LOOKS["center"], images), images, PROCESSOR)
+    effects = {found.part: found for found in result.findings}
+    assert result.findings[-1].part == "center" and effects["center"].effect > 0.9
+    regions = [name for name in effects if name not in ("center", "color", "texture")]
+    assert all(effects[name].strength == "none" and effects[name].effect == 0 for name in regions)
+
+
+def test_the_background_is_exchanged_by_masks():
+    rng, images, masks = np.random.default_rng(0), [], []
+    for _ in range(60):
+        image = Image.new("RGB", (SIZE, SIZE), (int(rng.integers(256)),) * 3)
+        mask = Image.new("L", (SIZE, SIZE))
+        image.paste((int(rng.integers(256)),) * 3, (2, 2, 38, 26))  # an object that fills the surroundings too
+        mask.paste(255, (2, 2, 38, 26))
+        images.append(image), masks.append(mask)
+    features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+    rows = datasets.Dataset.from_dict({"image": images, "mask": masks}, features=features)
+    model = middling(lambda x: x[:, :, 30:36, 10:30].mean((1, 2, 3)), rows)
+    result = scan(model, rows, PROCESSOR, mask="mask")
+    assert {found.part: found.effect for found in result.findings}["background"] > 0.8
+    assert "background" not in {found.part for found in scan(model, rows, PROCESSOR).findings}
+
+
+def test_effect_control_and_interval_by_hand():
+    #          answer, donor's answer, with the donor's part, with the part of an image of the same answer
+    before = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    donors = np.array([4, 5, 6, 7, 0, 1, 2, 3])
+    after = np.array([1, 1, 1, 0, 0, 0, 1, 1])
+    control = np.array([0, 1, 0, 0, 1, 1, 1, 1])
+    found = _finding("top", before, after, control, donors, CLASSES)
+    # moved: 1, 0, 1, 0, 1, 1, 0, 0
+    assert found.effect == 0.5 and found.changed == 5 / 8 and found.control == 1 / 8
+    error = 1.96 * np.sqrt((8 * 0.25 + 1) / 9 / 8)
+    assert (found.low, found.high) == (pytest.approx(0.5 - error), pytest.approx(0.5 + error))
+    assert found.by_answer == {"dark": 0.5, "light": 0.5} and found.strength == "weak"  # from 0.0999
+    # what the edit does whatever its content is no effect
+    same = _finding("top", before, after, after, donors, CLASSES)
+    assert same.effect == 0 and same.strength == "none" and same.low < 0 < same.high
+
+
+def test_donors_have_another_answer_or_the_same():
+    answers = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    for seed in range(20):
+        other, same = _donors(answers, np.random.default_rng(seed))
+        assert (answers[other] != answers).all() and (answers[same] == answers).all()
+        assert (same != np.arange(8)).all()
+
+
+def test_a_scan_follows_its_seed_and_takes_as_many_images_as_asked():
+    images = cells()
+    model = middling(LOOKS["color"], images)
+    results = [scan(model, images, PROCESSOR, num_images=30, seed=seed) for seed in (1, 1, 2)]
+    assert results[0].findings == results[1].findings != results[2].findings
+    assert results[0].num_images == 30 == sum(results[0].answers.values())
+    # the size of a forward changes nothing
+    assert scan(model, images, PROCESSOR, num_images=30, seed=1, batch_size=7).findings == results[0].findings
+
+
+def test_large_images_are_made_as_small_as_the_model_needs():
+    rows = cells(30)
+    large = rows.map(lambda row: {"image": row["image"].resize((300, 200))})
+    result = scan(middling(LOOKS["color"], rows), large, PROCESSOR)
+    shown = next(example for part in result.examples.values() for example in part)
+    assert min(shown.image.size) == 46 == min(shown.edited.size)  # 40 / 0.875
+
+
+def test_examples_are_images_whose_answers_moved():
+    images = cells()
+    result = scan(middling(LOOKS["bottom"], images), images, PROCESSOR)
+    shown = result.examples["bottom"]
+    assert len(shown) == 4
+    for example in shown:
+        assert example.answer != example.answer_after
+        edited, donor = (np.asarray(image)[38] for image in (example.edited, example.donor))
+        assert (edited == donor).all()
+        assert (np.asarray(example.edited)[:30] == np.asarray(example.image)[:30]).all()
+
+
+def test_accuracy_needs_the_labels_of_the_model():
+    images = cells()
+    model = middling(LOOKS["top_left"], images)
+    with torch.no_grad():
+        answers = model(**PROCESSOR(images["image"][:], return_tensors="pt")).logits.argmax(-1).tolist()
+
+    def labelled(names):
+        wrong = [answer if place % 4 else 1 - answer for place, answer in enumerate(answers)]
+        numbers = [names.index(CLASSES[answer]) if CLASSES[answer] in names else answer for answer in wrong]
+        rows = images.add_column("label", numbers)
+        return rows.cast_column("label", datasets.ClassLabel(names=names))
+
+    assert scan(model, labelled(["dark", "light"]), PROCESSOR).accuracy == 0.75
+    assert scan(model, labelled(["light", "dark"]), PROCESSOR).accuracy == 0.75  # by name, not by number
+    assert scan(model, labelled(["cat", "dog"]), PROCESSOR).accuracy is None
+    assert scan(model, images, PROCESSOR).accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": 10}, "num_images=10"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"mask": "shape"}, "no column 'shape'"),
+        ({"dataset": cells(12)}, "at least 20 images, but the set has 12"),
+        ({"dataset": [{}] * 30}, "must be a datasets.Dataset"),
+        ({"model": Looks(lambda x: x.mean((1, 2, 3)) * 0)}, "one answer to all images"),
+    ],
+)
+def test_what_cannot_be_scanned_is_refused(change, message):
+    images = cells(30)
+    given = {"model": middling(LOOKS["color"], images), "dataset": images} | change
+    with pytest.raises(ValueError, match=message):
+        scan(given.pop("model"), given.pop("dataset"), PROCESSOR, **given)
+
+
+def test_the_page_and_the_numbers_say_what_was_found(tmp_path):
+    images = cells()
+    result = scan(middling(LOOKS["bottom"], images), images, PROCESSOR)
+    page, numbers = write_scan(result, tmp_path / "scan", title="A <scan>")
+    found = json.loads(numbers.read_text())
+    assert found["title"] == "A <scan>" and found["findings"][0]["part"] == "bottom"
+    assert found["num_images"] == 80 and "examples" not in found
+    text = page.read_text()
+    assert "A &lt;scan&gt;" in text and "pairs: {maker: exchange, part: bottom}" in text
+    assert "part: center" not in text and "part: top_left" not in text  # no lines against what was not found
+    assert text.count("data:image/png") >= 12
+    assert "The answer follows the bottom edge of the frame" in text
+    with pytest.raises(FileExistsError, match="holds another scan"):
+        write_scan(result, tmp_path / "scan")
+    lines = scan_table(result).splitlines()
+    assert lines[1].split()[:2] == ["bottom", "strong"] and len(lines) == len(result.findings) + 1
+
+
+# ---- From a folder to a repaired model
+
+
+@pytest.fixture(scope="module")
+def shortcut(tmp_path_factory):
+    """A folder of digits whose colour tells the label, and a network trained on them."""
+    from ipg_hf.data import load_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for split, rows in (("train", data.train.select(range(600))), ("test", data.train.select(range(600, 800)))):
+        for number, row in enumerate(rows):
+            place = folder / "photos" / split / data.label_names[row["label"]]
+            place.mkdir(parents=True, exist_ok=True)
+            row["image"].save(place / f"{number}.png")
+    recipe = {
+        "dataset": "files",
+        "data_dir": str(folder / "photos"),
+        "method": "erm",
+        "model_type": "resnet",
+        "model_config": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+        "image_processor": {"size": {"height": 16, "width": 16}},
+        "max_steps": 60,
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 32,
+        "output_dir": str(folder / "model"),
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    (folder / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", "--config", str(folder / "plain.yaml")]) == 0
+    return folder
+
+
+def test_the_command_finds_the_colour_and_its_recipe_trains(shortcut, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["scan", str(shortcut / "model"), "--data", str(shortcut / "photos"), "--num_images", "60"]
+    assert main([*command, "--report", "found", "--write_recipe", "guard.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert "is 'color' a shortcut?" in printed and "found/scan.html" in printed
+    assert json.loads((tmp_path / "found" / "scan.json").read_text())["findings"][0]["part"] == "color"
+    recipe, args, _ = parse_recipe("guard.yaml", [])
+    assert recipe.pairs == {"maker": "exchange", "part": "color"} and args.freeze_norm
+    flags = ["--max_steps", "4", "--use_cpu", "true", "--report_to", "none", "--learning_rate", "1e-3"]
+    assert main(["train", "--config", "guard.yaml", *flags]) == 0
+    # nothing is replaced, and a wrong place is told before the work
+    for flags, message in (
+        (["--report", "found"], "holds another scan"),
+        (["--write_recipe", "guard.yaml"], "guard.yaml exists"),
+        (["--split", "tests"], "no split 'tests'.* Did you mean 'test'"),
+        (["--num_images", "3"], "num_images=3"),
+    ):
+        capsys.readouterr()
+        assert main([*command, *flags]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("ipg scan: error: ")
+        assert re.search(message, error)
+
+
+def test_images_are_loaded_without_labels(tmp_path):
+    for split, count in (("train", 3), ("validation", 2)):
+        (tmp_path / "some" / split).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (4, 4)).save(tmp_path / "some" / split / f"{number}.png")
+    assert len(load_images(tmp_path / "some")) == 2  # validation before train
+    assert len(load_images(tmp_path / "some", "train")) == 3
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_images(tmp_path / "none")
+    rows = datasets.Dataset.from_dict({"photo": [Image.new("RGB", (4, 4))]})
+    (tmp_path / "other").mkdir()
+    rows.to_parquet(tmp_path / "other" / "train-0.parquet")
+    assert load_images(tmp_path / "other").column_names == ["image"]
