@@ -24,6 +24,7 @@ from .audit.measure import audit, named_models
 from .audit.page import audit_table, check_folder, write_report
 from .bench.run import bench
 from .config import IPGConfig
+from .html import write_files
 from .hub.card import model_card
 from .models import load_trained_classifier
 from .norms import norm_layers
@@ -33,10 +34,10 @@ from .pairs.linter import check_pairs, format_findings
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
-from .record import read_json, write_json
+from .record import check_place, read_json, write_json
 from .run import RECORD, evaluate, load_trained, refuse_existing, train
 from .scan import check_folder as check_folder_of_scan
-from .scan import guard, guarding_recipe, load_images, scan, scan_table, write_scan
+from .scan import first_suspect, load_images, recipe_against, scan, scan_table, write_scan
 from .survey import survey
 
 # errors of a user's files, settings and installation, which one line says; any other error is a fault of ours
@@ -279,21 +280,38 @@ def scan_model(options: argparse.Namespace) -> None:
     """Scans a model, prints the findings, and writes what was asked for."""
     if options.report:
         check_folder_of_scan(options.report)
-    recipe = options.write_recipe and Path(options.write_recipe)
-    if recipe and recipe.exists():
-        raise FileExistsError(f"{recipe} exists, and is not replaced: remove it, or name another by --write_recipe.")
+    recipe = Path(options.write_recipe) if options.write_recipe else None
+    if recipe:
+        check_place(recipe)
+        if recipe.exists():
+            raise FileExistsError(f"{recipe} exists, and is not replaced: remove it, or name another file.")
+        if not os.path.isdir(options.data) and "/" not in options.data:
+            raise ValueError(
+                f"--write_recipe: a recipe cannot name the set {options.data!r}. Give a folder, or OWNER/SET."
+            )
     images = load_images(options.data, options.split)
+    if recipe and "label" not in images.column_names:
+        raise ValueError(
+            f"--write_recipe: {options.data} has no labels to train with. Put images in folders of labels."
+        )
     model, processor = load_trained_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
     result = scan(model, images, processor, mask=options.mask, num_images=options.num_images, seed=options.seed)
     print(f"\n{scan_table(result)}\n")
-    part = guard(result)
-    print(f"Look at the pictures: is {part!r} a shortcut?" if part else "No strong finding.")
     if options.report:
         print(write_scan(result, options.report, title=f"Scan of {options.model} on {options.data}")[0])
-    if recipe and part:
-        has_norms = bool(norm_layers(model))
-        recipe.write_text(guarding_recipe(part, options.model, options.data, freeze_norm=has_norms))
-        print(f"train: ipg train --config {recipe}")
+    part = first_suspect(result)
+    if part is None:
+        print(f"No strong finding{': no recipe was written' if recipe else ''}.")
+        return
+    print(f"Is {part!r} a shortcut? {'Look at the pictures.' if options.report else 'See pictures by --report DIR.'}")
+    if recipe:
+        text = recipe_against(
+            part, options.model, options.data, mask=options.mask, freeze_norm=bool(norm_layers(model))
+        )
+        write_files({recipe: text.encode()})
+        print(f"ipg train --config {recipe}")
 
 
 def show_heads(models: Sequence[str]) -> None:

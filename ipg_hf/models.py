@@ -125,6 +125,22 @@ def forward_inputs(model: nn.Module) -> list[str]:
     return [main, *(name for name in names if name != main)]
 
 
+def model_inputs(model: nn.Module, batch: Mapping[str, torch.Tensor], device: Any = None) -> dict[str, torch.Tensor]:
+    """Returns what a model takes of a batch of an image processor, in the model's precision.
+
+    Args:
+        model: the model.
+        batch: name -> tensor.
+        device: where the tensors go. By default the device of the model.
+    """
+    weight = next(model.parameters())
+    return {
+        name: batch[name].to(device or weight.device, weight.dtype if batch[name].is_floating_point() else None)
+        for name in forward_inputs(model)
+        if name in batch
+    }
+
+
 def takes_labels(model: nn.Module) -> bool:
     """Tells whether a model's forward takes `labels` and computes the loss itself.
 
@@ -189,14 +205,11 @@ def check_image_size(model: nn.Module, processor: Any) -> None:
         ValueError: the model cannot run on such an image; the message has its size and the network.
     """
     batch = processor([Image.new("RGB", (64, 64))], return_tensors="pt")
-    names = forward_inputs(model)
-    parameter = next(model.parameters())
-    batch = {name: batch[name].to(parameter.device, parameter.dtype) for name in names if name in batch}
     try:
         with inference(model):
-            model(**batch)
+            model(**model_inputs(model, batch))
     except (ValueError, RuntimeError, AssertionError, IndexError) as failure:
-        shape = "×".join(map(str, batch[names[0]].shape[1:]))
+        shape = "×".join(map(str, batch[forward_inputs(model)[0]].shape[1:]))
         why = (str(failure) or type(failure).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"{type(_base(model)).__name__} cannot run on images of {shape}, as the image processor gives them "

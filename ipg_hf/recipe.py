@@ -219,7 +219,14 @@ class Recipe:
             if options.get("maker") not in EDITS or not needed <= {*images.column_names}:
                 continue
             options |= {"num_pairs": None, "skip_unchanged": True}  # one grey image must not stop a training
-            made = self._make_pairs(options, replace(data, train=images), seed)
+            try:
+                made = self._make_pairs(options, replace(data, train=images), seed)
+            except ValueError as failure:
+                if options["maker"] != "exchange":
+                    raise
+                # a split of one label, or without labels, has no images to exchange parts with
+                logger.warning(f"{title_of('pairs', name)}: there are no held-out pairs of {split}: {failure}")
+                continue
             if len(made):
                 edits[name] = made
             else:

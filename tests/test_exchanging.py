@@ -84,6 +84,26 @@ def test_exchanged_colours_have_the_donors_mean_and_spread():
     assert np.abs(np.cov(pixels(image).reshape(-1, 3).T) - np.cov(expected.T)).max() > 0.5 * np.cov(expected.T).max()
 
 
+def test_nearly_equal_images_keep_their_colours():
+    # red against green: the largest channel of the axis changes from one image to the other, its direction must not
+    def striped(red, green):
+        levels = np.tile(np.linspace(-1, 1, 32), (32, 1))
+        pixels = 128 + levels[..., None] * np.array([red, green, 0.0])
+        return Image.fromarray(np.uint8(pixels))
+
+    image, donor = striped(100, -96), striped(96, -100)
+    made = pixels(PARTS["color"](image, donor))
+    assert np.corrcoef(made[..., 0].ravel(), pixels(image)[..., 0].ravel())[0, 1] > 0.99
+
+
+def test_a_grey_photograph_gets_no_strong_colours_from_its_noise():
+    noise = np.random.default_rng(0).normal(0, 1.5, (48, 64, 3))
+    grey = Image.fromarray(np.uint8((pixels(photo(0).convert("L"))[..., None] + noise).clip(0, 255)))
+    made = pixels(PARTS["color"](grey, photo(1)))
+    # from one pixel to the next: noise alone
+    assert np.diff(made[..., 0] - made[..., 1], axis=1).std() < 20
+
+
 def fineness(image):
     """The mean square of what a blur of one pixel takes off."""
     grey = image.convert("L")
@@ -94,6 +114,11 @@ def test_an_image_gets_the_donors_texture_and_keeps_its_shapes():
     smooth = photo(0, (64, 64)).filter(ImageFilter.GaussianBlur(3))
     # a blurred donor takes the detail off
     assert fineness(PARTS["texture"](photo(1, (64, 64)), smooth)) < 0.2 * fineness(photo(1, (64, 64)))
+    for size in ((66, 67), (69, 71)):  # no multiples of the number of patches: all patches change places
+        spot = flat(0, 0, 0, size=size)
+        spot.paste((255, 255, 255), (size[0] - 6, size[1] - 6, size[0] - 3, size[1] - 3))
+        moved = pixels(PARTS["texture"](flat(100, 100, 100, size=size), spot))
+        assert moved[-9:, -9:].max() < 105 < 140 < moved[: size[1] // 2, : size[0] // 2].max()
     stripes = Image.fromarray(np.uint8(np.tile(np.array([40, 200]).repeat(1), (64, 32))[..., None].repeat(3, 2)))
     made = PARTS["texture"](smooth, stripes)
     assert fineness(made) > 0.5 * fineness(stripes) > 20 * fineness(smooth)
@@ -146,13 +171,37 @@ def stored(pairs):
     return [row["image_b"].tobytes() for row in pairs]
 
 
-def test_pairs_follow_the_seed_and_fewer_are_a_subset():
+def test_pairs_follow_the_seed_and_fewer_are_a_subset(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "/dev/null/none")  # nothing is read from a cache
     source = colored()
     some = exchange_pairs(source, part="left", num_pairs=5, seed=2)
     assert stored(exchange_pairs(source, part="left", num_pairs=5, seed=2)) == stored(some)
     more = exchange_pairs(source, part="left", seed=2)
     assert {*some["source_id"][:]} < {*more["source_id"][:]} and {*stored(some)} < {*stored(more)}
     assert stored(exchange_pairs(source, part="left", seed=3)) != stored(more)
+
+
+def test_new_labels_give_new_donors():
+    source = colored()
+    some = exchange_pairs(source, part="left", num_pairs=2, seed=1)
+    drawn = {*some["source_id"][:]}
+    labels = [label if row in drawn else (label + 1) % 3 for row, label in enumerate(source["label"][:])]
+    other = source.remove_columns("label").add_column("label", labels).cast_column("label", source.features["label"])
+    again = exchange_pairs(other, part="left", num_pairs=2, seed=1)
+    assert {*again["source_id"][:]} == drawn and stored(again) != stored(some)
+
+
+def test_a_validation_split_of_one_label_has_no_held_out_pairs(tmp_path, caplog):
+    for split, label, count in (("train", "x", 24), ("train", "y", 24), ("validation", "x", 6), ("test", "x", 6)):
+        folder = tmp_path / "photos" / split / label
+        folder.mkdir(parents=True)
+        for number in range(count):
+            photo(1000 * count + 100 * ord(label) + number, (16, 16)).save(folder / f"{number}.png")
+    changes = {"dataset": "files", "data_dir": str(tmp_path / "photos"), "num_pairs": None, "max_steps": 2}
+    changes |= {"pairs": {"maker": "exchange", "part": "top"}, "eval_strategy": "no", "load_best_model_at_end": False}
+    record, _ = train(tmp_path, **changes)
+    assert "no held-out pairs of validation: an exchange needs two labels" in caplog.text
+    assert "flip_rate" not in record["metrics"]["test"]
 
 
 def test_a_background_comes_from_around_the_donors_object():
@@ -164,7 +213,6 @@ def test_a_background_comes_from_around_the_donors_object():
     mask = Image.new("L", (40, 40))
     mask.paste(255, (10, 10, 30, 30))
     source = image_set([photo_of((250, 0, 0), (0, 0, 90)), photo_of((0, 250, 0), (90, 90, 0))], [0, 1])
-    source = source.add_column("mask", [None, None]).remove_columns("mask")
     rows = [{**row, "mask": mask} for row in source]
     source = datasets.Dataset.from_list(rows, features=datasets.Features({**source.features, "mask": datasets.Image()}))
     first = exchange_pairs(source, part="background", soft_edge=0)[0]
@@ -181,6 +229,11 @@ def test_a_background_comes_from_around_the_donors_object():
         ({"part": "center"}, "part='center' is unknown"),
         ({"part": "background"}, "no column 'mask'"),
         ({"part": "top", "num_pairs": 99}, "num_pairs=99"),
+        ({"part": "top", "soft_edge": -1}, "soft_edge=-1"),
+        (
+            {"part": "color", "source": image_set([flat(1, 2, 3, size=(1, 1)), flat(9, 2, 3, size=(1, 1))])},
+            "row 0.*1×1",
+        ),
         ({"part": "top", "source": image_set([flat(1), flat(2)], [0, 0])}, "needs two labels, but the source has 1"),
         ({"part": "top", "source": image_set([flat(1)])}, "needs two images, but the source has 1"),
         ({"part": "top", "source": image_set([flat(1, 1, 1), flat(1, 1, 1)])}, "row 0.*no other image"),

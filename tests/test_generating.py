@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generated pairs: orientation, an interrupted run, the filters by hand, and pipelines of diffusers as editors."""
 
-import json
 import logging
 
 import datasets
@@ -54,7 +53,7 @@ class Recorded:
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
         self.calls.append(([levels(image) for image in images], list(values), list(seeds)))
-        return [flat(seed % 256) for seed in seeds]
+        return [flat(100 + seed % 100) for seed in seeds]
 
 
 def stored(pairs):
@@ -68,7 +67,7 @@ def test_an_image_and_its_edit_make_a_pair(tmp_path):
     assert pairs.features["attribute_a"].names == ["original", "edited"]
     assert {*pairs["attribute_a"][:]} == {0} and {*pairs["attribute_b"][:]} == {1}
     np.testing.assert_allclose(pairs["change"][:], np.array([235, 215, 145, 165]) / 255)
-    assert sorted(path.name for path in (tmp_path / "edits").glob("*.png"))[0] == "0000000.png"
+    assert len([*(tmp_path / "edits").glob("*.png")]) == 4
 
 
 def test_with_an_attribute_each_image_is_edited_to_the_other_value(tmp_path):
@@ -95,9 +94,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same(tmp_path):
     again = Recorded()
     assert stored(generate_pairs(source(*ROWS), again, tmp_path / "parts", **settings)) == stored(expected)
     assert not again.calls
-    (tmp_path / "parts" / "0000002.png").unlink()  # a deleted edit is made again, alone
-    generate_pairs(source(*ROWS), again, tmp_path / "parts", **settings)
-    assert [call[0] for call in again.calls] == [[200]]
+    next((tmp_path / "parts").glob("*.png")).unlink()  # a deleted edit is made again, alone
+    assert stored(generate_pairs(source(*ROWS), again, tmp_path / "parts", **settings)) == stored(expected)
+    assert [len(call[0]) for call in again.calls] == [1]
     other = Recorded()
     generate_pairs(source(*ROWS), other, tmp_path / "other", **(settings | {"seed": 4}))
     assert not {*other.calls[0][2]} & {*whole.calls[0][2]}
@@ -120,7 +119,7 @@ def test_edits_that_change_too_little_make_no_pair(tmp_path, caplog):
     assert "2 of 4 edits make no pair: 2 change their image by less than min_change=0.01" in caplog.text
     # an equal image is no pair at any threshold
     assert generate_pairs(source(*ROWS), editor, tmp_path, min_change=0)["source_id"][:] == [1, 2, 3]
-    with pytest.raises(ValueError, match=r"4 of 4 edits make no pair.*mend the editor or lower the threshold"):
+    with pytest.raises(ValueError, match=r"4 of 4 edits make no pair.*improve the editor, or lower the threshold"):
         generate_pairs(source(*ROWS), editor, tmp_path, min_change=0.5)
 
 
@@ -161,11 +160,16 @@ PROCESSOR = ViTImageProcessor(size={"height": 32, "width": 32})
 
 def test_the_probabilities_of_a_classifier_are_those_of_its_logits():
     model, images = network(3), [flat(30), flat(220)]
-    found = label_classifier(model, PROCESSOR)(images)
+    model.config.id2label = {0: "y", 1: "z", 2: "x"}
+    found = label_classifier(model, PROCESSOR, source(*ROWS))(images)
     with torch.no_grad():
         logits = model(**PROCESSOR(images, return_tensors="pt")).logits
-    np.testing.assert_allclose(found, logits.double().softmax(-1), rtol=1e-6)
-    assert found.shape == (2, 3) and found.dtype == np.float64
+    # the labels are x and y, by name: the model has them in another order
+    np.testing.assert_allclose(found, logits.double().softmax(-1)[:, [2, 0]], rtol=1e-6)
+    assert found.shape == (2, 2) and found.dtype == np.float64
+    model.config.id2label = {0: "y", 1: "z", 2: "w"}
+    with pytest.raises(ValueError, match="but not the data's"):
+        label_classifier(model, PROCESSOR, source(*ROWS))
 
 
 def test_neighbours_vote_by_their_labels():
@@ -191,6 +195,7 @@ def test_neighbours_vote_by_their_labels():
         ({"editor": lambda images, *_: np.zeros((4, 4, 4, 3))}, "returned a ndarray"),
         ({"editor": lambda images, *_: ["a"] * 4}, "returned a list of str"),
         ({"classify": lambda images: np.zeros(len(images))}, r"shape \(4,\).*\(4, 2\)"),
+        ({"classify": lambda images: np.zeros((len(images), 1000))}, r"shape \(4, 1000\).*\(4, 2\)"),
         ({"classify": lambda images: np.full((len(images), 2), 3.0)}, "Logits need a softmax"),
     ],
 )
@@ -213,21 +218,83 @@ def test_a_third_value_of_the_attribute_is_refused(tmp_path):
         generate_pairs(rows, invert, tmp_path, attribute="shade")
 
 
-def test_a_folder_of_other_edits_is_kept(tmp_path):
-    generate_pairs(source(*ROWS), invert, tmp_path / "edits", seed=1)
-    for rows, settings, what in [
-        (source(*ROWS), {"seed": 2}, "another seed"),
-        (source(*ROWS), {"seed": 1, "attribute": "shade"}, "another source, another attribute"),
-        (source(*ROWS[:3]), {"seed": 1}, "another source"),
-    ]:
-        with pytest.raises(ValueError, match=f"holds edits of {what}: name another folder"):
-            generate_pairs(rows, invert, tmp_path / "edits", **settings)
-    assert json.loads((tmp_path / "edits" / "edits.json").read_text())["seed"] == 1
-    (tmp_path / "photos").mkdir()
-    flat(3).save(tmp_path / "photos" / "0000000.png")
-    with pytest.raises(ValueError, match=r"holds images, such as 0000000.png, but no edits.json"):
-        generate_pairs(source(*ROWS), invert, tmp_path / "photos")
-    assert levels(Image.open(tmp_path / "photos" / "0000000.png")) == 3
+def test_edits_belong_to_image_value_and_seed(tmp_path, caplog):
+    """A folder serves other sets too: an edit is made again only if its image, value or seed is another one."""
+    editor = Recorded()
+    settings = {"min_change": 0, "attribute": "shade"}
+    generate_pairs(source(*ROWS), editor, tmp_path, **settings)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        more = generate_pairs(source((33, 0), *reversed(ROWS)), editor, tmp_path, **settings)
+    assert "4 of 5 edits are taken from" in caplog.text
+    assert [call[0] for call in editor.calls] == [[10, 20, 200, 210], [33]] and len(more) == 5
+    turned = source(*ROWS, names=("light", "dark"))  # each image is to become another value now
+    generate_pairs(turned, editor, tmp_path, **settings)
+    generate_pairs(source(*ROWS), editor, tmp_path, seed=1, **settings)
+    generate_pairs(source(*ROWS), editor, tmp_path, min_change=0)
+    assert [len(call[0]) for call in editor.calls] == [4, 1, 4, 4, 4]
+
+
+def test_a_folder_of_photographs_is_left_alone(tmp_path):
+    flat(3).save(tmp_path / "0000000.png")
+    generate_pairs(source(*ROWS), invert, tmp_path)
+    assert levels(Image.open(tmp_path / "0000000.png")) == 3
+    with pytest.raises(NotADirectoryError, match=r"0000000\.png is a file"):
+        generate_pairs(source(*ROWS), invert, tmp_path / "0000000.png")
+
+
+def test_finished_edits_are_read_where_nothing_can_be_written(tmp_path):
+    pairs = generate_pairs(source(*ROWS), invert, tmp_path)
+    (tmp_path / "edits.lock").unlink()
+    again = generate_pairs(source(*ROWS), Recorded(fails_at=0), tmp_path)
+    assert stored(again) == stored(pairs) and not (tmp_path / "edits.lock").exists()
+
+
+def test_a_changed_edit_must_fit_its_image(tmp_path):
+    generate_pairs(source(ROWS[0]), invert, tmp_path)
+    edit = next(tmp_path.glob("*.png"))
+    flat(77).save(edit)  # mended by hand
+    assert stored(generate_pairs(source(ROWS[0]), invert, tmp_path)) == [(10, 77, 0)]
+    for size in ((9, 5), (1, 1)):
+        flat(77, size).save(edit)
+        with pytest.raises(ValueError, match=rf"edit of row 0 .*{size[0]}×{size[1]} pixels and its image 4×4"):
+            generate_pairs(source(ROWS[0]), invert, tmp_path)
+    edit.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="If you delete the file, the edit is made again"):
+        generate_pairs(source(ROWS[0]), invert, tmp_path)
+
+
+def test_the_editor_gets_truth_values_and_texts_as_they_are(tmp_path):
+    for number, values in enumerate(([False, True], ["no", "yes"], [0, 1])):
+        rows = datasets.Dataset.from_dict({"image": [flat(10), flat(200)], "shade": values})
+        editor = Recorded()
+        generate_pairs(rows, editor, tmp_path / str(number), attribute="shade", min_change=0)
+        assert editor.calls[0][1] == values[::-1] and type(editor.calls[0][1][0]) is type(values[0])
+    with pytest.raises(ValueError, match="'shade' has the one value"):
+        one = source(ROWS[0]).cast_column("shade", datasets.ClassLabel(names=["dark"]))
+        generate_pairs(one, invert, tmp_path / "one", attribute="shade")
+
+
+def test_labels_that_are_no_classes_are_refused_before_the_first_edit(tmp_path):
+    def classify(images):
+        return np.full((len(images), 2), 0.5)
+
+    editor = Recorded()
+    for labels, message in (
+        (["x", "y"], "row 0 is no class"),
+        ([0.5, 1.0], "row 0 is no class"),
+        ([1, -1], "row 1 is no class"),
+        ([0, None], "row 1 of the source has no label"),
+    ):
+        rows = datasets.Dataset.from_dict({"image": [flat(10), flat(200)], "label": labels})
+        with pytest.raises(ValueError, match=message):
+            generate_pairs(rows, editor, tmp_path, classify=classify)
+    assert not editor.calls
+
+
+@pytest.mark.parametrize("deep", [np.full((4, 4), 500, np.uint16), np.full((4, 4), 0.5, np.float32)])
+def test_edits_of_more_than_8_bits_are_refused(tmp_path, deep):
+    with pytest.raises(ValueError, match="the edit of row 0 has the mode"):
+        generate_pairs(source(*ROWS), lambda images, *_: [Image.fromarray(deep) for _ in images], tmp_path)
 
 
 def pipeline():

@@ -173,7 +173,9 @@ def test_the_code_of_the_readme_prints_what_it_says(tmp_path, monkeypatch):
 
 def test_every_command_of_a_page_has_known_flags_and_files(capsys):
     lines = [line for page in PAGES for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
-    found = [re.search(r"(?:\bipg|ipg_hf\.cli) (train|evaluate|pairs|scan|heads|card|bench)\b.*", line) for line in lines]
+    found = [
+        re.search(r"(?:\bipg|ipg_hf\.cli) (train|evaluate|pairs|scan|heads|card|bench)\b.*", line) for line in lines
+    ]
     commands = [shlex.split(match.group(), comments=True) for match in found if match]
     assert {words[1] for words in commands} == {"train", "evaluate", "pairs", "scan", "heads", "card", "bench"}
     settings = {field.name for kind in (Recipe, IPGConfig) for field in dataclasses.fields(kind)}

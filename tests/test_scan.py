@@ -16,8 +16,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf.cli import main
 from ipg_hf.recipe import parse_recipe
-from ipg_hf.scan import guard, load_images, scan, scan_table, write_scan
+from ipg_hf.scan import first_suspect, load_images, scan, scan_table, write_scan
 from ipg_hf.scan.measure import _donors, _finding
+from ipg_hf.scan.page import _line
 
 SIZE = 40
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, do_normalize=False, resample=0)
@@ -79,7 +80,7 @@ def middling(function, images):
 def test_the_part_that_a_model_looks_at_is_the_first_finding(part):
     images = cells()
     result = scan(middling(LOOKS[part], images), images, PROCESSOR)
-    assert result.findings[0].part == part == guard(result)
+    assert result.findings[0].part == part == first_suspect(result)
     assert result.findings[0].strength == "strong" and result.findings[0].effect > 0.5
     assert {found.part for found in result.findings} >= {*LOOKS, "surroundings"}
 
@@ -149,7 +150,10 @@ def test_large_images_are_made_as_small_as_the_model_needs():
     large = rows.map(lambda row: {"image": row["image"].resize((300, 200))})
     result = scan(middling(LOOKS["color"], rows), large, PROCESSOR)
     shown = next(example for part in result.examples.values() for example in part)
-    assert min(shown.image.size) == 46 == min(shown.edited.size)  # 40 / 0.875
+    assert shown.image.size == shown.edited.size == (120, 80)  # twice the model's 40
+    # a processor that does not scale gets the images as they are
+    whole = scan(middling(LOOKS["color"], rows), large, ViTImageProcessor(do_resize=False, do_normalize=False))
+    assert next(example for part in whole.examples.values() for example in part).image.size == (300, 200)
 
 
 def test_examples_are_images_whose_answers_moved():
@@ -180,6 +184,43 @@ def test_accuracy_needs_the_labels_of_the_model():
     assert scan(model, labelled(["light", "dark"]), PROCESSOR).accuracy == 0.75  # by name, not by number
     assert scan(model, labelled(["cat", "dog"]), PROCESSOR).accuracy is None
     assert scan(model, images, PROCESSOR).accuracy is None
+    # an unknown label is neither right nor wrong
+    half = labelled(["dark", "light"]).map(lambda row, n: {"label": row["label"] if n % 2 else -1}, with_indices=True)
+    assert scan(model, half, PROCESSOR).accuracy == 1.0
+    none = half.map(lambda row: {"label": -1})
+    assert scan(model, none, PROCESSOR).accuracy is None
+    texts = images.add_column("label", [CLASSES[answer] for answer in answers])
+    assert scan(model, texts, PROCESSOR).accuracy == 1.0
+
+
+class Levels(Looks):
+    """Answers with the tens of the mean level of the bottom, of up to 26 classes."""
+
+    def __init__(self):
+        super().__init__(None, {number: f"level {number}" for number in range(26)})
+
+    def forward(self, pixel_values, labels=None):
+        tens = (pixel_values[:, :, 36:].mean((1, 2, 3)) * 25.5 * self.weight).long().clamp(0, 25)
+        return ImageClassifierOutput(logits=nn.functional.one_hot(tens, 26).float())
+
+
+def test_an_answer_that_one_image_has_alone_is_left_out(caplog):
+    rows = [Image.new("RGB", (SIZE, SIZE), (level,) * 3) for level in [20, 60, 200] * 10 + [140]]
+    images = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features(image=datasets.Image()))
+    result = scan(Levels(), images, PROCESSOR)
+    assert result.num_images == 30 and result.answers["level 14"] == 1
+    assert "1 images are not scanned" in caplog.text
+    assert {found.part: found.effect for found in result.findings}["bottom"] == 1
+    assert {found.part: found.effect for found in result.findings}["top"] == 0
+    with pytest.raises(ValueError, match="19 of 20 images have an answer that another image has too"):
+        scan(Levels(), images.select([*range(19), 30]), PROCESSOR)
+
+
+def test_classes_of_one_name_are_told_apart():
+    images = cells()
+    model = middling(LOOKS["bottom"], images)
+    model.config.id2label = {0: "crane", 1: "crane"}
+    assert {*scan(model, images, PROCESSOR).answers} == {"crane (0)", "crane (1)"}
 
 
 @pytest.mark.parametrize(
@@ -189,9 +230,11 @@ def test_accuracy_needs_the_labels_of_the_model():
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"mask": "shape"}, "no column 'shape'"),
-        ({"dataset": cells(12)}, "at least 20 images, but the set has 12"),
+        ({"dataset": cells(12)}, "12 of 12 images have an answer.*a scan needs 20 images"),
+        ({"dataset": cells(30).map(lambda row: {"image": row["image"].resize((30, 4))})}, "row 0: an image of 30×4"),
         ({"dataset": [{}] * 30}, "must be a datasets.Dataset"),
         ({"model": Looks(lambda x: x.mean((1, 2, 3)) * 0)}, "one answer to all images"),
+        ({"model": Looks(lambda x: x, {0: "height"})}, "predicts a number"),
     ],
 )
 def test_what_cannot_be_scanned_is_refused(change, message):
@@ -213,6 +256,8 @@ def test_the_page_and_the_numbers_say_what_was_found(tmp_path):
     assert "part: center" not in text and "part: top_left" not in text  # no lines against what was not found
     assert text.count("data:image/png") >= 12
     assert "The answer follows the bottom edge of the frame" in text
+    assert "pairs: {maker: exchange, part: background, mask: shape}" in _line("background", "shape")
+    assert _line("bottom", "shape") == _line("bottom", None) == "pairs: {maker: exchange, part: bottom}\n"
     with pytest.raises(FileExistsError, match="holds another scan"):
         write_scan(result, tmp_path / "scan")
     lines = scan_table(result).splitlines()
@@ -258,7 +303,7 @@ def test_the_command_finds_the_colour_and_its_recipe_trains(shortcut, tmp_path, 
     command = ["scan", str(shortcut / "model"), "--data", str(shortcut / "photos"), "--num_images", "60"]
     assert main([*command, "--report", "found", "--write_recipe", "guard.yaml"]) == 0
     printed = capsys.readouterr().out
-    assert "is 'color' a shortcut?" in printed and "found/scan.html" in printed
+    assert "Is 'color' a shortcut? Look at the pictures." in printed and "found/scan.html" in printed
     assert json.loads((tmp_path / "found" / "scan.json").read_text())["findings"][0]["part"] == "color"
     recipe, args, _ = parse_recipe("guard.yaml", [])
     assert recipe.pairs == {"maker": "exchange", "part": "color"} and args.freeze_norm
@@ -268,6 +313,7 @@ def test_the_command_finds_the_colour_and_its_recipe_trains(shortcut, tmp_path, 
     for flags, message in (
         (["--report", "found"], "holds another scan"),
         (["--write_recipe", "guard.yaml"], "guard.yaml exists"),
+        (["--write_recipe", "guard.yaml/other.yaml"], "guard.yaml is a file"),
         (["--split", "tests"], "no split 'tests'.* Did you mean 'test'"),
         (["--num_images", "3"], "num_images=3"),
     ):
@@ -276,6 +322,17 @@ def test_the_command_finds_the_colour_and_its_recipe_trains(shortcut, tmp_path, 
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("ipg scan: error: ")
         assert re.search(message, error)
+
+
+def test_a_recipe_needs_labels_and_a_name_that_it_can_give(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(tmp_path / "photos" / f"{number}.png")
+    command = ["scan", "nowhere", "--write_recipe", str(tmp_path / "new.yaml"), "--data"]
+    for data, message in ((str(tmp_path / "photos"), "has no labels"), ("digits", "cannot name the set 'digits'")):
+        assert main([*command, data]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new.yaml").exists()
 
 
 def test_images_are_loaded_without_labels(tmp_path):

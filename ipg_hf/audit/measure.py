@@ -20,7 +20,7 @@ from ..guidance import invariance_divergence
 from ..heads import ClassifierHead, find_head
 from ..inference import inference, logits_of
 from ..metrics import METRICS, GroupMetrics, group_counts
-from ..models import forward_inputs
+from ..models import forward_inputs, model_inputs
 from ..pairs import ImageRows
 from ..pairs.checks import named_sets
 from ..pairs.classes import model_names, shown
@@ -204,7 +204,7 @@ def _measure(
     model = model.to(settings["device"])
     rows = ImageRows(sets["images"].select(range(min(2, len(sets["images"])))), processor, {"image": _main(model)})
     head, problem = _proven_head(
-        model, _inputs(model, next(iter(DataLoader(rows, 2, generator=torch.Generator()))), settings["device"])
+        model, model_inputs(model, next(iter(DataLoader(rows, 2, generator=torch.Generator()))), settings["device"])
     )
     with torch.no_grad(), inference(model), seeded(0):
         outputs = {key: _run(model, head, processor, part, "image", **settings) for key, part in sets.items()}
@@ -236,15 +236,6 @@ def _proven_head(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Classi
     return head, None
 
 
-def _inputs(model: nn.Module, batch: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
-    dtype = next(model.parameters()).dtype
-    return {
-        name: batch[name].to(device, dtype if batch[name].is_floating_point() else None)
-        for name in forward_inputs(model)
-        if name in batch
-    }
-
-
 def _run(
     model: nn.Module,
     head: ClassifierHead | None,
@@ -263,7 +254,7 @@ def _run(
     loader = DataLoader(rows, batch_size, num_workers=num_workers, generator=torch.Generator())
     logits, features = [], []
     for batch in loader:
-        batch = _inputs(model, batch, device)
+        batch = model_inputs(model, batch, device)
         values, z = head.run(model, batch) if head else (logits_of(model(**batch)), None)
         logits.append(values.double().cpu())
         features += [] if z is None else [z.float().cpu()]

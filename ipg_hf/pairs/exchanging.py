@@ -7,8 +7,9 @@ exchanges the same parts to find out which of them a model follows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import datasets
@@ -17,9 +18,11 @@ from PIL import Image, ImageFilter, ImageOps
 
 from .edits import alpha_of, edited, fill_foreground, read_mask
 from .images import image_content, read_image, stored_images
-from .makers import check_choice, check_columns, check_is_set, known_values
+from .makers import check_choice, check_columns, check_is_set, check_number, known_values
 
 BACKGROUND, CENTER = "background", "center"
+LEAST_SIZE = 8  # pixels: a border of a smaller image has none
+
 # region -> its upper, lower, left and right edge, as shares of the frame
 BOXES = {
     "border": (0.075, 0.925, 0.075, 0.925),
@@ -32,11 +35,14 @@ BOXES = {
     "bottom_left": (0.7, 1, 0, 0.3),
     "bottom_right": (0.7, 1, 0.7, 1),
 }
-OVALS = {"surroundings": (0.14, 0.86, 0.06, 0.94), CENTER: (0.14, 0.86, 0.06, 0.94)}  # likewise
+# the same of the box around a central oval
+OVALS = {"surroundings": (0.14, 0.86, 0.06, 0.94), CENTER: (0.14, 0.86, 0.06, 0.94)}
 OUTSIDE = ("border", "surroundings")  # regions outside of their box or oval
 SOFT = 0.02  # radius of the blur of a region's edge, as a share of the frame's shorter side
-DETAIL = 0.02  # radius of the blur that takes the fine detail off, likewise
+DETAIL = 0.02  # radius of the blur that takes the fine detail off, as a share of the frame's shorter side
 PATCHES = 4  # rows and columns of patches
+RIGHT_ANGLE = 0.1  # cosine: axes of about a right angle
+MOST = 4.0  # times that a spread of colours is enlarged: what is nearly grey is noise
 
 Exchange = Callable[[Image.Image, Image.Image], Image.Image]
 
@@ -54,7 +60,7 @@ def exchange_pairs(
     """Makes pairs of an image and the same image with a part of another one (ours).
 
     It needs no attribute. The other image, the donor, is drawn from those with another label, so that the pairs guard
-    against a part that tells the label. Use it for what `ipg scan` finds. A part that overlaps the object takes some of
+    against a part that tells the label. Use it for what `ipg scan` finds. A part that overlaps the object changes
     the object with it: look at a preview.
 
     Args:
@@ -65,7 +71,8 @@ def exchange_pairs(
             - `"border"`: a frame, 0.075 of height and width on each side.
             - `"top"`, `"bottom"`, `"left"`, `"right"`: a strip along an edge, 0.15 of height or width.
             - `"top_left"`, `"top_right"`, `"bottom_left"`, `"bottom_right"`: a corner, 0.3 of height and width.
-            - `"color"`: the mean colour, and the spread along the principal axes of the colours.
+            - `"color"`: the mean colour, and the spread along the principal axes of the colours, at most 4 times the
+              image's own.
             - `"texture"`: the fine detail, in patches that have changed places. Compression, blur and noise show in it.
         mask: column of masks, for `"background"`, as [`background_pairs`] takes them.
         soft_edge: radius in pixels of the Gaussian blur of the mask's edge; 0 or more.
@@ -81,20 +88,20 @@ def exchange_pairs(
 
     Raises:
         ValueError: `part` is unknown; the source is a stream or lacks a column; it has one image, or one label; an
-            image or a mask cannot be read, or does not change; a mask is empty, covers the whole image or is no mask.
+            image or a mask cannot be read; an image does not change, or is smaller than 8 pixels; a mask is empty,
+            covers the whole image or is no mask.
     """
     check_choice("part", part, [*(name for name in PARTS if name != CENTER), BACKGROUND])
     check_is_set(source, "the source")
+    check_number("soft_edge", soft_edge, 0, math.inf)
     is_masked = part == BACKGROUND
     donors = Donors(source, mask if is_masked else None)
     if not is_masked:
         exchange = PARTS[part]
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-        donor = donors.draw(rng, row)
-        if donor is None:
-            raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
-        donor = fitted(donor, image.size)
+        check_size(image)
+        donor = fitted(donors.draw(rng, row), image.size)
         if is_masked:
             return image, Image.composite(image, donor, alpha_of(row[mask], image.size, soft_edge))
         return image, exchange(image, donor)
@@ -108,7 +115,7 @@ def exchange_pairs(
         num_pairs=num_pairs,
         seed=seed,
         skip_unchanged=skip_unchanged,
-        facts=["exchange", part, soft_edge, [donors.stored]],
+        facts=["exchange", part, soft_edge, [donors.stored], None if donors.labels is None else donors.labels.tolist()],
     )
 
 
@@ -130,29 +137,32 @@ class Donors:
         self.modes = {name: getattr(source.features[name], "mode", None) for name in columns}
         self.stored = stored_images(source.with_format(None).select_columns(columns), columns)
         self.labels = known_values(source, "label") if "label" in source.column_names else None
-        kinds = len(source) if self.labels is None else len(np.unique(self.labels))
-        if kinds < 2:
-            what = "labels" if self.labels is not None else "images"
-            raise ValueError(f"an exchange needs two {what}, but the source has {kinds}: add images of another one.")
+        rows = np.arange(len(source))
+        kinds = rows if self.labels is None else np.unique(self.labels)
+        if len(kinds) < 2:
+            what = "images" if self.labels is None else "labels"
+            raise ValueError(f"an exchange needs two {what}, but the source has {len(kinds)}: add other images.")
+        # label -> rows of the other labels
+        self.rows = {None: rows}
+        if self.labels is not None:
+            self.rows = {kind: rows[self.labels != kind] for kind in kinds.tolist()}
 
-    def draw(self, rng: np.random.Generator, row: Mapping[str, Any], *, same: bool = False) -> Image.Image | None:
+    def draw(self, rng: np.random.Generator, row: Mapping[str, Any]) -> Image.Image:
         """Draws a donor for an image, in RGB.
 
         Args:
             rng: the generator.
-            row: the row of the image, as the set has it, with `image` encoded. The donor is another image.
-            same: draw a donor with the label of the image. By default it has another label.
+            row: the row of the image, as the set has it, with `image` encoded. The donor is no copy of it.
 
-        Returns:
-            The donor; `None` if there is none.
+        Raises:
+            ValueError: there is none.
         """
-        rows = np.arange(len(self.stored))
-        if self.labels is not None:
-            rows = np.flatnonzero((self.labels == row["label"]) == same)
-        own = image_content(row["image"])
-        others = (int(number) for number in rng.permutation(rows))
-        number = next((number for number in others if image_content(self.stored[number]["image"]) != own), None)
-        return None if number is None else self.read(number)
+        rows = self.rows[row.get("label") if self.labels is not None else None]
+        own, start = image_content(row["image"]), int(rng.integers(len(rows)))
+        for number in (int(rows[(start + step) % len(rows)]) for step in range(len(rows))):
+            if image_content(self.stored[number]["image"]) != own:
+                return self.read(number)
+        raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
 
     def read(self, row: int) -> Image.Image:
         """Reads an image as RGB, its object filled if the set has masks."""
@@ -172,6 +182,15 @@ def fitted(donor: Image.Image, size: tuple[int, int]) -> Image.Image:
     return donor if donor.size == size else ImageOps.fit(donor, size, Image.Resampling.BICUBIC)
 
 
+def check_size(image: Image.Image) -> None:
+    """Raises a ValueError if an image is too small to have parts."""
+    if min(image.size) < LEAST_SIZE:
+        raise ValueError(
+            f"an image of {image.width}×{image.height} pixels has no parts: leave out images below {LEAST_SIZE} pixels."
+        )
+
+
+@lru_cache(maxsize=256)
 def region(name: str, size: tuple[int, int]) -> Image.Image:
     """The mask of a region of the frame, 255 inside, with a soft edge.
 
@@ -197,8 +216,13 @@ def _color(image: Image.Image, donor: Image.Image) -> Image.Image:
     pixels, others = (np.asarray(part, np.float64).reshape(-1, 3) for part in (image, donor))
     mean, spread, axes = _axes(pixels)
     mean_of_donor, spread_of_donor, axes_of_donor = _axes(others)
-    scale = np.where(spread > 1, spread_of_donor / np.maximum(spread, 1), 0)
-    made = (pixels - mean) @ axes * scale @ axes_of_donor.T + mean_of_donor
+    # an axis has no direction of its own: it gets that of the image's axis or, at a right angle to it, that of an
+    # increase of its largest channel
+    largest = [axes[np.abs(axes).argmax(0), range(3)] for axes in (axes, axes_of_donor)]
+    along = (axes * axes_of_donor).sum(0)
+    turn = np.where(np.abs(along) > RIGHT_ANGLE, np.sign(along), np.sign(largest[0]) * np.sign(largest[1]))
+    scale = np.where(spread > 1, np.minimum(spread_of_donor / np.maximum(spread, 1), MOST), 0)
+    made = (pixels - mean) @ axes * (scale * turn) @ axes_of_donor.T + mean_of_donor
     return Image.fromarray(np.uint8(np.rint(made.clip(0, 255))).reshape(*image.size[::-1], 3))
 
 
@@ -206,23 +230,19 @@ def _axes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation along each principal axis (largest first), and the axes as columns, of RGB pixels."""
     mean = pixels.mean(0)
     variances, axes = np.linalg.eigh(np.cov((pixels - mean).T))
-    axes = axes[:, ::-1]
-    largest = axes[np.abs(axes).argmax(0), range(3)]  # an axis has no sign of its own: its largest entry is positive
-    return mean, np.sqrt(variances[::-1].clip(0)), axes * np.sign(largest)
+    return mean, np.sqrt(variances[::-1].clip(0)), axes[:, ::-1]
 
 
 def _texture(image: Image.Image, donor: Image.Image) -> Image.Image:
     """Gives an image the donor's fine detail, in patches that have changed places so that they show no shape."""
     radius = DETAIL * min(image.size)
+    width, height = image.size
+    grid = -(-height // PATCHES), -(-width // PATCHES)  # height and width of a patch
+    donor = fitted(donor, (PATCHES * grid[1], PATCHES * grid[0]))
     own, other = (np.asarray(part.filter(ImageFilter.GaussianBlur(radius)), np.float64) for part in (image, donor))
-    detail = np.asarray(donor, np.float64) - other
-    height, width = (length // PATCHES for length in detail.shape[:2])
-    for row in range(PATCHES // 2):  # each patch and the one opposite the centre change places
-        for column in range(PATCHES):
-            here = np.s_[row * height : (row + 1) * height, column * width : (column + 1) * width]
-            y, x = PATCHES - 1 - row, PATCHES - 1 - column
-            there = np.s_[y * height : (y + 1) * height, x * width : (x + 1) * width]
-            detail[here], detail[there] = detail[there].copy(), detail[here].copy()
+    detail = (np.asarray(donor, np.float64) - other).reshape(PATCHES, grid[0], PATCHES, grid[1], 3)
+    # each patch and the one opposite the centre change places
+    detail = detail[::-1, :, ::-1].reshape(*other.shape)[:height, :width]
     return Image.fromarray(np.uint8(np.rint((own + detail).clip(0, 255))))
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -21,19 +20,18 @@ from PIL import Image
 from torch import nn
 
 from ..inference import inference, logits_of
-from ..models import forward_inputs
-from .classes import is_class_label
+from ..models import model_inputs
+from .classes import is_class_label, order_of_model
 from .edits import attribute_ids
-from .images import image_content, read_image, stored_images
+from .images import check_depth, read_image, stored_images
 from .makers import check_columns, check_is_set, check_number, draw_rows, encode_image, known_values, pair_dataset
 from .matching import extract_features
+from .transforms import process_images
 
 logger = logging.getLogger(__name__)
 
 Editor = Callable[[list[Image.Image], list[Any], list[int]], Sequence[Image.Image]]
 Classify = Callable[[list[Image.Image]], np.ndarray]
-
-FACTS = "edits.json"  # what the edits of a folder were made of
 
 
 def generate_pairs(
@@ -55,7 +53,8 @@ def generate_pairs(
     of the generator. With `attribute`, both sides have edited images, so the traces do not tell the side. Look at the
     pairs before training, with `preview_pairs`.
 
-    Example: the editor of an instruction pipeline of diffusers.
+    Example: the editor of an instruction pipeline of diffusers. A pipeline may give all images of a call one size: use
+    images of one size, or `batch_size=1`.
 
     ```python
     def editor(images, values, seeds):
@@ -70,13 +69,14 @@ def generate_pairs(
             that each image is to have (see `attribute`), and a seed for each image, in [0, 2³¹). It returns as many PIL
             images. An edit of another size is scaled to the size of its image. An edit that depends on its image, value
             and seed alone does not depend on `batch_size` or an interruption.
-        folder: a folder for the edits of this editor: a PNG for each row, and `edits.json`. An interrupted run goes on
-            from the edits that it finds there. A deleted edit is made again. Another editor needs another folder.
+        folder: a folder for the edits of this editor, PNG files. Their names are hashes of image, value and seed, so an
+            interrupted run goes on from the edits that it finds there, also if images were added or moved. A warning
+            says how many were found. A deleted edit is made again. Another editor, or prompt, needs another folder.
         attribute: column of an attribute of two values. Each image is edited to the value that it does not have: a
-            name, or a number if the column has no names. The image with the first value becomes side a. Without it the
-            editor gets `None` as values, and side a is the original image.
+            name, a text, a truth value or a number, as the column has them. The image with the first value becomes side
+            a. Without it the editor gets `None` as values, and side a is the original image.
         classify: a function of a list of RGB images that returns the probability of each class, shape (n, C):
-            [`label_classifier`] or [`label_neighbors`]. Edits that the filter takes for another label make no pair. A
+            [`label_classifier`] or [`label_neighbors`]. An edit that looks like another label makes no pair. A
             classifier that takes the shortcut itself drops the good edits: choose one that does not.
         min_probability: the filter's threshold: an edit is kept if the label of its image has at least this
             probability, in [0, 1].
@@ -85,7 +85,7 @@ def generate_pairs(
         batch_size: number of images in a call of the editor and of `classify`.
         num_pairs: number of rows to edit, before the filters. They are drawn without replacement and stay in the order
             of the source. `None` uses all. With the same seed, a smaller number gives a subset of a larger one.
-        seed: non-negative seed of the draw and of the seeds that the editor gets.
+        seed: non-negative seed of the draw and of the seeds that the editor gets, which depend on image and value too.
 
     Returns:
         A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b`, `source_id` (number of the row in the
@@ -93,19 +93,23 @@ def generate_pairs(
         the label, of the edit). A warning counts the edits that make no pair.
 
     Raises:
-        ValueError: the source is a stream or lacks a column; a number is out of range; `classify` without labels; the
-            folder holds edits of other images, another attribute or another seed; an image cannot be read; the editor
-            does not return an image for each image; `classify` does not return a row of probabilities for each image;
-            no edit passes the filters.
+        ValueError: the source is a stream or lacks a column; a number is out of range; a label or an attribute is
+            unknown; with `classify`, the labels are no classes; an image cannot be read; the editor does not return an
+            image for each image; `classify` does not return a row of probabilities for each image; an edit in the
+            folder has another size than its image; no edit passes the filters.
+        NotADirectoryError: the folder is a file.
     """
     check_is_set(source, "the source")
     check_columns(source, ["image", *([attribute] if attribute else []), *(["label"] if classify else [])])
     check_number("min_probability", min_probability, 0, 1)
     check_number("min_change", min_change, 0, 1)
     check_number("batch_size", batch_size, 1, math.inf, whole=True)
-    rows = draw_rows(len(source), num_pairs, seed=seed, of="source rows")
+    rows = draw_rows(len(source), num_pairs, seed=seed, of="source rows").tolist()
     plain = source.with_format(None)
     feature, has_second, values = _targets(plain, attribute)
+    labels = known_values(plain, "label") if "label" in source.column_names else None
+    if classify:
+        _check_classes(labels, source.features["label"])
     images = stored_images(plain.select_columns(["image"]), ["image"])
     mode = source.features["image"].mode
 
@@ -120,25 +124,35 @@ def generate_pairs(
         return {"bytes": encode_image(image), "path": None}, image
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "edits.lock"):  # the first of several processes makes the edits, and the others read them
-        _check_facts(folder / FACTS, {"source": _hash(images, values), "attribute": attribute, "seed": seed})
-        missing = [row for row in rows.tolist() if not _edit_of(folder, row).exists()]
-        with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="Editing") as bar:
-            for start in range(0, len(missing), batch_size):
-                batch = missing[start : start + batch_size]
-                _edit(editor, batch, [read(row)[1] for row in batch], [values[row] for row in batch], seed, folder)
-                bar.update(len(batch))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: name a folder for the edits.")
+    names = {row: _hash(read(row)[1], values[row], seed) for row in rows}
+    missing = [row for row in rows if not _edit_of(folder, names[row]).exists()]
+    if len(missing) < len(rows):
+        logger.warning(f"{len(rows) - len(missing)} of {len(rows)} edits are taken from {folder}.")
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "edits.lock"):  # the first of several processes makes the edits, the others read them
+            missing = [row for row in missing if not _edit_of(folder, names[row]).exists()]
+            with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="Editing") as bar:
+                for start in range(0, len(missing), batch_size):
+                    batch = missing[start : start + batch_size]
+                    edits = _edited(editor, batch, [read(row)[1] for row in batch], [values[row] for row in batch],
+                                    [int(names[row][:7], 16) for row in batch])  # fmt: skip
+                    for row, edit in zip(batch, edits, strict=True):
+                        path = _edit_of(folder, names[row])
+                        path.with_suffix(".part").write_bytes(encode_image(edit))
+                        os.replace(path.with_suffix(".part"), path)
+                    bar.update(len(batch))
 
-    labels = known_values(plain, "label") if classify else None
     sides: list[tuple[Any, Any]] = []  # encoded images, with the first value and with the second
     changes, probabilities = np.empty(len(rows)), np.ones(len(rows))
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size].tolist()
+        batch = rows[start : start + batch_size]
         edits = []
         for place, row in enumerate(batch, start):
-            (stored, image), path = read(row), _edit_of(folder, row)
-            edits.append(read_image({"bytes": None, "path": str(path)}, f"the edit of row {row}", "RGB"))
+            (stored, image), path = read(row), _edit_of(folder, names[row])
+            edits.append(_stored_edit(path, row, image.size))
             changes[place] = np.abs(np.asarray(image, np.int16) - np.asarray(edits[-1])).mean() / 255
             pair = stored, path.read_bytes()
             sides.append(pair[::-1] if has_second[row] else pair)
@@ -152,38 +166,49 @@ def generate_pairs(
         f"min_probability={min_probability:g}."
     )
     if not len(kept):
-        raise ValueError(f"{dropped} Look at the edits in {folder}, and mend the editor or lower the threshold.")
+        raise ValueError(f"{dropped} Look at the edits in {folder}: improve the editor, or lower the threshold.")
     if len(kept) < len(rows):
         logger.warning(dropped)
+    chosen = np.asarray(rows)[kept]
     pairs = pair_dataset(
         *zip(*(sides[place] for place in kept), strict=True),
-        source_id=rows[kept],
+        source_id=chosen,
         attributes=(0, 1),
         attribute_feature=feature,
-        label=plain.select(rows[kept])["label"][:] if "label" in source.column_names else None,
+        label=None if labels is None else labels[chosen],
         label_feature=source.features.get("label"),
     )
     pairs = pairs.add_column("change", changes[kept])
     return pairs.add_column("probability", probabilities[kept]) if classify else pairs
 
 
-def label_classifier(model: nn.Module, processor: Any) -> Classify:
+def label_classifier(model: nn.Module, processor: Any, source: datasets.Dataset) -> Classify:
     """Returns a function that computes the probabilities of the classes by an image classifier, for `generate_pairs`.
 
     Args:
-        model: an image classifier with the classes of the labels, in their order.
+        model: an image classifier with the classes of the labels, in any order.
         processor: the image processor of the model.
+        source: the set that is edited, for the names and the order of its labels (ClassLabel).
 
     Returns:
-        A function of n RGB images: float64, shape (n, C), each row sums to 1.
+        A function of n RGB images: float64, shape (n, C), in the order of the labels. If the model has further classes,
+        a row sums to less than 1.
+
+    Raises:
+        ValueError: the labels are no ClassLabel, or the model lacks one of them.
     """
+    check_columns(source, ["label"])
+    names = getattr(source.features["label"], "names", None)
+    if names is None:
+        raise ValueError("the labels have no names: cast_column('label', datasets.ClassLabel(names=[...])).")
+    order = order_of_model(names, model.config, "the model")
+    places = [order.index(name) for name in names]
 
     @torch.no_grad()
     def classify(images: list[Image.Image]) -> np.ndarray:
-        weight = next(model.parameters())
-        batch = processor(images, return_tensors="pt")[forward_inputs(model)[0]].to(weight.device, weight.dtype)
         with inference(model):
-            return logits_of(model(batch)).double().softmax(-1).cpu().numpy()
+            outputs = model(**model_inputs(model, process_images(processor, images)))
+        return logits_of(outputs).double().softmax(-1).cpu().numpy()[:, places]
 
     return classify
 
@@ -193,8 +218,8 @@ def label_neighbors(
 ) -> Classify:
     """Returns a function that computes the share of each label among the nearest images, for `generate_pairs`.
 
-    Near are images with near features of a pretrained model: what enters its classifier head, standardised over the
-    set, by Euclidean distance.
+    The distance of two images is the Euclidean distance of their features, standardised over the set. The features are
+    what enters the classifier head.
 
     Args:
         model: an image classifier, of any classes.
@@ -208,13 +233,15 @@ def label_neighbors(
         A function of n RGB images: float64, shape (n, C), each row sums to 1.
 
     Raises:
-        ValueError: the source lacks a column or a label; it has fewer than `num_neighbors` images.
+        ValueError: the source lacks a column or a label; its labels are no classes; it has fewer than `num_neighbors`
+            images.
     """
     check_is_set(source, "the source")
     check_columns(source, ["image", "label"])
     check_number("num_neighbors", num_neighbors, 1, len(source), whole=True)
     labels = known_values(source, "label")
     feature = source.features["label"]
+    _check_classes(labels, feature)
     classes = np.eye(feature.num_classes if is_class_label(feature) else int(labels.max()) + 1)
     known = extract_features(source.with_format(None), model, processor, head=head)
     center, scale = known.mean(0), known.std(0)
@@ -238,46 +265,56 @@ def _targets(source: datasets.Dataset, attribute: str | None) -> tuple[datasets.
         feature = datasets.ClassLabel(names=["original", "edited"])
         return feature, np.zeros(len(source), bool), [None] * len(source)
     feature, ids = attribute_ids(source, attribute)
+    if len(ids) < 2:
+        raise ValueError(f"{attribute!r} has the one value {[*ids]}: an attribute needs two.")
     numbers = [ids.get(value) for value in known_values(source, attribute).tolist()]
     for row, number in enumerate(numbers):
         if number not in (0, 1):
             value = source[row][attribute]
             raise ValueError(f"row {row}: {attribute}={value!r} is none of the two values {[*ids][:2]}: drop the row.")
-    names = feature.names if is_class_label(feature) else [*ids]
+    names = source.features[attribute].names if is_class_label(source.features[attribute]) else [*ids]
     return feature, np.asarray(numbers) == 1, [names[1 - number] for number in numbers]
 
 
-def _check_facts(path: Path, facts: dict[str, Any]) -> None:
-    """Compares what a folder's edits were made of with `facts`, which a new folder gets."""
-    if not path.exists():
-        if found := next(path.parent.glob("*.png"), None):
-            raise ValueError(f"{path.parent} holds images, such as {found.name}, but no {FACTS}: name a new folder.")
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+def _check_classes(labels: np.ndarray, feature: Any) -> None:
+    """Raises a ValueError if labels are no classes: numbers of a ClassLabel, or whole numbers from 0."""
+    if is_class_label(feature):
         return
-    of_folder = json.loads(path.read_text())
-    other = [name for name, value in facts.items() if of_folder.get(name) != value]
-    if other:
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(
-            f"{path.parent} holds edits of another {', another '.join(other)}: name another folder, or delete it."
+            f"the label of row {int(labels.argmin()) if labels.dtype.kind in 'if' else 0} is no class: cast_column("
+            "'label', datasets.ClassLabel(names=[...]))."
         )
 
 
-def _hash(images: datasets.Dataset, values: list[Any]) -> str:
-    content = hashlib.sha256()
-    for row, value in zip(images, values, strict=True):
-        content.update(image_content(row["image"]) + f"{value!r}\n".encode())
-    return content.hexdigest()
+def _hash(image: Image.Image, value: Any, seed: int) -> str:
+    content = hashlib.sha256(f"{image.size} {value!r} {int(seed)}\n".encode())
+    content.update(image.tobytes())
+    return content.hexdigest()[:24]
 
 
-def _edit_of(folder: Path, row: int) -> Path:
-    return folder / f"{row:07d}.png"
+def _edit_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}.png"
 
 
-def _edit(
-    editor: Editor, rows: list[int], images: list[Image.Image], values: list[Any], seed: int, folder: Path
-) -> None:
-    """Edits images and stores the edits."""
-    seeds = [int(np.random.default_rng((seed, 15, row)).integers(2**31)) for row in rows]
+def _stored_edit(path: Path, row: int, size: tuple[int, int]) -> Image.Image:
+    """Reads the edit of a row, whose image has the given size."""
+    try:
+        edit = read_image({"bytes": None, "path": str(path)}, f"the edit of row {row}", "RGB")
+    except ValueError as failure:
+        raise ValueError(f"{failure} If you delete the file, the edit is made again.") from failure
+    if edit.size != size:
+        raise ValueError(
+            f"the edit of row {row} ({path}) has {edit.width}×{edit.height} pixels and its image {size[0]}×{size[1]}: "
+            "delete the file, and the edit is made again."
+        )
+    return edit
+
+
+def _edited(
+    editor: Editor, rows: list[int], images: list[Image.Image], values: list[Any], seeds: list[int]
+) -> list[Image.Image]:
+    """Calls the editor; returns the edits in RGB, each in the size of its image."""
     edits = editor([image.copy() for image in images], values, seeds)
     if not isinstance(edits, Sequence) or not all(isinstance(edit, Image.Image) for edit in edits):
         kinds = type(edits).__name__
@@ -285,12 +322,13 @@ def _edit(
         raise ValueError(f"the editor returned a {kinds} for rows {rows}: it must return a list of PIL images.")
     if len(edits) != len(rows):
         raise ValueError(f"the editor returned {len(edits)} images for {len(rows)}: it must return one for each.")
-    for row, image, edit in zip(rows, images, edits, strict=True):
-        edit = edit.convert("RGB")
-        edit = edit if edit.size == image.size else edit.resize(image.size, Image.Resampling.BICUBIC)
-        path = _edit_of(folder, row)
-        path.with_suffix(".part").write_bytes(encode_image(edit))
-        os.replace(path.with_suffix(".part"), path)
+    for row, edit in zip(rows, edits, strict=True):
+        check_depth(edit.mode, f"the edit of row {row}")
+    edits = [edit.convert("RGB") for edit in edits]
+    return [
+        edit if edit.size == image.size else edit.resize(image.size, Image.Resampling.BICUBIC)
+        for edit, image in zip(edits, images, strict=True)
+    ]
 
 
 def _of_labels(
@@ -298,9 +336,11 @@ def _of_labels(
 ) -> np.ndarray:
     """The probabilities of the labels."""
     found = np.asarray(classify(edits))
-    names = features["label"].names if is_class_label(features["label"]) else None
-    if found.ndim != 2 or len(found) != len(edits) or labels.max() >= found.shape[1]:
-        wanted = f"({len(edits)}, {len(names) if names else int(labels.max()) + 1})"
+    feature = features["label"]
+    classes = feature.num_classes if is_class_label(feature) else None
+    is_right = found.ndim == 2 and len(found) == len(edits) and found.shape[1] == (classes or found.shape[1])
+    if not is_right or labels.max() >= found.shape[1]:
+        wanted = f"({len(edits)}, {classes or int(labels.max()) + 1})"
         raise ValueError(f"classify returned shape {found.shape}: it must return probabilities of shape {wanted}.")
     if not ((found >= 0) & (found <= 1)).all():
         raise ValueError(

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..heads import find_head
 from ..inference import inference
-from ..models import forward_inputs
+from ..models import forward_inputs, model_inputs
 from .images import read_image, stored_images
 from .makers import (
     array_cached,
@@ -199,11 +199,10 @@ def extract_features(
     rows = range(len(source)) if rows is None else rows.tolist()
     images = ImageRows(source, processor, {"image": main})
     batches = DataLoader(images, batch_size, sampler=rows, generator=torch.Generator())
-    device, parts = next(model.parameters()).device, []
-    found = None
+    parts, found = [], None
     with inference(model):
         for batch in tqdm(batches, desc="Features"):
-            batch = {name: values.to(device) for name, values in batch.items()}
+            batch = model_inputs(model, batch)
             found = found or find_head(model, head, batch)
             parts.append(found.run(model, batch)[1].float().cpu())
     return torch.cat(parts).numpy()

@@ -2,7 +2,7 @@
 """Finds which parts of the images a model follows, without an attribute, masks or labels."""
 
 from .measure import Example, Finding, Scan, scan
-from .page import check_folder, guard, guarding_recipe, scan_table, write_scan
+from .page import check_folder, first_suspect, recipe_against, scan_table, write_scan
 from .source import load_images
 
 __all__ = [
@@ -10,9 +10,9 @@ __all__ = [
     "Finding",
     "Scan",
     "check_folder",
-    "guard",
-    "guarding_recipe",
+    "first_suspect",
     "load_images",
+    "recipe_against",
     "scan",
     "scan_table",
     "write_scan",

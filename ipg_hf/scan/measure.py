@@ -17,19 +17,21 @@ from PIL import Image
 from torch import nn
 
 from ..inference import inference, logits_of
-from ..models import forward_inputs
-from ..pairs.classes import is_class_label
+from ..models import check_image_size, forward_inputs, model_inputs
+from ..pairs.classes import is_class_label, is_text, model_names, one_form
 from ..pairs.edits import alpha_of, fill_foreground, read_mask
-from ..pairs.exchanging import BACKGROUND, BOXES, CENTER, PARTS, fitted, region
+from ..pairs.exchanging import BACKGROUND, BOXES, CENTER, PARTS, check_size, fitted, region
 from ..pairs.images import read_image, stored_images
 from ..pairs.makers import check_columns, check_is_set, check_number
+from ..pairs.transforms import process_images
 
 logger = logging.getLogger(__name__)
 
 STRONG = 0.1  # a lower end of the interval above this
 LEAST_IMAGES = 20
 EXAMPLES = 4  # pictures of a finding
-CROP = 0.875  # the smallest share of a frame that processors crop: images are not made smaller than needs be
+SHARPER = 2  # times the size that the model gets: images are made smaller before the edits, which cost less then
+SOFT_EDGE = 1.5  # pixels: the blur of a mask's edge
 NESTED = 0.1  # of a frame's area: by how much smaller an effect may be for a smaller part to come first
 
 Strength = Literal["strong", "weak", "none"]
@@ -37,7 +39,7 @@ Strength = Literal["strong", "weak", "none"]
 
 @dataclass(frozen=True)
 class Example:
-    """An image, before and after a part of another image was put into it; sizes as the model gets them, RGB."""
+    """An image, before and after a part of another image was put into it, in RGB."""
 
     row: int  # in the scanned set
     donor_row: int
@@ -85,9 +87,11 @@ class Scan:
             is the last: what the object's own place does is no shortcut.
         examples: part -> images whose answers became those of the donors, at most 4.
         num_images: number of scanned images.
-        accuracy: share of right answers; `None` if the set has no labels, or others than the model.
+        accuracy: share of right answers among the images with a label; `None` if there are none, or if the model lacks
+            a name of the labels.
         answers: answer -> number of images that got it.
         seed: seed of the draws.
+        mask: column of the masks, if there were any.
     """
 
     findings: list[Finding]
@@ -96,6 +100,7 @@ class Scan:
     accuracy: float | None
     answers: dict[str, int]
     seed: int
+    mask: str | None = None
 
 
 def scan(
@@ -119,18 +124,21 @@ def scan(
     pictures. A shortcut that is in no part, or that two parts carry each alone, is not found.
 
     Args:
-        model: an image classifier, on any device.
+        model: an image classifier, on any device. It should give each of its answers to two or more images: images with
+            an answer that no other image has are not scanned.
         dataset: a set with the column `image`, not the training images if there are others. If it has `label`, with the
             classes of the model, the accuracy is reported.
         processor: the image processor of the model.
         mask: column of masks of the objects. With it the background is exchanged too.
-        num_images: number of images to scan, at least 20, drawn at random. `None` or more than there are uses all.
+        num_images: number of images to scan, at least 20, drawn at random. `None` or more than there are uses all. They
+            are kept in memory, at twice the size that the model gets.
         batch_size: number of images in a forward.
         seed: non-negative seed of the draws.
 
     Raises:
-        ValueError: the set is a stream, lacks a column or has fewer than 20 images; a number is out of range; an image
-            cannot be read; the model gives one answer to all images, or another answer to one image alone.
+        ValueError: the set is a stream or lacks a column; a number is out of range; an image or a mask cannot be read
+            or used; the model cannot run on images of the processor's size; the model is a regression; fewer than 20
+            images can be scanned, or the model gives one answer to all images.
     """
     check_is_set(dataset, "the set to scan")
     check_columns(dataset, ["image", *([mask] if mask else [])])
@@ -138,26 +146,28 @@ def scan(
     check_number("batch_size", batch_size, 1, math.inf, whole=True)
     if num_images is not None:
         check_number("num_images", num_images, LEAST_IMAGES, math.inf, whole=True)
-    if len(dataset) < LEAST_IMAGES:
-        raise ValueError(f"a scan needs at least {LEAST_IMAGES} images, but the set has {len(dataset)}: give more.")
-    rng = np.random.default_rng((seed, 17))
+    check_image_size(model, processor)
+    names = _names(model)
+    rng = np.random.default_rng((int(seed), 17))
     rows = np.sort(rng.permutation(len(dataset))[:num_images])
-    images, masks = _read(dataset, rows, mask, _size(model, processor))
+    images, filled, alphas = _read(dataset, rows, mask, _largest(model, processor))
 
     def answers_of(batch: Sequence[Image.Image]) -> np.ndarray:
         return _answers(model, processor, batch, batch_size)
 
     before = answers_of(images)
+    counts = {names[number]: int((before == number).sum()) for number in np.unique(before).tolist()}
+    accuracy = _accuracy(model, dataset, rows, before)
+    kept = _with_company(before)
+    rows, before = rows[kept], before[kept]
+    images, filled, alphas = ([part[place] for place in kept] for part in (images, filled, alphas))
     other, same = _donors(before, rng)
     parts: dict[str, Callable[[int, int], Image.Image]] = {
         name: lambda to, of, exchange=exchange: exchange(images[to], fitted(images[of], images[to].size))
         for name, exchange in PARTS.items()
     }
-    if masks:
-        filled = [fill_foreground(image, shape) for image, shape in zip(images, masks, strict=True)]
-        alphas = [alpha_of(shape, image.size, 1.5) for image, shape in zip(images, masks, strict=True)]
+    if mask:
         parts[BACKGROUND] = lambda to, of: Image.composite(images[to], fitted(filled[of], images[to].size), alphas[to])
-    names = _names(model)
     findings, examples = [], {}
     with tqdm(total=2 * len(parts) * len(rows), desc="Scanning") as bar:
         for name, exchange in parts.items():
@@ -186,59 +196,81 @@ def scan(
             ]
     areas = _areas()
     findings.sort(key=lambda found: (found.part == CENTER, NESTED * areas[found.part] - found.effect))
-    counts = {names[number]: int((before == number).sum()) for number in np.unique(before)}
-    return Scan(findings, examples, len(rows), _accuracy(dataset, rows, before, names), counts, seed)
+    return Scan(findings, examples, len(rows), accuracy, counts, int(seed), mask)
 
 
 def _read(
-    dataset: datasets.Dataset, rows: np.ndarray, mask: str | None, size: int
-) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Reads images and masks, as RGB and L, the shorter side at most `size` pixels long."""
+    dataset: datasets.Dataset, rows: np.ndarray, mask: str | None, size: int | None
+) -> tuple[list[Image.Image], list[Image.Image | None], list[Image.Image | None]]:
+    """Reads images (RGB), the same with their object filled, and masks (L, with a soft edge).
+
+    Args:
+        dataset: the set.
+        rows: the rows to read.
+        mask: column of masks. Without it the last two are `None`.
+        size: the shorter side is scaled to it, in pixels, if it is longer. `None` leaves images as they are.
+    """
     columns = ["image", *([mask] if mask else [])]
     stored = stored_images(dataset.with_format(None).select_columns(columns), columns)
     modes = {name: dataset.features[name].mode for name in columns}
-    images, masks = [], []
+    read: tuple[list, list, list] = ([], [], [])
     for row in rows.tolist():
         value = stored[row]
         image = read_image(value["image"], f"the image of row {row}", modes["image"]).convert("RGB")
-        scale = size / min(image.size)
-        new = image.size if scale >= 1 else tuple(max(1, round(length * scale)) for length in image.size)
-        if mask:
-            shape = read_mask(value[mask], f"the mask of row {row}", modes[mask], image)
-            masks.append(shape if shape.size == new else shape.resize(new, Image.Resampling.BILINEAR))
-        images.append(image if new == image.size else image.resize(new, Image.Resampling.BICUBIC))
-    return images, masks
+        parts: list[Image.Image | None] = [image, None, None]
+        try:
+            check_size(image)
+            if mask:
+                shape = read_mask(value[mask], f"the mask of row {row}", modes[mask], image)
+                parts[1:] = fill_foreground(image, shape), alpha_of(shape, image.size, SOFT_EDGE)
+        except ValueError as failure:
+            raise ValueError(f"row {row}: {failure}") from failure
+        scale = min(1, (size or min(image.size)) / min(image.size))
+        new = tuple(round(length * scale) for length in image.size)
+        for found, part in zip(read, parts, strict=True):
+            same_size = part is None or part.size == new
+            found.append(part if same_size else part.resize(new, Image.Resampling.BICUBIC))
+    return read
 
 
-def _inputs(model: nn.Module, processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    return processor([*images], return_tensors="pt")[forward_inputs(model)[0]]
-
-
-def _size(model: nn.Module, processor: Any) -> int:
-    """The shorter side in pixels below which an image would be enlarged for the model."""
-    return math.ceil(max(_inputs(model, processor, [Image.new("RGB", (64, 64))]).shape[-2:]) / CROP)
+def _largest(model: nn.Module, processor: Any) -> int | None:
+    """The shorter side, in pixels, that is enough for an image; `None` if the processor does not scale images."""
+    main = forward_inputs(model)[0]
+    shapes = [process_images(processor, [Image.new("RGB", (side, side))])[main].shape for side in (64, 512)]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 4:
+        return None
+    return SHARPER * max(shapes[0][-2:])
 
 
 @torch.no_grad()
 def _answers(model: nn.Module, processor: Any, images: Sequence[Image.Image], batch_size: int) -> np.ndarray:
     """The predicted classes: int64, shape (n,)."""
-    weight, found = next(model.parameters()), []
+    found = []
     with inference(model):
         for start in range(0, len(images), batch_size):
-            inputs = _inputs(model, processor, images[start : start + batch_size])
-            found.append(logits_of(model(inputs.to(weight.device, weight.dtype))).argmax(-1).cpu())
+            inputs = model_inputs(model, process_images(processor, images[start : start + batch_size]))
+            found.append(logits_of(model(**inputs)).argmax(-1).cpu())
     return torch.cat(found).numpy()
+
+
+def _with_company(answers: np.ndarray) -> np.ndarray:
+    """The places of the images whose answer another image has too."""
+    kinds, places, counts = np.unique(answers, return_inverse=True, return_counts=True)
+    kept = np.flatnonzero(counts[places] > 1)
+    if len(kinds) < 2:
+        raise ValueError("the model gives one answer to all images: there is nothing to exchange. Give other images.")
+    if len(kept) < LEAST_IMAGES or (counts > 1).sum() < 2:
+        raise ValueError(
+            f"{len(kept)} of {len(answers)} images have an answer that another image has too, of {(counts > 1).sum()} "
+            f"kinds: a scan needs {LEAST_IMAGES} images and two answers. Scan more images."
+        )
+    if len(kept) < len(answers):
+        logger.warning(f"{len(answers) - len(kept)} images are not scanned: no other image has their answer.")
+    return kept
 
 
 def _donors(answers: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draws for each image a donor of another answer, and one of the same answer that is not the image itself."""
-    kinds, counts = np.unique(answers, return_counts=True)
-    if len(kinds) < 2:
-        raise ValueError("the model gives one answer to all images: there is nothing to exchange. Give other images.")
-    if counts.min() < 2:
-        raise ValueError(
-            f"the model gives the answer {kinds[counts.argmin()]} to one of {len(answers)} images: scan more images."
-        )
     places = np.arange(len(answers))
     other = [rng.choice(places[answers != answer]) for answer in answers]
     same = [rng.choice(places[(answers == answer) & (places != place)]) for place, answer in enumerate(answers)]
@@ -273,22 +305,28 @@ def _areas() -> dict[str, float]:
     return {**dict.fromkeys((*PARTS, BACKGROUND), 1.0), **regions, "surroundings": 1 - regions[CENTER]}
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    names = getattr(getattr(model, "config", None), "id2label", None) or {}
-    return _Names({int(number): str(name) for number, name in names.items()})
+def _names(model: nn.Module) -> list[str]:
+    """The names of a model's classes, each once.
+
+    Raises:
+        ValueError: the model is a regression.
+    """
+    config = model.config
+    if config.num_labels == 1 or getattr(config, "problem_type", None) == "regression":
+        raise ValueError("the model predicts a number: a scan needs a model that chooses among classes.")
+    names = [str(config.id2label.get(number, number)) for number in range(config.num_labels)]
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
-class _Names(dict):
-    """The names of classes; a class without one has its number."""
-
-    def __missing__(self, number: int) -> str:
-        return str(number)
-
-
-def _accuracy(dataset: datasets.Dataset, rows: np.ndarray, answers: np.ndarray, names: dict[int, str]) -> float | None:
-    feature = dataset.features.get("label")
-    if not is_class_label(feature) or not {*feature.names} <= {*names.values()}:
+def _accuracy(model: nn.Module, dataset: datasets.Dataset, rows: np.ndarray, answers: np.ndarray) -> float | None:
+    feature, own = dataset.features.get("label"), model_names(model.config)
+    if own is None or not (is_class_label(feature) or is_text(feature)):
         return None
     labels = dataset.with_format(None).select(rows)["label"][:]
-    known = [None if label is None or label < 0 else feature.names[label] for label in labels]
-    return float(np.mean([name == names[answer] for name, answer in zip(known, answers.tolist(), strict=True)]))
+    if is_class_label(feature):
+        labels = [feature.names[label] if label is not None and label >= 0 else None for label in labels]
+    known = [place for place, label in enumerate(labels) if label is not None]
+    names = one_form(labels[place] for place in known)
+    if not names or not {*names} <= {*own}:
+        return None
+    return float(np.mean([own[answers[place]] == name for place, name in zip(known, names, strict=True)]))

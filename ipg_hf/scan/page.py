@@ -11,14 +11,14 @@ from pathlib import Path
 import yaml
 
 from ..html import rendered, write_files
-from ..pairs.exchanging import CENTER
+from ..pairs.exchanging import BACKGROUND, CENTER
 from ..record import check_place
 from .measure import Finding, Scan
 
 PAGE, NUMBERS = "scan.html", "scan.json"
 
 
-def guard(result: Scan) -> str | None:
+def first_suspect(result: Scan) -> str | None:
     """The part against which pairs should be made: of the strong findings the first, but not the center."""
     return next((found.part for found in result.findings if _is_suspect(found)), None)
 
@@ -39,20 +39,32 @@ def scan_table(result: Scan) -> str:
     return "\n".join(lines)
 
 
-def guarding_recipe(part: str, model: str, data: str, *, freeze_norm: bool = False) -> str:
+def pairs_setting(part: str, mask: str | None) -> dict[str, str]:
+    """The setting `pairs` of a recipe that makes pairs against a part.
+
+    Args:
+        part: the part.
+        mask: column of the masks, if there are any.
+    """
+    has_mask = part == BACKGROUND and mask not in (None, "mask")
+    return {"maker": "exchange", "part": part, **({"mask": mask} if has_mask else {})}
+
+
+def recipe_against(part: str, model: str, data: str, *, mask: str | None = None, freeze_norm: bool = False) -> str:
     """Returns a recipe that trains a scanned model on, with pairs against a part, in YAML.
 
     Args:
         part: the part.
         model: folder or Hub id of the model.
-        data: folder or Hub id of the set.
+        data: folder or Hub id of the set. It has labels and a training split.
+        mask: column of the masks, if there are any.
         freeze_norm: whether to keep batch-norm layers as they are; for models that have some.
     """
     settings = {"dataset": "files", "data_dir": data} if os.path.isdir(data) else {"dataset": data}
-    settings |= {"pairs": {"maker": "exchange", "part": part}, "model_name_or_path": model}
+    settings |= {"pairs": pairs_setting(part, mask), "model_name_or_path": model}
     settings |= {"freeze_norm": True} if freeze_norm else {}
     settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    settings |= {"metric_for_best_model": "pair_accuracy", "output_dir": "outputs/guarded"}
+    settings |= {"metric_for_best_model": "pair_accuracy", "output_dir": "outputs/repaired"}
     head = f"# Fine-tunes {model} so that it no longer follows the {part.replace('_', ' ')}. The rest are defaults.\n"
     return head + yaml.safe_dump(settings, sort_keys=False)
 
@@ -95,11 +107,16 @@ def write_scan(result: Scan, folder: str | os.PathLike, *, title: str = "Scan") 
         title=title,
         result=result,
         sentences={found.part: sentence(found) for found in result.findings},
+        lines={found.part: _line(found.part, result.mask) for found in result.findings},
         strong=[found.part for found in result.findings if _is_suspect(found)],
     )
     files = {folder / PAGE: page.encode(), folder / NUMBERS: (json.dumps(numbers, indent=1) + "\n").encode()}
     write_files(files)
     return [*files]
+
+
+def _line(part: str, mask: str | None) -> str:
+    return "pairs: " + yaml.safe_dump(pairs_setting(part, mask), default_flow_style=True, sort_keys=False, width=200)
 
 
 WHAT = {
