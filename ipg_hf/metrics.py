@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: accuracy, worst group, adjusted accuracy, flip rate and pair accuracy; for a regression the absolute error.
 
-A group is a label together with a value of the spurious attribute: group = label · n_attributes + attribute. The
-metrics are `evaluate.Metric`s that are built directly: nothing is loaded from the Hub.
+A group is a label together with a value of the spurious attribute: group = label · n_attributes + attribute. The same
+metrics for the library `evaluate`: `evaluate_metrics`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import datasets
-import evaluate
 import numpy as np
+
+if TYPE_CHECKING:
+    import evaluate
 
 IGNORED = -100
 
@@ -129,199 +131,51 @@ def group_accuracy(correct: np.ndarray, counts: np.ndarray, train_counts: np.nda
     return {name: float(value) for name, value in summary.items()}
 
 
-class _IntegerColumns(datasets.Features):
-    """Columns of int64, whose values are stored as they are. (`Features` encodes value by value: 1 µs each.)"""
-
-    def __init__(self, *names: str):
-        super().__init__(dict.fromkeys(names, datasets.Value("int64")))
-
-    def encode_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch
-
-
-class _IntegerMetric(evaluate.Metric):
-    """A metric of columns of integers. The columns stay in memory and are checked when they are added."""
-
-    def __init__(self, **kwargs: Any):
-        kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
-        super().__init__(**kwargs)
-
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Adds rows.
-
-        Args:
-            predictions: ints, shape (N,).
-            references: ints, shape (N,).
-            **kwargs: further columns of the metric, ints, shape (N,).
-
-        Raises:
-            ValueError: a column is not one integer a row, or the columns have different lengths. Nothing is added then.
-        """
-        columns = {"predictions": predictions, "references": references, **kwargs}
-        columns = {name: _integers(name, values) for name, values in columns.items()}
-        _check_lengths(columns)
-        super().add_batch(**columns)
-
-
-class Accuracy(_IntegerMetric):
-    """Share of rows that are predicted right, as an `evaluate.Metric`.
+def metrics_of_groups(
+    predictions: np.ndarray,
+    references: np.ndarray,
+    attributes: np.ndarray,
+    *,
+    num_attributes: int | None = None,
+    train_group_counts: np.ndarray | None = None,
+    label_names: Sequence[str] | None = None,
+    attribute_names: Sequence[str] | None = None,
+) -> dict[str, float]:
+    """Computes the accuracy of each group, of the worst group, and the adjusted accuracy.
 
     Args:
-        **kwargs: arguments of `evaluate.Metric`.
+        predictions: predicted labels, ints, shape (N,).
+        references: labels, ints, shape (N,).
+        attributes: values of the attribute, ints, shape (N,).
+        num_attributes: number of values of the attribute. By default the largest value in the data plus one.
+        train_group_counts: number of training rows in each group, shape (n_labels, num_attributes).
+        label_names: names of the labels, for the keys. By default ints.
+        attribute_names: names of the values of the attribute, for the keys. By default ints.
 
-    `compute(predictions=, references=)` takes ints of shape (N,) and returns `{"accuracy": float in 0..1}`. It raises a
-    ValueError if there are no rows or if the lengths differ.
+    Returns:
+        `worst_group_accuracy`, with `train_group_counts` `adjusted_accuracy`, and for each group with rows
+        `group_accuracy/<label>/<attribute>` and `group_n/<label>/<attribute>`.
+
+    Raises:
+        ValueError: a label or an attribute is out of range.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of rows that are predicted right.",
-            citation="",
-            inputs_description="predictions, references: one int a row.",
-            format="numpy",
-            features=_IntegerColumns("predictions", "references"),
-        )
-
-    def _compute(self, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
-        # a combination of metrics passes the columns of the other metrics too
-        _check_rows(predictions)
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
-
-
-class GroupAccuracy(_IntegerMetric):
-    """Accuracy of each group, accuracy of the worst group and adjusted accuracy, as an `evaluate.Metric`.
-
-    Example:
-        ```python
-        metric = GroupAccuracy(label_names=["landbird", "waterbird"], attribute_names=["land", "water"])
-        metric.compute(predictions=[0, 1, 1], references=[0, 1, 0], attributes=[0, 1, 1])["worst_group_accuracy"]  # 0.0
-        ```
-
-    Args:
-        num_attributes: number of values of the attribute; by default the number of `attribute_names`, or else the
-            largest value in the data plus one.
-        train_group_counts: number of training rows in each group, shape (n_labels · n_attributes,) in the order of the
-            groups, or (n_labels, n_attributes). They give `adjusted_accuracy`.
-        label_names: names of the labels, for the keys of the result; ints by default.
-        attribute_names: names of the values of the attribute, for the keys of the result; ints by default.
-        evaluated: the set that is evaluated, with columns `label` and `attribute`. Give it if the caller of `compute`
-            passes no attributes, as `evaluate.evaluator`.
-        **kwargs: arguments of `evaluate.Metric`, e.g. `experiment_id`.
-
-    `compute(predictions=, references=, attributes=)` takes ints of shape (N,), without `attributes` if `evaluated` is
-    given. It returns floats: `worst_group_accuracy`, `adjusted_accuracy`, and for each group with rows
-    `group_accuracy/<label>/<attribute>` and `group_n/<label>/<attribute>`. It raises a ValueError if there are no rows,
-    if the lengths differ, if a label or an attribute is out of range, or if the references are not the labels of
-    `evaluated`.
-    """
-
-    def __init__(
-        self,
-        num_attributes: int | None = None,
-        train_group_counts: Sequence[int] | np.ndarray | None = None,
-        label_names: Sequence[str] | None = None,
-        attribute_names: Sequence[str] | None = None,
-        evaluated: datasets.Dataset | None = None,
-        **kwargs: Any,
-    ):
-        self.train_group_counts = None if train_group_counts is None else np.asarray(train_group_counts, np.float64)
-        self.label_names = None if label_names is None else list(label_names)
-        self.attribute_names = None if attribute_names is None else list(attribute_names)
-        self.num_attributes = num_attributes
-        if num_attributes is None and attribute_names is not None:
-            self.num_attributes = len(self.attribute_names)
-        if self.train_group_counts is not None:
-            self._read_train_counts()
-        self.evaluated = None
-        if evaluated is not None:
-            self.evaluated = [_integers(column, evaluated[column][:]) for column in ("label", "attribute")]
-        super().__init__(**kwargs)
-
-    def _read_train_counts(self) -> None:
-        counts = self.train_group_counts
-        if counts.ndim == 2 and self.num_attributes is None:
-            self.num_attributes = counts.shape[1]
-        if self.num_attributes is None or counts.size % self.num_attributes or counts.size == 0:
-            raise ValueError(
-                f"train_group_counts of shape {counts.shape} need num_attributes (now {self.num_attributes}), of which "
-                "their number is a multiple: one count for each label and attribute."
-            )
-        if counts.ndim == 2 and counts.shape[1] != self.num_attributes:
-            raise ValueError(f"train_group_counts are {counts.shape}, but num_attributes={self.num_attributes}.")
-        if not (np.isfinite(counts).all() and (counts >= 0).all()):
-            raise ValueError(f"train_group_counts={counts.tolist()} must not be negative or NaN.")
-        self.train_group_counts = counts.reshape(-1, self.num_attributes)
-
-    def _info(self) -> evaluate.MetricInfo:
-        columns = ["predictions", "references", *([] if self.evaluated else ["attributes"])]
-        return evaluate.MetricInfo(
-            description="Accuracy of each group of label and spurious attribute, and of the worst group.",
-            citation="Sagawa et al., arXiv 1911.08731",
-            inputs_description=f"{', '.join(columns)}: one int a row.",
-            format="numpy",
-            features=_IntegerColumns(*columns),
-        )
-
-    def _compute(self, predictions: Any, references: Any, attributes: Any = None, **_: Any) -> dict[str, float]:
-        _check_rows(predictions)
-        predictions, references = np.asarray(predictions), np.asarray(references)
-        if self.evaluated is None:
-            attributes = np.asarray(attributes)
-        else:
-            labels, attributes = self.evaluated
-            if not np.array_equal(labels, references):
-                raise ValueError(
-                    "the references are not the labels of the evaluated set in its order, so that their attributes are "
-                    "unknown. Give evaluated= the set that is measured. strategy='bootstrap' of evaluate.evaluator "
-                    "draws rows anew: use strategy='simple'."
-                )
-        return self._groups(predictions, references, attributes)
-
-    def _groups(self, predictions: np.ndarray, references: np.ndarray, attributes: np.ndarray) -> dict[str, float]:
-        train_counts = self.train_group_counts
-        _check_range("label", references, None if self.label_names is None else len(self.label_names))
-        _check_range("attribute", attributes, self.num_attributes)
-        attribute_names = self.attribute_names
-        if self.num_attributes is None and attributes.max() >= MANY_VALUES:  # a table by value would not fit
-            used, attributes = np.unique(attributes, return_inverse=True)
-            attribute_names, attributes = [str(value) for value in used], attributes.reshape(-1)
-        shape = [int(references.max()) + 1, self.num_attributes or int(attributes.max()) + 1]
-        if train_counts is not None:
-            shape[0] = max(shape[0], len(train_counts))
-            train_counts = np.pad(train_counts, ((0, shape[0] - len(train_counts)), (0, 0)))
-        counts = group_counts(references, attributes, *shape)
-        correct = group_counts(references, attributes, *shape, weights=predictions == references)
-        result = group_accuracy(correct, counts, train_counts)
-        for label, attribute in np.argwhere(counts > 0):
-            name = group_name(_name(self.label_names, label), _name(attribute_names, attribute))
-            result[f"group_accuracy/{name}"] = float(correct[label, attribute] / counts[label, attribute])
-            result[f"group_n/{name}"] = float(counts[label, attribute])
-        return result
-
-
-class FlipRate(_IntegerMetric):
-    """Share of pairs whose two sides are predicted differently, as an `evaluate.Metric`.
-
-    Args:
-        **kwargs: arguments of `evaluate.Metric`.
-
-    `compute(predictions=, references=)` takes the predicted classes on side a and on side b, ints of shape (N,), and
-    returns `{"flip_rate": float in 0..1}`. It raises a ValueError if there are no pairs or if the lengths differ.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of pairs whose two sides are predicted differently.",
-            citation="",
-            inputs_description="predictions: predicted classes on side a; references: those on side b.",
-            format="numpy",
-            features=_IntegerColumns("predictions", "references"),
-        )
-
-    def _compute(self, predictions: Any, references: Any, **_: Any) -> dict[str, float]:
-        if len(predictions) == 0:
-            raise ValueError("there are no pairs to measure: predictions and references are empty.")
-        return {"flip_rate": float(np.mean(np.asarray(predictions) != np.asarray(references)))}
+    check_range("label", references, None if label_names is None else len(label_names))
+    check_range("attribute", attributes, num_attributes)
+    if num_attributes is None and attributes.max() >= MANY_VALUES:  # a table by value would not fit
+        used, attributes = np.unique(attributes, return_inverse=True)
+        attribute_names, attributes = [str(value) for value in used], attributes.reshape(-1)
+    shape = [int(references.max()) + 1, num_attributes or int(attributes.max()) + 1]
+    if train_group_counts is not None:
+        shape[0] = max(shape[0], len(train_group_counts))
+        train_group_counts = np.pad(train_group_counts, ((0, shape[0] - len(train_group_counts)), (0, 0)))
+    counts = group_counts(references, attributes, *shape)
+    correct = group_counts(references, attributes, *shape, weights=predictions == references)
+    result = group_accuracy(correct, counts, train_group_counts)
+    for label, attribute in np.argwhere(counts > 0):
+        name = group_name(_name(label_names, label), _name(attribute_names, attribute))
+        result[f"group_accuracy/{name}"] = float(correct[label, attribute] / counts[label, attribute])
+        result[f"group_n/{name}"] = float(counts[label, attribute])
+    return result
 
 
 class GroupMetrics:
@@ -342,7 +196,7 @@ class GroupMetrics:
 
     A call takes a `transformers.EvalPrediction`: `predictions` are logits, float (N, C), or a tuple with the logits
     first; `label_ids` are labels, int (N,), or (labels, attributes). Rows with the label -100 are ignored. The call
-    returns floats: the keys of [`Accuracy`] and, with attributes, of [`GroupAccuracy`].
+    returns floats: `accuracy` and, with attributes, the keys of [`metrics_of_groups`].
 
     Attributes:
         takes_attributes: `IPGTrainer` gives (labels, attributes) to metrics of which this is true, and plain labels to
@@ -370,19 +224,22 @@ class GroupMetrics:
         Args:
             evaluated: the set that is evaluated, if the caller passes no attributes, as `evaluate.evaluator`.
         """
-        return evaluate.combine([Accuracy(), GroupAccuracy(**self.settings, evaluated=evaluated)])
+        # here, since evaluate takes seconds to import, and only these users need it
+        from .evaluate_metrics import Accuracy, GroupAccuracy, combine
+
+        return combine([Accuracy(), GroupAccuracy(**self.settings, evaluated=evaluated)])
 
     def __call__(self, prediction: Any) -> dict[str, float]:
         logits = prediction.predictions
         logits = np.asarray(logits[0] if isinstance(logits, (tuple, list)) else logits)
         with_attributes = isinstance(prediction.label_ids, (tuple, list))
-        labels = _integers("labels", prediction.label_ids[0] if with_attributes else prediction.label_ids)
+        labels = integers("labels", prediction.label_ids[0] if with_attributes else prediction.label_ids)
         if logits.ndim != 2:
             raise ValueError(f"logits must be of shape (N, C), one row an image, but are {logits.shape}.")
         columns = {"logits": logits, "labels": labels}
         if with_attributes:
-            columns["attributes"] = _integers("attributes", prediction.label_ids[1])
-        _check_lengths(columns)
+            columns["attributes"] = integers("attributes", prediction.label_ids[1])
+        check_lengths(columns)
         kept = labels != IGNORED
         logits, labels = logits[kept], labels[kept]
         if len(labels) == 0:
@@ -393,10 +250,11 @@ class GroupMetrics:
                 f"the logits of {num_nan} of {len(logits)} rows are NaN: the model has diverged, or its inputs are "
                 "NaN. Lower the learning rate, or look for NaN in the images."
             )
-        rows = {"predictions": logits.argmax(1), "references": labels}
-        if not with_attributes:
-            return Accuracy().compute(**rows)
-        return self.combined().compute(**rows, attributes=columns["attributes"][kept])
+        predictions = logits.argmax(1)
+        result = {"accuracy": float(np.mean(predictions == labels))}
+        if with_attributes:
+            result |= metrics_of_groups(predictions, labels, columns["attributes"][kept], **self.settings)
+        return result
 
 
 class GroupErrors:
@@ -429,8 +287,8 @@ class GroupErrors:
         labels = prediction.label_ids[0] if with_attributes else prediction.label_ids
         columns = {"predictions": outputs.reshape(len(outputs), -1)[:, 0], "labels": np.asarray(labels).reshape(-1)}
         if with_attributes:
-            columns["attributes"] = _integers("attributes", prediction.label_ids[1])
-        _check_lengths(columns)
+            columns["attributes"] = integers("attributes", prediction.label_ids[1])
+        check_lengths(columns)
         errors = np.abs(columns["predictions"] - columns["labels"])
         if not np.isfinite(errors).all():
             raise DivergedError(
@@ -470,14 +328,14 @@ def training_group_counts(dataset: datasets.Dataset, *, by_attribute: bool = Tru
         raise ValueError(f"train_dataset must be a datasets.Dataset with a column 'label', but is {found}.")
     if by_attribute and "attribute" not in dataset.column_names:
         return None
-    labels = _integers("label", dataset.with_format("numpy").select_columns(["label"])["label"][:])
+    labels = integers("label", dataset.with_format("numpy").select_columns(["label"])["label"][:])
     attributes, names = read_attributes(dataset) if by_attribute else (np.zeros_like(labels), None)
     labels, attributes = labels[labels != IGNORED], attributes[labels != IGNORED]
     if len(labels) == 0:
         raise ValueError("train_dataset has no labelled rows, so that its group sizes are unknown.")
     sizes = []
     for column, values, known in (("label", labels, _names(dataset, "label")), ("attribute", attributes, names)):
-        _check_range(column, values, len(known) if known else None)
+        check_range(column, values, len(known) if known else None)
         sizes.append(len(known) if known else int(values.max()) + 1)
     return group_counts(labels, attributes, *sizes)
 
@@ -509,7 +367,7 @@ def read_attributes(dataset: datasets.Dataset, where: str = "attribute") -> tupl
     is_whole = (values == np.floor(values)) & (np.abs(values) < 2**63) if is_float else np.ones(len(values), bool)
     values = values.astype(np.int64) if is_float and is_whole.all() else values
     if values.dtype.kind in "iub" or not len(values):
-        _check_range(where, values, len(names) if names else None)
+        check_range(where, values, len(names) if names else None)
         if names is not None or not len(values) or (values.max() < MANY_VALUES and not is_float):
             return values.astype(np.int64), names
         used, ids = np.unique(values, return_inverse=True)
@@ -534,7 +392,7 @@ def _name(names: Sequence[str] | None, index: int) -> str | int:
     return names[index] if names is not None else index
 
 
-def _integers(name: str, values: Any) -> np.ndarray:
+def integers(name: str, values: Any) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim == 1 and len(array) == 0:
         return array.astype(np.int64)
@@ -545,18 +403,13 @@ def _integers(name: str, values: Any) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _check_lengths(columns: Mapping[str, np.ndarray]) -> None:
+def check_lengths(columns: Mapping[str, np.ndarray]) -> None:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError("the lengths differ: " + ", ".join(f"{n} {name}" for name, n in lengths.items()) + ".")
 
 
-def _check_rows(predictions: Any) -> None:
-    if len(predictions) == 0:
-        raise ValueError("there are no rows to measure: predictions and references are empty.")
-
-
-def _check_range(name: str, values: np.ndarray, count: int | None) -> None:
+def check_range(name: str, values: np.ndarray, count: int | None) -> None:
     wrong = np.flatnonzero((values < 0) | (values >= count if count is not None else False))
     if len(wrong):
         row = wrong[0]

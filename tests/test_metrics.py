@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 from transformers import EvalPrediction, ViTImageProcessor
 
+from ipg_hf.evaluate_metrics import Accuracy, FlipRate, GroupAccuracy
 from ipg_hf.metrics import (
     METRICS,
     WORST_GROUP,
-    Accuracy,
-    FlipRate,
-    GroupAccuracy,
     GroupErrors,
     GroupMetrics,
     group_accuracy,

@@ -4,6 +4,7 @@
 import ast
 import inspect
 import re
+import subprocess
 import sys
 from dataclasses import MISSING, fields
 from graphlib import TopologicalSorter
@@ -145,3 +146,14 @@ def test_the_config_has_what_a_user_of_the_method_sets():
     assert len(own_fields(IPGConfig)) <= 21
     for config in CONFIGS:
         assert config is IPGConfig or 1 <= len(own_fields(config)) <= 4
+
+
+def test_the_import_is_that_of_trainer_and_little_more():
+    """Packages that only some users need are imported where they are used: each costs seconds."""
+    code = (
+        "import sys; from transformers import Trainer; known = {*sys.modules}; import ipg_hf; "
+        "print(*sorted({name.partition('.')[0] for name in {*sys.modules} - known}))"
+    )
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "ipg_hf" in new
+    assert not {*new} & {"evaluate", "scipy", "sklearn", "matplotlib", "jinja2", "diffusers", "peft"}, new
