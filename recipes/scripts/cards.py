@@ -21,7 +21,7 @@ CARDS = RECIPES.parent / "model_cards"
 # dataset -> recipe of a model that somebody would publish -> recipe of its plain training
 PUBLISHED = {
     "digits": {"ipg_pair_vit_tiny": "erm_vit_tiny", "ipg_resnet": "erm_resnet", "ipg_paper_resnet": "erm_resnet"},
-    "colored_mnist": {"ipg_mlp": "erm_mlp", "ipg_outputs_fashion_mlp": "erm_fashion_mlp"},
+    "colored_mnist": {"ipg_mlp": "erm_mlp", "ipg_fashion_mlp": "erm_fashion_mlp"},
     "scenes": {"ipg_lite0": "erm_lite0"},
     "marked_digits": {"ipg_pair_makers_resnet": "erm_resnet"},
     "stroke_mass": {"ipg_pair_resnet": "erm_resnet"},

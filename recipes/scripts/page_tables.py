@@ -217,7 +217,7 @@ def untuned() -> str:
         "scenes": ("transfer_scenes_100", "scenes:{}_lite0"),
         "scenes, 5 %": ("makers_scenes_95", "{}"),
         "scenes, ViT": ("scenes_dinov2", "{}"),
-        "textures": ("cue_conflict", "{}"),
+        "textures": ("transfer_cue_conflict", "{}"),
     }
     others = {
         "`ipg_outputs`": ("ipg_outputs_schedule", "ipg_outputs"),
@@ -242,7 +242,7 @@ def elsewhere() -> str:
     }
     methods = ("erm", "ipg_outputs", "ipg")
     lines = [
-        [title, *(cell("colored_mnist", f"{method}_{name}_mlp") for method in methods)]
+        [title, *(cell("colored_mnist", f"{method}_{name}_mlp", f"ipg_{name}_mlp") for method in methods)]
         for title, name in protocols.items()
     ]
     return table(["benchmark", "plain training", "`ipg_outputs`", "`ipg`"], lines)
@@ -269,24 +269,6 @@ def few_pairs() -> str:
         mixed = paired_difference(scores("num_pairs", names[3]), scores("num_pairs", names[1]))
         lines.append([f"{count:,}", *cells, f"{mixed.mean:+.3f} [{mixed.low:+.3f}, {mixed.high:+.3f}]"])
     return table(titles, lines)
-
-
-def few_pairs_tuned() -> str:
-    """300 pairs of ColoredMNIST, tuned."""
-    lines = [
-        [
-            "2,000 steps of SGD",
-            *(
-                cell("few_pairs_tuned", name, "ipg_outputs")
-                for name in ("ipg_outputs", "ipg_outputs_mixed", "kl", "kl_mixed")
-            ),
-        ],
-        [
-            *("6,000 steps, rate falls to 0", NOT_RUN, cell("few_pairs_long", "ipg_outputs")),
-            *(NOT_RUN, cell("few_pairs_long", "kl", "ipg_outputs")),
-        ],
-    ]
-    return table(["300 pairs", "`ipg_outputs`", "`ipg_outputs`, mixed", "`kl`", "`kl`, mixed"], lines)
 
 
 def extended_pairs() -> str:
@@ -548,7 +530,7 @@ def ablations() -> str:
 
 TABLES: list[Callable[[], str]] = [
     *(headline, recipes, extended_pairs),
-    *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, few_pairs_tuned, speed, faults),
+    *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, speed, faults),
     *(batch_norm, from_scratch, stability, checkpoints, sources, attributes, regression, readability, ablations),
 ]
 
