@@ -29,7 +29,7 @@ from ipg_hf.run import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RECORDS, RESULTS = RECIPES / "records", RECIPES / "results"
-DATASETS = ("celeba", "colored_mnist", "digits", "marked_digits", "scenes", "stroke_mass", "waterbirds")
+DATASETS = ("celeba", "colored_mnist", "cue_conflict", "digits", "marked_digits", "scenes", "stroke_mass", "waterbirds")
 TRAINING = sorted(path for name in DATASETS for path in (RECIPES / name).rglob("*.yaml"))
 SUITES = sorted(RECIPES.glob("suites/*.yaml"))
 NAMES = yaml.safe_load((RECIPES / "names.yaml").read_text())
@@ -86,7 +86,7 @@ def test_all_files_are_found():
 def test_every_recipe_is_valid_and_says_how_it_is_launched_and_what_to_expect():
     for path in TRAINING:
         recipe, args, given = parsed(path)
-        assert recipe.dataset == {"scenes": "files"}.get(path.parent.name, path.parent.name)
+        assert recipe.dataset == {"scenes": "files", "cue_conflict": "files"}.get(path.parent.name, path.parent.name)
         metric = "worst_group_mae" if recipe.dataset == "stroke_mass" else "worst_group_accuracy"
         assert args.metric_for_best_model == metric and args.load_best_model_at_end, path
         assert args.greater_is_better is (metric == "worst_group_accuracy")
