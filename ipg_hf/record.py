@@ -341,6 +341,24 @@ def check_place(path: str | os.PathLike) -> None:
             raise NotADirectoryError(f"{place} is a file, and no folder for {Path(path).name}: name another folder.")
 
 
+def check_unused(folder: str | os.PathLike, names: Iterable[str], what: str) -> None:
+    """Raises an error if a folder holds some files, or if a file stands where the folder would be made.
+
+    Args:
+        folder: the folder.
+        names: names of the files.
+        what: what the files are, for the message, for example `"report"`.
+
+    Raises:
+        FileExistsError: the folder holds one of the files.
+        NotADirectoryError: the folder, or one that it would stand in, is a file.
+    """
+    for name in names:
+        check_place(Path(folder) / name)
+        if (Path(folder) / name).exists():
+            raise FileExistsError(f"{folder} holds another {what} ({name}): remove it, or give another folder.")
+
+
 def write_json(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all, in a folder that is made if there is none."""
     path = Path(path)

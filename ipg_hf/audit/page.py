@@ -16,7 +16,7 @@ import numpy as np
 from ..html import rendered, write_files
 from ..metrics import METRICS
 from ..pairs.preview import SMALL, ShownPair, frame_ratio
-from ..record import check_place
+from ..record import check_unused
 from ..report import summary_table
 from .figures import Drawn, draw_figures, group_names
 
@@ -30,10 +30,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         FileExistsError: the folder holds a report.
         NotADirectoryError: the folder, or one that it would stand in, is a file.
     """
-    check_place(Path(folder) / PAGE)
-    for name in (PAGE, NUMBERS):
-        if (Path(folder) / name).exists():
-            raise FileExistsError(f"{folder} holds another report ({name}): remove it, or give another folder.")
+    check_unused(folder, (PAGE, NUMBERS), "report")
 
 
 def write_report(

@@ -21,7 +21,7 @@ import pyarrow as pa
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from .classes import is_class_label, is_text, sorted_names
-from .images import check_depth, file_of, read_image, stored_images
+from .images import check_depth, file_of, read_image, read_rgb, stored_images
 from .makers import check_choice, check_columns, check_is_set, check_number, draw_rows, encode_image, map_cached
 
 logger = logging.getLogger(__name__)
@@ -279,14 +279,14 @@ def background_pairs(
                 f"without `backgrounds` the source must be map-style, with {attribute!r} both 0 and 1 (or two "
                 "texts). Give backgrounds=(images for side a, images for side b)."
             )
-        pools = [_Backgrounds(source, np.flatnonzero(values == value), "the source", mask) for value in (0, 1)]
+        pools = [ImagePool(source, np.flatnonzero(values == value), "the source", mask) for value in (0, 1)]
     else:
         if len(backgrounds) != 2:
             raise ValueError(
                 f"backgrounds has {len(backgrounds)} entries: give (images for side a, images for side b)."
             )
         pools = [
-            _Backgrounds(images, None, f"the backgrounds for side {side}")
+            ImagePool(images, None, f"the backgrounds for side {side}")
             for side, images in zip("ab", backgrounds, strict=True)
         ]
 
@@ -321,8 +321,8 @@ def background_pairs(
     )
 
 
-class _Backgrounds:
-    """The backgrounds of one side.
+class ImagePool:
+    """Images that others get something of, such as their backgrounds.
 
     Args:
         images: a `datasets.Dataset` with the column `image`, or a sequence of PIL images.
@@ -347,7 +347,7 @@ class _Backgrounds:
         return len(self.rows)
 
     def read(self, number: int) -> Image.Image:
-        """Reads a background as RGB, its foreground filled."""
+        """Reads an image as RGB, its foreground filled if the images have masks."""
         value, where = self.stored[number], f"of row {self.rows[number]} of {self.title}"
         value = value if isinstance(value, Mapping) else {"image": value}
         image = read_image(value["image"], f"the image {where}", self.modes.get("image")).convert("RGB")
@@ -445,9 +445,7 @@ def edited(
 
     def pair(row: dict[str, Any], number: int) -> dict[str, Any]:
         where = f"row {number}{file_of(row['image'])}"
-        file = read_image(row["image"], f"the image of row {number}")
-        image = file if modes["image"] in (None, file.mode) else file.convert(modes["image"])
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image, own = read_rgb(row["image"], f"the image of row {number}", modes["image"])
         read = {name: read_mask(row[name], f"the mask of row {number}", modes[name], image) for name in masks}
         try:
             a, b = edit(image, {**row, **read}, np.random.default_rng((seed, 5, number)))
@@ -464,8 +462,6 @@ def edited(
             )
         sides = [a, b]
         if not stream:
-            # an unchanged image keeps its file (a JPEG, say): it is smaller, and recognised as a training image
-            own = row["image"] if image is file else None
             sides = [own if own and side is image else {"bytes": encode_image(side), "path": None} for side in sides]
         label = {"label": row["label"]} if "label" in row else {}
         values = {"attribute_a": 0, "attribute_b": 1, "source_id": number}

@@ -16,9 +16,9 @@ import datasets
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
-from .edits import alpha_of, edited, fill_foreground, read_mask
-from .images import image_content, read_image, stored_images
-from .makers import check_choice, check_columns, check_is_set, check_number, known_values
+from .edits import ImagePool, alpha_of, edited
+from .images import image_content
+from .makers import check_choice, check_is_set, check_number, known_values
 
 BACKGROUND, CENTER = "background", "center"
 LEAST_SIZE = 8  # pixels: a border of a smaller image has none
@@ -115,7 +115,13 @@ def exchange_pairs(
         num_pairs=num_pairs,
         seed=seed,
         skip_unchanged=skip_unchanged,
-        facts=["exchange", part, soft_edge, [donors.stored], None if donors.labels is None else donors.labels.tolist()],
+        facts=[
+            "exchange",
+            part,
+            soft_edge,
+            [donors.pool.stored],
+            None if donors.labels is None else donors.labels.tolist(),
+        ],
     )
 
 
@@ -131,11 +137,7 @@ class Donors:
     """
 
     def __init__(self, source: datasets.Dataset, mask: str | None = None):
-        columns = ["image", *([mask] if mask else [])]
-        check_columns(source, columns)
-        self.mask = mask
-        self.modes = {name: getattr(source.features[name], "mode", None) for name in columns}
-        self.stored = stored_images(source.with_format(None).select_columns(columns), columns)
+        self.pool = ImagePool(source, None, "the source", mask)
         self.labels = known_values(source, "label") if "label" in source.column_names else None
         rows = np.arange(len(source))
         kinds = rows if self.labels is None else np.unique(self.labels)
@@ -160,21 +162,9 @@ class Donors:
         rows = self.rows[row.get("label") if self.labels is not None else None]
         own, start = image_content(row["image"]), int(rng.integers(len(rows)))
         for number in (int(rows[(start + step) % len(rows)]) for step in range(len(rows))):
-            if image_content(self.stored[number]["image"]) != own:
-                return self.read(number)
+            if image_content(self.pool.stored[number]["image"]) != own:
+                return self.pool.read(number)
         raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
-
-    def read(self, row: int) -> Image.Image:
-        """Reads an image as RGB, its object filled if the set has masks."""
-        value = self.stored[row]
-        image = read_image(value["image"], f"the image of row {row}", self.modes["image"]).convert("RGB")
-        if self.mask is None:
-            return image
-        mask = read_mask(value[self.mask], f"the mask of row {row}", self.modes[self.mask], image)
-        try:
-            return fill_foreground(image, mask)
-        except ValueError as failure:
-            raise ValueError(f"the image of row {row}: {failure}") from failure
 
 
 def fitted(donor: Image.Image, size: tuple[int, int]) -> Image.Image:

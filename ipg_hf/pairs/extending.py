@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from .classes import is_class_label, match_labels
-from .images import file_of, image_content, read_image, stored_images
+from .images import file_of, image_content, read_image, read_rgb, stored_images
 from .makers import check_columns, check_is_set, check_number, encode_image, map_cached
 
 logger = logging.getLogger(__name__)
@@ -116,13 +116,9 @@ def extend_pairs(
     features = datasets.Features({name: pairs.features[name] for name in pairs.column_names})
 
     def pair(row: dict[str, Any], place: int) -> dict[str, Any]:
-        file = read_image(row["image"], f"the image of row {rows[place]}")
-        image = file if modes[2] in (None, file.mode) else file.convert(modes[2])
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image, own = read_rgb(row["image"], f"the image of row {rows[place]}", modes[2])
         sides = maps.sides(image)
         is_changed = ImageChops.difference(*sides).getbbox() is not None
-        # an unchanged image keeps its file (a JPEG, say): it is smaller, and recognised as a training image
-        own = row["image"] if image is file else None
         a, b = (own if own and side is image else {"bytes": encode_image(side), "path": None} for side in sides)
         return {"image_a": a, "image_b": b, **{name: row[name] for name in labels}, "changed": is_changed}
 

@@ -23,7 +23,7 @@ from ..inference import inference, logits_of
 from ..models import model_inputs
 from .classes import is_class_label, order_of_model
 from .edits import attribute_ids
-from .images import check_depth, read_image, stored_images
+from .images import check_depth, read_image, read_rgb, stored_images
 from .makers import check_columns, check_is_set, check_number, draw_rows, encode_image, known_values, pair_dataset
 from .matching import extract_features
 from .transforms import process_images
@@ -115,13 +115,8 @@ def generate_pairs(
 
     def read(row: int) -> tuple[Any, Image.Image]:
         """An image as it is stored (a new PNG if it is no RGB image), and its pixels."""
-        value = images[row]["image"]
-        file = read_image(value, f"the image of row {row}")
-        image = file if mode in (None, file.mode) else file.convert(mode)
-        if image is file and image.mode == "RGB":
-            return value, image
-        image = image.convert("RGB")
-        return {"bytes": encode_image(image), "path": None}, image
+        image, own = read_rgb(images[row]["image"], f"the image of row {row}", mode)
+        return own or {"bytes": encode_image(image), "path": None}, image
 
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

@@ -58,6 +58,27 @@ def read_image(value: Any, where: str, mode: str | None = None, *, deep: bool = 
     return image if mode in (None, image.mode) else image.convert(mode)
 
 
+def read_rgb(value: Any, where: str, mode: str | None = None) -> tuple[Image.Image, Any]:
+    """Decodes an image as RGB, and says whether its file holds this very image.
+
+    Args:
+        value: an encoded image, or a PIL image.
+        where: what the image is, for messages.
+        mode: the mode of its `datasets.Image` feature.
+
+    Returns:
+        The image; and `value`, or `None` if the image was converted. An image that is kept as its file (a JPEG, say) is
+        smaller, and recognised as a training image.
+
+    Raises:
+        ValueError: there is no image, it cannot be decoded, or it has more than 8 bits a channel.
+    """
+    file = read_image(value, where)
+    image = file if mode in (None, file.mode) else file.convert(mode)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image, value if image is file else None
+
+
 def image_kind(value: Any, where: str, mode: str | None = None) -> tuple[tuple[int, int], str]:
     """Returns size and mode of an image as `datasets` would decode it, from the header of its file alone.
 

@@ -278,7 +278,7 @@ def _donors(answers: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def _finding(
-    part: str, before: np.ndarray, after: np.ndarray, control: np.ndarray, donors: np.ndarray, names: dict[int, str]
+    part: str, before: np.ndarray, after: np.ndarray, control: np.ndarray, donors: np.ndarray, names: Sequence[str]
 ) -> Finding:
     """Counts, for answers before and after an exchange with donors of another answer, and of the same (`control`)."""
     of_donor = before[donors]

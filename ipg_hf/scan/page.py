@@ -12,7 +12,7 @@ import yaml
 
 from ..html import rendered, write_files
 from ..pairs.exchanging import BACKGROUND, CENTER
-from ..record import check_place
+from ..record import check_unused
 from .measure import Finding, Scan
 
 PAGE, NUMBERS = "scan.html", "scan.json"
@@ -76,10 +76,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         FileExistsError: the folder holds a scan.
         NotADirectoryError: the folder, or one that it would stand in, is a file.
     """
-    for name in (PAGE, NUMBERS):
-        check_place(Path(folder) / name)
-        if (Path(folder) / name).exists():
-            raise FileExistsError(f"{folder} holds another scan ({name}): remove it, or give another folder.")
+    check_unused(folder, (PAGE, NUMBERS), "scan")
 
 
 def write_scan(result: Scan, folder: str | os.PathLike, *, title: str = "Scan") -> list[Path]:

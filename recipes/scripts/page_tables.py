@@ -32,7 +32,6 @@ METHODS = {"digits": "digits", "ColoredMNIST": "colored_mnist", "scenes": "scene
 THREE = {name: METHODS[name] for name in ("digits", "ColoredMNIST", "scenes")}
 # in some suites the distance of the outputs corrects only while the pairs disagree
 OUTPUTS = ("ipg_outputs", "ipg_outputs_violated")
-OF_OUTPUTS = ("ipg_outputs", "ipg_outputs_no_scaling")
 
 
 @cache
@@ -416,7 +415,10 @@ def scaling() -> str:
         "digits, `ipg`, ViT": ("vit_digits", "ipg", "ipg_no_scaling"),
         "ColoredMNIST, `ipg`": ("scaling_colored_mnist", "ipg", "ipg_no_scaling"),
         "ColoredMNIST, `ipg`, 300 pairs": ("extended_pairs", f"ipg{few}", f"ipg_no_scaling{few}"),
-        **{f"{title}, `ipg_outputs`": (f"scaling_{name}", *OF_OUTPUTS) for title, name in THREE.items()},
+        **{
+            f"{title}, `ipg_outputs`": (f"scaling_{name}", "ipg_outputs", "ipg_outputs_no_scaling")
+            for title, name in THREE.items()
+        },
         "ColoredMNIST, `ipg_pair`": ("colored_mnist", "ipg_pair_mlp", "ablation_no_scaling_mlp"),
     }
     lines = [
