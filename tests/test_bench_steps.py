@@ -40,8 +40,8 @@ def test_the_arms_train_on_what_they_are_named_for(tiny, tmp_path):
         trainer = tiny.trainer_of("mlp", arm, str(tmp_path), *data, tiny.Clock(1, 2))
         sizes[arm] = trainer.args.train_batch_size
         kinds[arm] = type(trainer).__name__
-    assert sizes == {"erm": 8, "ipg": 8, "bound": 20}
-    assert kinds == {"erm": "Trainer", "ipg": "IPGTrainer", "bound": "Trainer"}
+    assert sizes == {"erm": 8, "ipg": 8, "ipg_outputs": 8, "bound": 20}
+    assert kinds == {"erm": "Trainer", "ipg": "IPGTrainer", "ipg_outputs": "IPGTrainer", "bound": "Trainer"}
 
 
 def test_batch_norm_is_held_in_every_arm(tiny, tmp_path):
@@ -74,7 +74,7 @@ def test_the_parts_of_a_step_add_up_and_leave_the_library_as_it_was(tiny, script
     assert {part for *_, part in profiling.PARTS} - {"backward"} < parts.keys()
     assert {"pairs: backward", "images: backward"} < parts.keys()
     assert sum(parts.values()) / 1e3 >= 0.9 * found["seconds"]
-    assert "guidance.py: _spectral_norms" in found["functions"] and "aten::addmm" in found["operators"]
+    assert "guidance.py: rationale_divergence" in found["functions"] and "aten::addmm" in found["operators"]
     assert "| pairs: forward |" in profiling.profile_page({"mlp": found})
 
 

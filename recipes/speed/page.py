@@ -24,7 +24,7 @@ def of_ratio(found):
 def step(record):
     """One row a case; the processor's time where there is one, else the time that passed."""
     titles = ("case", "B", "P", "seconds a step (ERM, IPG)", "IPG / bound", "IPG / bound by ERM's speed")
-    titles += ("IPG / ERM", "wall: IPG / bound", "load", "rounds")
+    titles += ("IPG / ERM", "IPG / outputs", "wall: IPG / bound", "load", "rounds")
     rows = []
     for case, row in record.items():
         if row == "not run":
@@ -33,6 +33,7 @@ def step(record):
         kind = row.get("cpu", row["wall"])
         seconds = ", ".join(f"{kind['seconds'][arm][1]:.3g}" for arm in ("erm", "ipg"))
         ratios = [of_ratio(kind[name]) for name in ("to_bound", "to_scaled_erm", "to_erm")]
+        ratios.append(of_ratio(kind["to_outputs"]) if "to_outputs" in kind else "-")
         sizes = [str(row[name]) for name in ("images", "pairs")]
         rest = [of_ratio(row["wall"]["to_bound"]), f"{row['load'][1]:.1f}", str(row["rounds"])]
         rows.append([f"`{case}`", *sizes, seconds, *ratios, *rest])

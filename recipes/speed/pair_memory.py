@@ -36,7 +36,8 @@ def measure(pairs, chunk):
     settings = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
     model = ViTForImageClassification(ViTConfig(**settings, image_size=96, num_labels=2))
     with tempfile.TemporaryDirectory() as folder:
-        args = IPGConfig(folder, invariance_distance="rationale", pair_chunk_size=chunk or None, report_to="none")
+        settings = {"invariance_distance": "rationale", "pair_loss_weight": 0.0, "report_to": "none"}
+        args = IPGConfig(folder, pair_chunk_size=chunk or None, **settings)
         data = {"train_dataset": Images(96), "pair_dataset": Images(96, ("_a", "_b"))}
         step = GuidedStep(IPGTrainer(model, args, **data), {}, "single_label_classification")
     images = torch.randn(2 * pairs, 3, 96, 96, device=args.device)

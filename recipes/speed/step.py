@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a guided step costs: `IPGTrainer` on B images and P pairs against `Trainer` on B images and on its bound.
 
+The guided step is the default on pairs with labels; `ipg_outputs` is the distance of the outputs, without labels.
+
     python recipes/speed/step.py [CASE ...] [--device cuda] [--rounds 5] [--write]
     python recipes/speed/step.py mlp vit_tiny_hf --profile [--write]
 
@@ -25,6 +27,8 @@ from profiling import Clock, profile_page, profiled
 from timm import create_model
 from torch.utils.data import Dataset
 from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
@@ -48,43 +52,51 @@ MODELS = {
     "resnet18_timm": lambda: load_image_classifier(create_model("resnet18", num_classes=2)),
     "vit_tiny_hf": lambda: ViTForImageClassification(ViTConfig(**TINY)),
     "vit_tiny_timm": lambda: load_image_classifier(create_model("vit_tiny_patch16_224", num_classes=2)),
+    "dinov2_small": lambda: Dinov2ForImageClassification(
+        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=112, patch_size=14)
+    ),
     "resnet50": lambda: load_image_classifier(create_model("resnet50", num_classes=2)),
     "vit_b16": lambda: ViTForImageClassification(ViTConfig()),
 }
 SIZES = {  # by device: B, P, pixels, steps warmed up and timed a round, the target for the ratio to the bound
     "mlp": {"images": 256, "pairs": 300, "pixels": 28, "warm": 5, "steps": 40, "target": 1.25},
     "cpu": {"images": 32, "pairs": 16, "pixels": 224, "warm": 1, "steps": 1, "target": 1.05},
+    "vit": {"images": 20, "pairs": 20, "pixels": 112, "warm": 1, "steps": 1, "target": 1.05},
     "cuda": {"images": 128, "pairs": 64, "pixels": 224, "warm": 10, "steps": 30, "target": 1.05},
 }
 HALF = {"use_cpu": False, "bf16": True}
-PAIR = {"rationale_reduction": "pair"}
+PAPER = {"invariance_distance": "rationale", "rationale_reduction": "pair", "pair_loss_weight": 0.0}
+OUTPUTS = {"invariance_distance": "divergence", "pair_loss_weight": 0.0}
 CASES = {
-    "mlp": {"model": "mlp", "size": "mlp", "settings": PAIR},
-    "mlp_divergence": {"model": "mlp", "size": "mlp", "settings": {"invariance_distance": "divergence"}},
-    "mlp_every_4th": {"model": "mlp", "size": "mlp", "settings": {**PAIR, "correction_interval": 4}},
+    "mlp": {"model": "mlp", "size": "mlp", "settings": {}},
+    "mlp_paper": {"model": "mlp", "size": "mlp", "settings": PAPER},
+    "mlp_every_4th": {"model": "mlp", "size": "mlp", "settings": {"correction_interval": 4}},
     **{name: {"model": name, "size": "cpu", "settings": {}} for name in list(MODELS)[1:5]},
+    "dinov2_small": {"model": "dinov2_small", "size": "vit", "settings": {}},
+    "dinov2_small_bf16": {"model": "dinov2_small", "size": "vit", "settings": {"bf16": True}},
     **{name: {"model": name, "size": "cuda", "settings": HALF} for name in ("resnet50", "vit_b16")},
     **{
         f"{name}_compiled": {"model": name, "size": "cuda", "settings": {**HALF, "torch_compile": True}}
         for name in ("resnet50", "vit_b16")
     },
 }
-ARMS = ("erm", "ipg", "bound")  # Trainer on B, IPGTrainer on B and P, Trainer on the images of the bound
+# Trainer on B, IPGTrainer on B and P, the same with the distance of the outputs, Trainer on the images of the bound
+ARMS = ("erm", "ipg", "ipg_outputs", "bound")
 
 
 class Images(Dataset):
-    """Rows of an image, or of the two sides of a pair; with a label where the side `""` is among them."""
+    """Rows of a label and of an image, or of the two sides of a pair."""
 
     def __init__(self, pixels, sides=("",)):
         self.values = {f"pixel_values{side}": torch.randn(POOL, 3, pixels, pixels) for side in sides}
-        self.labelled = "" in sides
+        self.label = "labels" if "" in sides else "label"
 
     def __len__(self):
         return ROWS
 
     def __getitem__(self, row):
         found = {name: values[row % POOL] for name, values in self.values.items()}
-        return found | {"labels": row % 2} if self.labelled else found
+        return found | {self.label: row % 2}
 
 
 def work(case):
@@ -115,7 +127,6 @@ def trainer_of(case, arm, folder, images, pairs, callback, **changes):
         "max_steps": size["warm"] + size["steps"],
         "per_device_train_batch_size": work(case) if arm == "bound" else size["images"],
         "per_device_pair_batch_size": size["pairs"],
-        "invariance_distance": "rationale",  # the dearer one
         "learning_rate": 1e-5,
         "logging_steps": 10_000,
         "save_strategy": "no",
@@ -125,11 +136,13 @@ def trainer_of(case, arm, folder, images, pairs, callback, **changes):
         "check_pairs": False,
         "freeze_norm": True,
         **CASES[case]["settings"],
+        **(OUTPUTS if arm == "ipg_outputs" else {}),
         **changes,
     }
     given = {"args": IPGConfig(folder, **settings), "train_dataset": images, "callbacks": [callback]}
     model = MODELS[CASES[case]["model"]]()
-    return IPGTrainer(model, pair_dataset=pairs, **given) if arm == "ipg" else Trainer(with_norm_held(model), **given)
+    guided = arm in ("ipg", "ipg_outputs")
+    return IPGTrainer(model, pair_dataset=pairs, **given) if guided else Trainer(with_norm_held(model), **given)
 
 
 def seconds_a_step(case, arm, images, pairs, **changes):
@@ -169,6 +182,7 @@ def measured(case, rounds):
             "to_bound": ratio(found["ipg"], found["bound"]),
             "to_scaled_erm": ratio(found["ipg"], [share * value for value in found["erm"]]),
             "to_erm": ratio(found["ipg"], found["erm"]),
+            "to_outputs": ratio(found["ipg"], found["ipg_outputs"]),
         }
     return row | {"versions": versions(), "commit": commit(), "hardware": hardware()}
 
