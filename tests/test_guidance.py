@@ -395,12 +395,13 @@ def classified(classes=5, features=11, pairs=6, spread=1.0, dtype=torch.float64)
     return weight, z_a, z_b, z_a @ weight.T, z_b @ weight.T
 
 
+@pytest.mark.parametrize("n_classes", [2, 5])
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
-def test_what_the_rationale_divergence_does_not_depend_on(problem_type):
-    weight, z_a, z_b, a, b = classified()
+def test_what_the_rationale_divergence_does_not_depend_on(problem_type, n_classes):
+    weight, z_a, z_b, a, b = classified(n_classes)
     value = rationale_divergence(weight, z_a, z_b, a, b, problem_type=problem_type)
     assert torch.equal(rationale_divergence(weight, z_b, z_a, b, a, problem_type=problem_type), value)
-    features, classes, pairs = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (11, 5, 6))
+    features, classes, pairs = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (11, n_classes, 6))
     permuted = weight[classes][:, features], z_a[:, features], z_b[:, features], a[:, classes], b[:, classes]
     torch.testing.assert_close(rationale_divergence(*permuted, problem_type=problem_type), value)
     unordered = (t[pairs] for t in (z_a, z_b, a, b))
@@ -451,10 +452,11 @@ def test_identical_features_give_exactly_zero_and_zero_gradients_by_rationales(p
             assert torch.equal(gradient, torch.zeros_like(gradient)), floor
 
 
+@pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("problem_type", PROBLEM_TYPES)
-def test_the_gradient_of_the_rationale_divergence(problem_type):
+def test_the_gradient_of_the_rationale_divergence(problem_type, classes):
     """The probabilities are constants: the outputs have no gradient."""
-    weight, z_a, z_b, a, b = (t.requires_grad_() for t in map(torch.clone, classified(3, 4, 2)))
+    weight, z_a, z_b, a, b = (t.requires_grad_() for t in map(torch.clone, classified(classes, 4, 2)))
     value = rationale_divergence(weight, z_a, z_b, a, b, problem_type=problem_type)
     assert torch.autograd.grad(value, [a, b], retain_graph=True, allow_unused=True) == (None, None)
     assert torch.autograd.gradcheck(

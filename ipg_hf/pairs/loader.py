@@ -63,7 +63,9 @@ class PairCollator:
                         f"the pair set has no label in row {number} of the batch{source_of(row)}, other than in row 0: "
                         f"give it one, or {IGNORED} where it is not known."
                     )
-            batch["labels"] = torch.stack([torch.as_tensor(row["label"]) for row in rows] * 2)
+            labels = [row["label"] for row in rows] * 2
+            of_classes = isinstance(labels[0], int)  # at once: a tensor for each would take a tenth of a small step
+            batch["labels"] = torch.tensor(labels) if of_classes else torch.stack([*map(torch.as_tensor, labels)])
         return batch
 
     def of_columns(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
