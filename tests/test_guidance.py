@@ -401,7 +401,8 @@ def test_what_the_rationale_divergence_does_not_depend_on(problem_type, n_classe
     weight, z_a, z_b, a, b = classified(n_classes)
     value = rationale_divergence(weight, z_a, z_b, a, b, problem_type=problem_type)
     assert torch.equal(rationale_divergence(weight, z_b, z_a, b, a, problem_type=problem_type), value)
-    features, classes, pairs = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (11, n_classes, 6))
+    sizes = (11, n_classes, 6)
+    features, classes, pairs = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in sizes)
     permuted = weight[classes][:, features], z_a[:, features], z_b[:, features], a[:, classes], b[:, classes]
     torch.testing.assert_close(rationale_divergence(*permuted, problem_type=problem_type), value)
     unordered = (t[pairs] for t in (z_a, z_b, a, b))

@@ -206,7 +206,8 @@ def main():
         if options.write:
             RECORD.with_name("profile.md").write_text(page)
         return
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {name: "not run" for name in CASES}
+    kept = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = {name: kept.pop(name, "not run") for name in CASES} | kept  # at the end, cases of earlier code
     for case in options.cases or of_device:
         record[case] = measured(case, options.rounds)
         for kind in ("wall", "cpu"):
