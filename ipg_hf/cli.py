@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
@@ -31,6 +32,7 @@ from .norms import norm_layers
 from .pairs.checks import ONLY_SET, first_pairs, named_sets
 from .pairs.classes import model_names
 from .pairs.linter import check_pairs, format_findings
+from .pairs.masking import add_masks, load_segmenter
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
@@ -181,6 +183,7 @@ def _add_scan(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--data", required=True, help="a folder of images or of a data set, or a Hub id")
     command.add_argument("--split", help="by default test, or else validation, or else train")
     command.add_argument("--mask", metavar="COLUMN", help="column of masks of the objects, to exchange backgrounds too")
+    command.add_argument("--segmenter", metavar="MODEL", help="make the masks by this model, a folder or Hub id")
     command.add_argument("--num_images", type=int, default=300, help="number of images to scan, at least 20 [300]")
     command.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
     command.add_argument("--report", metavar="DIR", help="write a page with pictures and the numbers to this folder")
@@ -294,22 +297,27 @@ def scan_model(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--write_recipe: {options.data} has no labels to train with. Put images in folders of labels."
         )
+    mask = options.mask
+    if options.segmenter:
+        mask = mask or "mask"
+        rows = np.random.default_rng(options.seed).permutation(len(images))[: options.num_images]
+        images = add_masks(images.select(np.sort(rows)), *load_segmenter(options.segmenter), column=mask)
     model, processor = load_trained_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    result = scan(model, images, processor, mask=options.mask, num_images=options.num_images, seed=options.seed)
+    result = scan(model, images, processor, mask=mask, num_images=options.num_images, seed=options.seed)
     print(f"\n{scan_table(result)}\n")
     if options.report:
-        print(write_scan(result, options.report, title=f"Scan of {options.model} on {options.data}")[0])
+        title = f"Scan of {options.model} on {options.data}"
+        print(write_scan(result, options.report, title=title, segmenter=options.segmenter)[0])
     part = first_suspect(result)
     if part is None:
         print(f"No strong finding{': no recipe was written' if recipe else ''}.")
         return
     print(f"Is {part!r} a shortcut? {'Look at the pictures.' if options.report else 'See pictures by --report DIR.'}")
     if recipe:
-        text = recipe_against(
-            part, options.model, options.data, mask=options.mask, freeze_norm=bool(norm_layers(model))
-        )
+        masks = {"mask": mask, "segmenter": options.segmenter}
+        text = recipe_against(part, options.model, options.data, **masks, freeze_norm=bool(norm_layers(model)))
         write_files({recipe: text.encode()})
         print(f"ipg train --config {recipe}")
 

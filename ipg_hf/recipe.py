@@ -34,6 +34,7 @@ from .moved import moved_settings, split_moved_flags
 from .names import nearest
 from .pairs import (
     AdversarialPairs,
+    add_masks,
     background_pairs,
     exchange_pairs,
     extend_pairs,
@@ -46,6 +47,7 @@ from .pairs import (
 )
 from .pairs.checks import ONLY_SET, named_sets, title_of
 from .pairs.classes import match_labels
+from .pairs.masking import load_segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +217,8 @@ class Recipe:
         for name, options in sets.items():
             options = dict(options) if isinstance(options, Mapping) else {"maker": options}
             needed = {options.get("attribute", "image")}
-            needed |= {options.get("mask", "mask")} if options.get("part") == "background" else set()
+            is_masked = options.get("part") == "background" and "segmenter" not in options
+            needed |= {options.get("mask", "mask")} if is_masked else set()
             if options.get("maker") not in EDITS or not needed <= {*images.column_names}:
                 continue
             options |= {"num_pairs": None, "skip_unchanged": True}  # one grey image must not stop a training
@@ -252,6 +255,9 @@ class Recipe:
             return match_labels(pairs, names, f"the pair set of maker {name}") if names else pairs
         if name == "adversarial":
             return _called(maker, options, data.train)
+        if name in ("background", "exchange") and (segmenter := options.pop("segmenter", None)):
+            column = {"column": options["mask"]} if "mask" in options else {}
+            data = replace(data, train=_called(add_masks, column, data.train, *load_segmenter(segmenter)))
         if name == "match" and options.get("match_on", "features") == "features":
             options["model"] = options.get("model", self.model_name_or_path)
             if options["model"] is None:

@@ -257,6 +257,7 @@ def test_the_page_and_the_numbers_say_what_was_found(tmp_path):
     assert text.count("data:image/png") >= 12
     assert "The answer follows the bottom edge of the frame" in text
     assert "pairs: {maker: exchange, part: background, mask: shape}" in _line("background", "shape")
+    assert "pairs: {maker: exchange, part: background, segmenter: some/vit}" in _line("background", "mask", "some/vit")
     assert _line("bottom", "shape") == _line("bottom", None) == "pairs: {maker: exchange, part: bottom}\n"
     with pytest.raises(FileExistsError, match="holds another scan"):
         write_scan(result, tmp_path / "scan")

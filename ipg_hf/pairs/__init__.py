@@ -9,6 +9,7 @@ from .generating import generate_pairs, label_classifier, label_neighbors
 from .linter import Finding, check_pairs, format_findings
 from .loader import PairCollator, PairLoader, PairSampler
 from .makers import pairs_from_render
+from .masking import add_masks
 from .matching import match_pairs
 from .mixing import mix_pairs
 from .preview import preview_pairs
@@ -23,6 +24,7 @@ __all__ = [
     "PairCollator",
     "PairLoader",
     "PairSampler",
+    "add_masks",
     "background_pairs",
     "check_pairs",
     "exchange_pairs",

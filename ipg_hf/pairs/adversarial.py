@@ -25,6 +25,7 @@ from ..guidance import ProblemType, invariance_divergence
 from ..inference import inference, logits_of
 from .loader import PairLoader, is_stream
 from .makers import check_number
+from .transforms import pixel_statistics
 
 BLUR_SIGMA = 2.0  # pixels
 RANGE_TOLERANCE = 1e-2  # for pixels in [0, 1]: not every image processor clips the overshoot of bicubic resizing
@@ -103,10 +104,7 @@ class AdversarialPairs:
             raise ValueError(f"mean={self.mean} and std={self.std}: give both, or none.")
         if self.mean is not None:
             return self.mean, self.std
-        if getattr(processor, "do_normalize", False):
-            return processor.image_mean, processor.image_std
-        data = getattr(processor, "data_config", None) or {}  # timm's
-        return data.get("mean", (0.0,)), data.get("std", (1.0,))
+        return pixel_statistics(processor)
 
 
 STRENGTHS = ("color", "contrast", "brightness", "blur", "noise")

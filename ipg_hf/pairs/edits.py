@@ -379,11 +379,15 @@ def fill_foreground(image: Image.Image, mask: Image.Image) -> Image.Image:
         ValueError: the mask covers the whole image.
     """
     image = image.convert("RGB")
-    grown = mask.convert("L").resize(image.size).point(lambda value: 255 * (value > 32))
-    grown = grown.filter(ImageFilter.MaxFilter(FILL_MARGIN))
+    grown = filled_region(mask.resize(image.size))
     inside = np.asarray(grown) > 0
     filled = _filled(image, inside).filter(ImageFilter.GaussianBlur(FILL_BLUR))
     return Image.composite(filled, image, grown)
+
+
+def filled_region(mask: Image.Image) -> Image.Image:
+    """The region that [`fill_foreground`] fills, 255: the foreground of a mask and a margin around it."""
+    return mask.convert("L").point(lambda value: 255 * (value > 32)).filter(ImageFilter.MaxFilter(FILL_MARGIN))
 
 
 def _filled(image: Image.Image, inside: np.ndarray) -> Image.Image:

@@ -228,8 +228,8 @@ def map_cached(
     folder = None if facts is None else _cache_folder()
     name = generate_random_fingerprint() if folder is None else content_hash(source, *facts)
     file = f"{folder or get_temporary_cache_files_directory()}/cache-{name}.arrow"
-    options |= {"new_fingerprint": name, "cache_file_name": file, "desc": "Making pairs"}
-    options |= {"writer_batch_size": WRITTEN}
+    options = {"desc": "Making pairs", "writer_batch_size": WRITTEN, **options}
+    options |= {"new_fingerprint": name, "cache_file_name": file}
     with FileLock(f"{file}.lock"):  # the first of several processes makes the rows, and the others read them
         return source.map(function, with_indices=True, **options)
 

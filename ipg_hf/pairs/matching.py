@@ -126,9 +126,10 @@ def match_pairs(
     if match_on == "features":
         if max_per_group is not None:
             rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
+        facts = model_facts(model, processor, head, batch_size)
         features = array_cached(
             lambda: extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size),
-            _facts(plain.select(rows), model, processor, head, batch_size),
+            facts and [*facts, stored_images(plain.select(rows).select_columns(["image"]), ["image"])],
         )
         features = _standardised(features)
     matches, chance = [], []
@@ -156,10 +157,17 @@ def match_pairs(
     return pairs.add_column("distance", distances[kept]) if features is not None else pairs
 
 
-def _facts(
-    images: datasets.Dataset, model: nn.Module, processor: Any, head: str | None, batch_size: int
-) -> list[Any] | None:
-    """What features depend on, for their name on disk. None if they depend on code that no hash can tell."""
+def model_facts(model: nn.Module, processor: Any, *settings: Any) -> list[Any] | None:
+    """What a model's answers depend on beside the images, for their name on disk (`facts` of [`map_cached`]).
+
+    Args:
+        model: the model.
+        processor: its image processor.
+        *settings: whatever else the answers depend on, as plain values.
+
+    Returns:
+        `None` if the answers depend on code that no hash can tell.
+    """
     parts = {type(part).__module__.split(".")[0] for part in (*model.modules(), processor)}
     if not parts <= {"transformers", "timm", "torch"}:
         return None
@@ -167,9 +175,8 @@ def _facts(
     for name, values in model.state_dict().items():
         weights.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         weights.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = [model.config.to_dict(), processor.to_dict(), head, batch_size, next(model.parameters()).device.type]
-    stored = stored_images(images.select_columns(["image"]), ["image"])
-    return ["features", type(model).__name__, weights.hexdigest(), settings, package_versions(), stored]
+    known = [model.config.to_dict(), processor.to_dict(), next(model.parameters()).device.type, *settings]
+    return [type(model).__name__, weights.hexdigest(), known, package_versions()]
 
 
 @torch.no_grad()

@@ -31,6 +31,18 @@ PRELOAD_CHUNK = 512
 TRANSFORMING = ("transformers", "torch", "torchvision", "timm", "pillow")
 
 
+def pixel_statistics(processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """The mean and standard deviation of the channels with which an image processor turns pixels in [0, 1] into inputs.
+
+    Args:
+        processor: an image processor of transformers or timm, or `None`. 0 and 1 are returned if it has neither.
+    """
+    if getattr(processor, "do_normalize", False):
+        return processor.image_mean, processor.image_std
+    data = getattr(processor, "data_config", None) or {}  # timm's
+    return data.get("mean", (0.0,)), data.get("std", (1.0,))
+
+
 class ImageRows(torch.utils.data.Dataset):
     """Gives the rows of a data set with raw images as model inputs.
 

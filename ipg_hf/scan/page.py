@@ -39,18 +39,28 @@ def scan_table(result: Scan) -> str:
     return "\n".join(lines)
 
 
-def pairs_setting(part: str, mask: str | None) -> dict[str, str]:
+def pairs_setting(part: str, mask: str | None, segmenter: str | None = None) -> dict[str, str]:
     """The setting `pairs` of a recipe that makes pairs against a part.
 
     Args:
         part: the part.
         mask: column of the masks, if there are any.
+        segmenter: the model that makes the masks, if the set has none.
     """
     has_mask = part == BACKGROUND and mask not in (None, "mask")
-    return {"maker": "exchange", "part": part, **({"mask": mask} if has_mask else {})}
+    setting = {"maker": "exchange", "part": part, **({"mask": mask} if has_mask else {})}
+    return setting | ({"segmenter": segmenter} if part == BACKGROUND and segmenter else {})
 
 
-def recipe_against(part: str, model: str, data: str, *, mask: str | None = None, freeze_norm: bool = False) -> str:
+def recipe_against(
+    part: str,
+    model: str,
+    data: str,
+    *,
+    mask: str | None = None,
+    segmenter: str | None = None,
+    freeze_norm: bool = False,
+) -> str:
     """Returns a recipe that trains a scanned model on, with pairs against a part, in YAML.
 
     Args:
@@ -58,10 +68,11 @@ def recipe_against(part: str, model: str, data: str, *, mask: str | None = None,
         model: folder or Hub id of the model.
         data: folder or Hub id of the set. It has labels and a training split.
         mask: column of the masks, if there are any.
+        segmenter: folder or Hub id of the model that makes the masks, if the set has none.
         freeze_norm: whether to keep batch-norm layers as they are; for models that have some.
     """
     settings = {"dataset": "files", "data_dir": data} if os.path.isdir(data) else {"dataset": data}
-    settings |= {"pairs": pairs_setting(part, mask), "model_name_or_path": model}
+    settings |= {"pairs": pairs_setting(part, mask, segmenter), "model_name_or_path": model}
     settings |= {"freeze_norm": True} if freeze_norm else {}
     settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "pair_accuracy", "output_dir": "outputs/repaired"}
@@ -79,13 +90,16 @@ def check_folder(folder: str | os.PathLike) -> None:
     check_unused(folder, (PAGE, NUMBERS), "scan")
 
 
-def write_scan(result: Scan, folder: str | os.PathLike, *, title: str = "Scan") -> list[Path]:
+def write_scan(
+    result: Scan, folder: str | os.PathLike, *, title: str = "Scan", segmenter: str | None = None
+) -> list[Path]:
     """Writes a scan into a folder: `scan.html`, a page that needs no other file, and `scan.json`, its numbers.
 
     Args:
         result: the scan.
         folder: the folder. It is made.
         title: title of the page.
+        segmenter: folder or Hub id of the model that made the masks, for the recipe lines.
 
     Returns:
         The files, the page first.
@@ -104,7 +118,7 @@ def write_scan(result: Scan, folder: str | os.PathLike, *, title: str = "Scan") 
         title=title,
         result=result,
         sentences={found.part: sentence(found) for found in result.findings},
-        lines={found.part: _line(found.part, result.mask) for found in result.findings},
+        lines={found.part: _line(found.part, result.mask, segmenter) for found in result.findings},
         strong=[found.part for found in result.findings if _is_suspect(found)],
     )
     files = {folder / PAGE: page.encode(), folder / NUMBERS: (json.dumps(numbers, indent=1) + "\n").encode()}
@@ -112,8 +126,9 @@ def write_scan(result: Scan, folder: str | os.PathLike, *, title: str = "Scan") 
     return [*files]
 
 
-def _line(part: str, mask: str | None) -> str:
-    return "pairs: " + yaml.safe_dump(pairs_setting(part, mask), default_flow_style=True, sort_keys=False, width=200)
+def _line(part: str, mask: str | None, segmenter: str | None = None) -> str:
+    setting = pairs_setting(part, mask, segmenter)
+    return "pairs: " + yaml.safe_dump(setting, default_flow_style=True, sort_keys=False, width=200)
 
 
 WHAT = {
