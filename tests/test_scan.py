@@ -11,7 +11,13 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, ViTImageProcessor
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf.cli import main
@@ -143,6 +149,44 @@ def test_a_scan_follows_its_seed_and_takes_as_many_images_as_asked():
     assert results[0].num_images == 30 == sum(results[0].answers.values())
     # the size of a forward changes nothing
     assert scan(model, images, PROCESSOR, num_images=30, seed=1, batch_size=7).findings == results[0].findings
+
+
+def test_an_interrupted_scan_goes_on(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    model, images = ResNetForImageClassification(config).eval(), cells(40)
+    with torch.no_grad():  # each answer for a half of the images
+        logits = model(PROCESSOR(images["image"][:], return_tensors="pt").pixel_values).logits
+        model.classifier[1].bias[0] -= (logits[:, 0] - logits[:, 1]).median()
+    calls, limit = [], 1000
+
+    def count(*_):
+        calls.append(1)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+
+    model.register_forward_hook(count)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "one")
+    whole = scan(model, images, PROCESSOR)
+    needed = len(calls)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    calls.clear()
+    limit = needed // 2
+    with pytest.raises(KeyboardInterrupt):
+        scan(model, images, PROCESSOR)
+    calls.clear()
+    limit = 1000
+    again = scan(model, images, PROCESSOR)
+    assert again.findings == whole.findings and again.answers == whole.answers
+    assert needed // 2 - 2 <= len(calls) <= needed // 2 + 5
+    calls.clear()
+    assert scan(model, images, PROCESSOR, seed=1).findings != whole.findings  # other donors
+    assert len(calls) > needed // 2
+    calls.clear()
+    with torch.no_grad():
+        model.classifier[1].weight.mul_(1.01)
+    scan(model, images, PROCESSOR)
+    assert len(calls) >= needed
 
 
 def test_large_images_are_made_as_small_as_the_model_needs():

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -22,7 +23,8 @@ from ..pairs.classes import is_class_label, is_text, model_names, one_form
 from ..pairs.edits import alpha_of, fill_foreground, read_mask
 from ..pairs.exchanging import BACKGROUND, BOXES, CENTER, PARTS, check_size, fitted, region
 from ..pairs.images import read_image, stored_images
-from ..pairs.makers import check_columns, check_is_set, check_number
+from ..pairs.makers import array_cached, check_columns, check_is_set, check_number, content_hash
+from ..pairs.matching import model_facts
 from ..pairs.transforms import process_images
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,8 @@ def scan(
     A part that shows something of the object moves answers rightly. The scan cannot know what is an object: look at the
     pictures. A shortcut that is in no part, or that two parts carry each alone, is not found.
 
+    The answers are kept in the cache folder of `datasets`, exchange by exchange: an interrupted scan goes on.
+
     Args:
         model: an image classifier, on any device. It should give each of its answers to two or more images: images with
             an answer that no other image has are not scanned.
@@ -155,12 +159,18 @@ def scan(
     def answers_of(batch: Sequence[Image.Image]) -> np.ndarray:
         return _answers(model, processor, batch, batch_size)
 
-    before = answers_of(images)
+    facts = _facts(model, processor, dataset.select(rows), mask, batch_size)
+
+    def kept(make: Callable[[], np.ndarray], *of: Any) -> np.ndarray:
+        """The answers to one exchange, which an interrupted scan has on disk already."""
+        return array_cached(make, facts and [*facts, *of])
+
+    before = kept(lambda: answers_of(images))
     counts = {names[number]: int((before == number).sum()) for number in np.unique(before).tolist()}
     accuracy = _accuracy(model, dataset, rows, before)
-    kept = _with_company(before)
-    rows, before = rows[kept], before[kept]
-    images, filled, alphas = ([part[place] for place in kept] for part in (images, filled, alphas))
+    shared = _with_company(before)
+    rows, before = rows[shared], before[shared]
+    images, filled, alphas = ([part[place] for place in shared] for part in (images, filled, alphas))
     other, same = _donors(before, rng)
     parts: dict[str, Callable[[int, int], Image.Image]] = {
         name: lambda to, of, exchange=exchange: exchange(images[to], fitted(images[of], images[to].size))
@@ -173,12 +183,18 @@ def scan(
         for name, exchange in parts.items():
             after = []
             for donors in (other, same):
-                found = []
-                for start in range(0, len(rows), batch_size):
-                    places = range(start, min(start + batch_size, len(rows)))
-                    found.append(answers_of([exchange(place, int(donors[place])) for place in places]))
-                    bar.update(len(places))
-                after.append(np.concatenate(found))
+
+                def answers_after(exchange: Callable = exchange, donors: np.ndarray = donors) -> np.ndarray:
+                    found = []
+                    for start in range(0, len(rows), batch_size):
+                        places = range(start, min(start + batch_size, len(rows)))
+                        found.append(answers_of([exchange(place, int(donors[place])) for place in places]))
+                        bar.update(len(places))
+                    return np.concatenate(found)
+
+                done = bar.n
+                after.append(kept(answers_after, name, donors.tolist()))
+                bar.update(done + len(rows) - bar.n)  # nothing, unless the answers were on disk
             findings.append(_finding(name, before, *after, other, names))
             moved = np.flatnonzero(after[0] == before[other])[:EXAMPLES].tolist()
             shown = [(place, int(other[place]), exchange(place, int(other[place]))) for place in moved]
@@ -197,6 +213,16 @@ def scan(
     areas = _areas()
     findings.sort(key=lambda found: (found.part == CENTER, NESTED * areas[found.part] - found.effect))
     return Scan(findings, examples, len(rows), accuracy, counts, int(seed), mask)
+
+
+def _facts(
+    model: nn.Module, processor: Any, images: datasets.Dataset, mask: str | None, batch_size: int
+) -> list[Any] | None:
+    """What the answers of a scan depend on beside the exchange, for their names on disk; `None`: no hash can tell."""
+    facts = model_facts(model, processor, batch_size, Path(__file__).read_text(encoding="utf-8"))
+    columns = ["image", *([mask] if mask else [])]
+    stored = stored_images(images.with_format(None).select_columns(columns), columns)
+    return facts and ["scan", content_hash(*facts, stored)]
 
 
 def _read(
