@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -32,14 +33,15 @@ from .norms import norm_layers
 from .pairs.checks import ONLY_SET, first_pairs, named_sets
 from .pairs.classes import model_names
 from .pairs.linter import check_pairs, format_findings
+from .pairs.makers import check_number
 from .pairs.masking import add_masks, load_segmenter
 from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import check_place, read_json, write_json
 from .run import RECORD, evaluate, load_trained, refuse_existing, train
+from .scan import LEAST_IMAGES, Scan, first_suspect, load_images, recipe_against, scan, scan_table, write_scan
 from .scan import check_folder as check_folder_of_scan
-from .scan import first_suspect, load_images, recipe_against, scan, scan_table, write_scan
 from .survey import survey
 
 # errors of a user's files, settings and installation, which one line says; any other error is a fault of ours
@@ -52,10 +54,12 @@ FAILURES = (
     StrictDataclassError,
     Image.DecompressionBombError,
 )
+ROW = "number of the row in the set"  # a column of images that are drawn
 # after an interrupt
 GO_ON = {
     "train": " Where it had saved a checkpoint, go on from the last by the same command and "
     "--resume_from_checkpoint last",
+    "scan": " The same command goes on, unless the model has code of its own.",
     "bench": " Finished runs are kept: the same command goes on.",
 }
 
@@ -183,7 +187,9 @@ def _add_scan(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--data", required=True, help="a folder of images or of a data set, or a Hub id")
     command.add_argument("--split", help="by default test, or else validation, or else train")
     command.add_argument("--mask", metavar="COLUMN", help="column of masks of the objects, to exchange backgrounds too")
-    command.add_argument("--segmenter", metavar="MODEL", help="make the masks by this model, a folder or Hub id")
+    command.add_argument(
+        "--segmenter", metavar="MODEL", help="make masks by this model, a folder or Hub id; --mask names them"
+    )
     command.add_argument("--num_images", type=int, default=300, help="number of images to scan, at least 20 [300]")
     command.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
     command.add_argument("--report", metavar="DIR", help="write a page with pictures and the numbers to this folder")
@@ -297,15 +303,22 @@ def scan_model(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--write_recipe: {options.data} has no labels to train with. Put images in folders of labels."
         )
-    mask = options.mask
-    if options.segmenter:
-        mask = mask or "mask"
-        rows = np.random.default_rng(options.seed).permutation(len(images))[: options.num_images]
-        images = add_masks(images.select(np.sort(rows)), *load_segmenter(options.segmenter), column=mask)
+    check_number("num_images", options.num_images, LEAST_IMAGES, math.inf, whole=True)
+    check_number("seed", options.seed, 0, math.inf, whole=True)
     model, processor = load_trained_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
+    mask, rows = options.mask, None
+    if options.segmenter:
+        mask = mask or "mask"
+        # more images than are scanned, since some get no mask
+        drawn = np.random.default_rng(options.seed).permutation(len(images))[: options.num_images * 5 // 4]
+        images = images.select(drawn).add_column(ROW, drawn)
+        images = add_masks(images, *load_segmenter(options.segmenter), column=mask)
+        rows, images = images[ROW][:], images.remove_columns(ROW)
     result = scan(model, images, processor, mask=mask, num_images=options.num_images, seed=options.seed)
+    if rows:
+        result = with_rows(result, rows)
     print(f"\n{scan_table(result)}\n")
     if options.report:
         title = f"Scan of {options.model} on {options.data}"
@@ -320,6 +333,15 @@ def scan_model(options: argparse.Namespace) -> None:
         text = recipe_against(part, options.model, options.data, **masks, freeze_norm=bool(norm_layers(model)))
         write_files({recipe: text.encode()})
         print(f"ipg train --config {recipe}")
+
+
+def with_rows(result: Scan, rows: Sequence[int]) -> Scan:
+    """A scan of some rows of a set, with the numbers that the rows have in the set."""
+    examples = {
+        part: [replace(shown, row=rows[shown.row], donor_row=rows[shown.donor_row]) for shown in found]
+        for part, found in result.examples.items()
+    }
+    return replace(result, examples=examples)
 
 
 def show_heads(models: Sequence[str]) -> None:

@@ -86,7 +86,8 @@ class Recipe:
         data_dir: folder of the benchmark's files; without it the environment variable `IPG_DATA`, then the Hub.
         num_pairs: number of training pairs; `None` is the benchmark's own number.
         oriented_pairs: `False` swaps the sides of a random half of the training pairs (an ablation).
-        pairs: how the training pairs are made: `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`], or
+        pairs: how the training pairs are made: `{"maker": NAME, ...}` with the arguments of a maker of [`MAKERS`]
+            (of a maker that needs masks also `segmenter`, the name of a model that makes them), or
             `{SET: {"maker": ...}, ...}` for several sets; by default the benchmark's own pairs.
         pair_sets: names of the pair sets to train with, where a benchmark has several; by default all.
         extend_pairs: `{"num_pairs": 20000}` makes that many pairs of the training images, by the colour map that the
@@ -256,6 +257,8 @@ class Recipe:
         if name == "adversarial":
             return _called(maker, options, data.train)
         if name in ("background", "exchange") and (segmenter := options.pop("segmenter", None)):
+            if name == "exchange" and options.get("part") != "background":
+                raise RecipeError(f"pairs: part={options.get('part')!r} needs no masks: leave segmenter out.")
             column = {"column": options["mask"]} if "mask" in options else {}
             data = replace(data, train=_called(add_masks, column, data.train, *load_segmenter(segmenter)))
         if name == "match" and options.get("match_on", "features") == "features":

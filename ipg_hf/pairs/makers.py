@@ -276,7 +276,8 @@ def content_hash(*facts: Any) -> str:
 @cache
 def _code() -> bytes:
     """The source of the modules that make pairs, and the versions of the packages that they use."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parent / "inference.py", folder.parent / "models.py"]
     versions = [f"{name} {version(name)}\n".encode() for name in ("datasets", "numpy", "pillow", "scipy")]
     return b"".join([*versions, *(file.read_bytes() for file in files)])
 

@@ -16,7 +16,7 @@ from datasets.utils import tqdm
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMaskGeneration
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForMaskGeneration, PreTrainedModel
 from transformers.utils import logging
 
 from ..inference import inference
@@ -38,6 +38,7 @@ SHRINKAGE = 0.1  # of the covariance of the features, towards a multiple of the 
 ROUNDS = 12
 AREA = (0.01, 0.9)  # of the frame, that the object may have
 AGREEMENT = 0.4  # least overlap, intersection over union, of a model's first and last answers
+TASKS = ("image-segmentation", "mask-generation")  # pipelines
 EDGE = 0.25  # of the frame's edge: what a segment of an object covers at most
 
 Finder = Callable[[Sequence[Image.Image], Sequence[int]], Iterable[np.ndarray | None]]
@@ -70,15 +71,16 @@ def add_masks(
         batch_size: number of images in a forward of a model.
 
     Returns:
-        The set with a column of masks, 0 background and 255 object, of the sizes of the images. Rows without a usable
-        mask are left out, and a warning counts them: the object has less than 0.01 or more than 0.9 of the frame, no
-        background is left beside it, or the first and the last answers of a model overlap by less than 0.4. The masks
-        of a model or pipeline of transformers or timm are kept in the cache folder of `datasets`.
+        The set, without a format or transform, with a column of masks, 0 background and 255 object, of the sizes of the
+        images. Rows without a usable mask are left out, so that later rows have lower numbers, and a warning counts
+        them: the object has less than 0.01 or more than 0.9 of the frame, no background is left beside it, or the first
+        and the last answers of a model overlap by less than 0.4. The masks of a model or pipeline of transformers or
+        timm are kept in the cache folder of `datasets`.
 
     Raises:
-        ValueError: the source is a stream, lacks `image` or has `column` already; the segmenter is none of the above;
-            a model has no processor or gives no map of features; an image cannot be read; a function returns no mask of
-            the size of the image; no row has a usable mask.
+        ValueError: the source is a stream, is empty, lacks `image` or has `column` already; the segmenter is none of
+            the above; a model has no processor, or gives no map of features or one that is not finite; an image cannot
+            be read; a function returns no mask, or an array of another size; no row has a usable mask.
     """
     from transformers import Pipeline  # imports all pipelines, which few need
 
@@ -87,45 +89,54 @@ def add_masks(
     check_number("batch_size", batch_size, 1, math.inf, whole=True)
     if column in source.column_names:
         raise ValueError(f"the source has a column {column!r} already: use it, or name another column.")
+    if not len(source):
+        raise ValueError("the source is empty: give a set of images.")
+    source = source.with_format(None)
+    stored = stored_images(source.select_columns(["image"]), ["image"])
     mode = source.features["image"].mode
-    stored = stored_images(source.with_format(None).select_columns(["image"]), ["image"])
 
     def read(value: Any, row: int) -> Image.Image:
         return read_image(value, f"the image of row {row}", mode).convert("RGB")
 
     find: Finder
     facts = None
-    if isinstance(segmenter, Pipeline):
-        facts = model_facts(segmenter.model, segmenter.image_processor, segmenter.task)
+    if isinstance(segmenter, Pipeline) and segmenter.task in TASKS:
+        options = (segmenter._preprocess_params, segmenter._forward_params, segmenter._postprocess_params)
+        facts = model_facts(segmenter.model, segmenter.image_processor, type(segmenter).__name__, *options)
 
         def find(images: Sequence[Image.Image], _: Sequence[int]) -> Iterable[np.ndarray | None]:
             return (_object_of(segmenter(image), image.size) for image in images)
 
-    elif isinstance(segmenter, nn.Module):
+    elif isinstance(segmenter, PreTrainedModel):
         if processor is None:
             raise ValueError(f"{type(segmenter).__name__} needs its image processor: give processor=...")
         find = ObjectFinder(segmenter, processor, batch_size, len(stored), lambda row: read(stored[row]["image"], row))
         facts = model_facts(segmenter, processor, batch_size)
-    elif callable(segmenter):
+    elif callable(segmenter) and not isinstance(segmenter, (Pipeline, nn.Module)):
 
         def find(images: Sequence[Image.Image], rows: Sequence[int]) -> Iterable[np.ndarray]:
             return map(_checked, map(segmenter, images), images, rows)
 
     else:
-        raise ValueError(f"segmenter={segmenter!r} finds no objects: give a model, a pipeline or a function.")
+        what = f"a pipeline {segmenter.task!r}" if isinstance(segmenter, Pipeline) else f"a {type(segmenter).__name__}"
+        raise ValueError(
+            f"the segmenter is {what}, which finds no objects: give a model of AutoModel.from_pretrained, a pipeline "
+            f"{' or '.join(map(repr, TASKS))}, or a function."
+        )
 
     def masks(batch: dict[str, list], rows: list[int]) -> dict[str, list]:
         found = find([read(value, row) for value, row in zip(batch["image"], rows, strict=True)], rows)
-        return {column: [*map(_file_of, found)]}
+        return {"mask": [*map(_file_of, found)]}
 
-    features = datasets.Features({column: datasets.Image()})
-    options = {"batched": True, "batch_size": batch_size, "remove_columns": ["image"], "desc": "Finding the objects"}
-    made = map_cached(stored, masks, facts, features=features, **options)
-    known = stored_images(made, [column]).with_format("arrow")[:][column].is_valid().to_numpy(zero_copy_only=False)
+    features = datasets.Features(mask=datasets.Image())
+    how = {"batched": True, "batch_size": batch_size, "remove_columns": ["image"], "desc": "Finding the objects"}
+    made = map_cached(stored, masks, facts, features=features, **how)
+    known = stored_images(made, ["mask"]).with_format("arrow")[:]["mask"].is_valid().to_numpy(zero_copy_only=False)
     if not known.any():
         raise ValueError("no image has a usable mask: look at the images, or give another segmenter.")
     if not known.all():
         logger.warning(f"{(~known).sum()} of {len(known)} images have no usable mask and are left out.")
+    made = made.rename_column("mask", column) if column != "mask" else made
     return datasets.concatenate_datasets([source, made], axis=1).select(np.flatnonzero(known))
 
 
@@ -133,8 +144,15 @@ def load_segmenter(name: str | os.PathLike) -> tuple[Any, Any]:
     """Loads what finds objects, and its image processor, for [`add_masks`].
 
     Args:
-        name: a Hub id or a local folder: of a model that segments images or generates masks, which gives a pipeline and
-            `None`; or of another pretrained vision model, which gives the model without its classifier head.
+        name: a Hub id or a local folder of a pretrained model.
+
+    Returns:
+        Of a model that segments images or generates masks, its pipeline and `None`. Of another vision model, the model
+        without its classifier head, on the accelerator if there is one, and its image processor.
+
+    Raises:
+        OSError: nothing is found under the name.
+        ValueError: the config there is of no known model.
     """
     from transformers import pipeline  # as in add_masks
 
@@ -143,7 +161,10 @@ def load_segmenter(name: str | os.PathLike) -> tuple[Any, Any]:
         return pipeline("mask-generation", str(name)), None
     if any(architecture.endswith("Segmentation") for architecture in config.architectures or ()):
         return pipeline("image-segmentation", str(name)), None
-    return AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    model, processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model, processor
 
 
 class ObjectFinder:
@@ -189,8 +210,12 @@ class ObjectFinder:
         drawn = np.sort(np.random.default_rng(0).permutation(self.num_images)[:FIT_IMAGES]).tolist()
         for start in tqdm(range(0, len(drawn), self.batch_size), desc="Features"):
             rows = drawn[start : start + self.batch_size]
-            self.known |= zip(rows, self.cells([*map(self.read, rows)]), strict=True)
-        return discriminant(torch.stack([*self.known.values()]))
+            found = self.cells([*map(self.read, rows)])
+            if not start:
+                sample = found.new_empty(len(drawn), *found.shape[1:])
+            sample[start : start + len(rows)] = found
+        self.known = dict(zip(drawn, sample, strict=True))
+        return discriminant(sample)
 
     @torch.no_grad()
     def cells(self, images: Sequence[Image.Image]) -> Tensor:
@@ -203,23 +228,29 @@ class ObjectFinder:
         if found.dim() == 3:  # tokens: a square of them after the class token and others of its kind
             length = math.isqrt(found.shape[1])
             found = found[:, found.shape[1] - length**2 :].unflatten(1, (length, length))
-        elif found.shape[2] == found.shape[3]:  # channels first
+        elif found.dim() == 4 and found.shape[2] == found.shape[3]:  # channels first
             found = found.permute(0, 2, 3, 1)
+        if found.dim() != 4 or self.side % found.shape[1]:  # queries of a detector, say, are no map
+            raise ValueError(f"its output of shape {tuple(found.shape)} is no map of the image")
+        if not found.isfinite().all():
+            raise ValueError(f"the features are not finite in {found.dtype}: load the model in float32.")
         return F.normalize(found.float().cpu(), dim=-1)
 
     def _enough(self) -> int:
         """The side in pixels of an image that gives enough cells."""
-        own = getattr(self.model.config, "image_size", None)
-        failures = {}
-        for self.side in (*SIDES, *([own] if isinstance(own, int) and own not in SIDES else [])):
+        config, failures = self.model.config, {}
+        of_timm = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", (None,))
+        others = [getattr(config, "image_size", None), of_timm[-1]]
+        for side in dict.fromkeys((*SIDES, *(side for side in others if isinstance(side, int)))):
+            self.side = side
             try:
-                rows = self.cells([Image.new("RGB", (self.side, self.side))]).shape[1]
-            except (ValueError, RuntimeError, AssertionError, AttributeError) as failure:
-                failures[self.side] = str(failure).splitlines()[0]
+                rows = self.cells([Image.new("RGB", (side, side))]).shape[1]
+            except (ValueError, RuntimeError, AssertionError, AttributeError, IndexError) as failure:
+                failures[side] = (str(failure) or type(failure).__name__).splitlines()[0]
                 continue
             if rows >= LEAST_CELLS:
-                return self.side
-            failures[self.side] = f"{rows}×{rows} cells"
+                return side
+            failures[side] = f"{rows}×{rows} cells"
         found = "; ".join(f"{side} pixels: {why}" for side, why in failures.items())
         raise ValueError(
             f"{type(self.model).__name__} gives no map of features of {LEAST_CELLS}×{LEAST_CELLS} or more cells "
@@ -282,9 +313,11 @@ def discriminant(cells: Tensor) -> tuple[Tensor, Tensor]:
         is_object = (scores > cut(scores)[:, None]).flatten()
         if is_object.all() or not is_object.any():
             raise ValueError("the features of all cells are alike: give another segmenter, or other images.")
-        sides = features[~is_object], features[is_object]
-        background, of_object = (side.mean(0) for side in sides)
-        scatter = sum((side - side.mean(0)).T @ (side - side.mean(0)) for side in sides) / len(features)
+        background, of_object = means = [features[rows].mean(0) for rows in (~is_object, is_object)]
+        scatter = torch.zeros(2 * features.shape[-1:])
+        for rows, mean in zip((~is_object, is_object), means, strict=True):
+            rest = features[rows].sub_(mean)
+            scatter += rest.T @ rest / len(features)
         shrunk = scatter + SHRINKAGE * scatter.trace() / len(scatter) * torch.eye(len(scatter))
         direction = torch.linalg.solve(shrunk, of_object - background)
         center = (background + of_object) / 2
@@ -320,6 +353,8 @@ def _object_of(segments: Any, size: tuple[int, int]) -> np.ndarray | None:
 def _checked(mask: Any, image: Image.Image, row: int) -> np.ndarray:
     """The mask that a function returned for an image, bool, shape (height, width)."""
     where = f"the mask of row {row}, from the segmenter,"
+    if isinstance(mask, Tensor):
+        mask = mask.cpu().numpy()
     if isinstance(mask, Image.Image):
         mask = np.asarray(read_mask(mask, where, None, image).resize(image.size)) > 127
     shape = getattr(mask, "shape", None)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds which parts of the images a model follows, without an attribute, masks or labels."""
 
-from .measure import Example, Finding, Scan, scan
+from .measure import LEAST_IMAGES, Example, Finding, Scan, scan
 from .page import check_folder, first_suspect, recipe_against, scan_table, write_scan
 from .source import load_images
 
 __all__ = [
+    "LEAST_IMAGES",
     "Example",
     "Finding",
     "Scan",

@@ -125,7 +125,8 @@ def scan(
     A part that shows something of the object moves answers rightly. The scan cannot know what is an object: look at the
     pictures. A shortcut that is in no part, or that two parts carry each alone, is not found.
 
-    The answers are kept in the cache folder of `datasets`, exchange by exchange: an interrupted scan goes on.
+    The answers of a model of transformers or timm are kept in the cache folder of `datasets`, exchange by exchange: an
+    interrupted scan goes on.
 
     Args:
         model: an image classifier, on any device. It should give each of its answers to two or more images: images with

@@ -111,7 +111,7 @@ def write_scan(
     check_folder(folder)
     folder = Path(folder)
     numbers = {name: value for name, value in vars(result).items() if name not in ("findings", "examples")}
-    numbers |= {"title": title, "findings": [asdict(found) for found in result.findings]}
+    numbers |= {"title": title, "segmenter": segmenter, "findings": [asdict(found) for found in result.findings]}
     page = rendered(
         "scan/page.html",
         {"signed": lambda value: f"{value:+.2f}".replace("-", "−"), "percent": lambda value: f"{100 * value:.0f} %"},

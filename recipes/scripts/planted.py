@@ -5,8 +5,8 @@ Launch: python recipes/scripts/planted.py FOLDER MODEL [--kinds ruler ...] [--ra
 
 FOLDER holds the scenes (recipes/scenes), whose validation and test splits have each bird on land and on water. A mark
 goes with one of the two labels at a rate: 1.0 in all images, 0.5 in no way (the control: nothing should be found). Two
-thirds of the birds are for training, the others are scanned. A record is the run `<kind>-<rate>-seed<n>` in
-`recipes/records/planted.jsonl`. What has a record is not run again; `table.py` makes the table.
+thirds of the birds are for training, the others are scanned. A record is the run `<model>-<kind>-<rate>-seed<n>`
+in `recipes/records/planted.jsonl`. What has a record is not run again; `table.py` makes the table.
 """
 
 import argparse
@@ -117,8 +117,10 @@ def planted(data_dir: str, kind: str, rate: float, seed: int) -> tuple[datasets.
             place = marks[-1] if mark is None else rng.integers(2)
             rows.append(int(own[places[own] == place][0]))
         part = images.select(rows).add_column("mark", marks)
-        if mark is not None:
-            part = part.map(lambda row: {"image": mark(row["image"].convert("RGB")) if row["mark"] else row["image"]})
+        if mark is not None:  # the others are converted too: all become PNG, and none is compressed twice
+            part = part.map(
+                lambda row: {"image": (mark if row["mark"] else Image.Image.copy)(row["image"].convert("RGB"))}
+            )
         made.append(part)
     return tuple(made)
 
@@ -132,7 +134,7 @@ def run(data_dir: str, model_name: str, kind: str, rate: float, seed: int) -> di
     half = [0.5] * 3
     processor = ViTImageProcessor(size={"height": 128, "width": 128}, resample=3, image_mean=half, image_std=half)
     settings = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "learning_rate": RATE, "seed": seed}
-    settings |= {"freeze_norm": True, "preload": True, "random_flip": False, "use_cpu": True, "report_to": "none"}
+    settings |= {"freeze_norm": True, "use_cpu": True, "report_to": "none"}
     with tempfile.TemporaryDirectory() as folder:
         args = IPGConfig(folder, save_strategy="no", disable_tqdm=True, **settings)
         trainer = IPGTrainer(model, args, train_dataset=training, processing_class=processor)
@@ -201,7 +203,7 @@ if __name__ == "__main__":
     for seed in options.seeds:
         for rate in options.rates:
             for kind in options.kinds:
-                name = f"{kind}-{rate:g}-seed{seed}"
+                name = f"{Path(options.model).name}-{kind}-{rate:g}-seed{seed}"
                 seeds.record_once(
                     "planted", name, lambda k=kind, r=rate, s=seed: run(options.data_dir, options.model, k, r, s)
                 )
