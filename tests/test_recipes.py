@@ -75,7 +75,7 @@ def script(monkeypatch):
 
 
 def test_all_files_are_found():
-    assert len(TRAINING) == 57 and len(SUITES) == 29
+    assert len(TRAINING) == 58 and len(SUITES) == 30
     assert {path.parent.name for path in TRAINING} == {*DATASETS}
     others = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")} - {
         path.relative_to(RECIPES).as_posix() for path in [*TRAINING, *SUITES]
@@ -218,7 +218,7 @@ def test_a_name_means_the_same_in_every_recipe_and_suite():
         for row in rows:  # and so do the records
             for record in row.records.values():
                 assert record["method"] == NAMES["methods"].get(row.name, {}).get("method", record["method"])
-    assert checked == 52 + sum(len(suite(path.stem)[0].methods) for path in SUITES)
+    assert checked == 53 + sum(len(suite(path.stem)[0].methods) for path in SUITES)
 
 
 def test_the_table_of_names_is_used_and_a_wrong_row_is_noticed():

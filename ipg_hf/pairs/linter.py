@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageOps
 from torch import nn
 
@@ -253,7 +254,7 @@ def _check_columns(raw: datasets.Dataset, others: Mapping[str, datasets.Dataset]
     rows, swapped = np.arange(len(raw)), np.zeros(1, bool)
     found = _found("few-pairs", f"the set has {len(raw)} pairs") if len(raw) < FEW else []
     for kind in ("label", "attribute"):
-        values = {name: np.array([*map(str, raw[name][:])]) for name in raw.column_names if name.startswith(kind)}
+        values = {name: _texts(raw, name) for name in raw.column_names if name.startswith(kind)}
         last = {name: 3 + isinstance(raw.features[name], datasets.ClassLabel) for name in values}
         known = np.all([~np.isin(values[name], MISSING[: last[name]]) for name in values] or [rows >= 0], axis=0)
         found += _found(f"{kind}-missing", f"have no {kind} (None, NaN, -100, or -1 of a ClassLabel)", rows, ~known)
@@ -278,6 +279,16 @@ def _check_columns(raw: datasets.Dataset, others: Mapping[str, datasets.Dataset]
             what = f"the label shares differ from those of {name!r} by {gap:.0%} (total variation)"
             found += _found("label-shares", what) if gap > SHARE_GAP else []
     return found, bool(swapped.any())
+
+
+def _texts(rows: datasets.Dataset, name: str) -> np.ndarray:
+    """The values of a column as texts, (n,)."""
+    values = rows.select_columns([name]).with_format("arrow")[:][name].combine_chunks()
+    if pa.types.is_nested(values.type) or isinstance(values, pa.ExtensionArray):
+        return np.array([*map(str, rows[name][:])])
+    encoded = values.dictionary_encode()  # a text for each value, not for each row: there may be millions
+    texts = np.array([*map(str, encoded.dictionary.to_pylist()), str(None)])
+    return texts[encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)]
 
 
 def _check_images(looks: np.ndarray, processor: Any) -> list[Finding]:

@@ -145,15 +145,9 @@ class ImageRows(torch.utils.data.Dataset):
             numbers: place of each row in the stream.
 
         Raises:
-            ValueError: an image cannot be read, or the images of a row differ in size. (The rows of a stream are not
-                checked before training.)
+            ValueError: an image cannot be read, or the images of a row differ in size.
         """
-        batch = self._decoded(batch, numbers)
-        for number, images in zip(numbers, zip(*(batch[name] for name in self.columns), strict=True), strict=True):
-            sizes = [image.size for image in images]
-            if len({*sizes}) > 1:
-                raise ValueError(f"the sides of a pair must have one size, but they have {sizes} in row {number}.")
-        return self._transformed(batch, numbers)
+        return self._transformed(self._decoded(batch, numbers), numbers)
 
     def _decoded(self, batch: Mapping[str, list], numbers: Sequence[int]) -> dict[str, list]:
         images = {
@@ -163,6 +157,10 @@ class ImageRows(torch.utils.data.Dataset):
             ]
             for name in self.columns
         }
+        for number, row in zip(numbers, zip(*images.values(), strict=True), strict=True):
+            sizes = [image.size for image in row]
+            if len({*sizes}) > 1:
+                raise ValueError(f"the sides of a pair must have one size, but they have {sizes} in row {number}.")
         return {**batch, **images}
 
     def _transformed(self, batch: dict[str, list], places: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
