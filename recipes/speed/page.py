@@ -93,6 +93,16 @@ def pair_wait(record):
     return lines_of(["case", *arms, "load"], rows)
 
 
+def scale(record):
+    """What many pairs cost at the start and later."""
+    titles = ("pairs", "to the end of step 1, s", "step 2, s", "first batch at a later step, s", "peak memory, MiB")
+    rows = [
+        [count, *(f"{row[name]:.1f}" for name in ("first_step", "second_step", "resumed")), f"+ {row['mebibytes']}"]
+        for count, row in record["rows"].items()
+    ]
+    return lines_of(titles, rows)
+
+
 def kept_memory(record):
     """The processor's seconds of a step, and their ratio."""
     rows = [
@@ -104,7 +114,7 @@ def kept_memory(record):
 
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait, pair_check, kept_memory):
+    for make in (step, pair_memory, processes, pair_wait, pair_check, scale, kept_memory):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
