@@ -28,7 +28,7 @@ from .bench.run import bench
 from .config import IPGConfig
 from .html import write_files
 from .hub.card import model_card
-from .models import load_trained_classifier
+from .models import load_trained_classifier, on_accelerator
 from .norms import norm_layers
 from .pairs.checks import ONLY_SET, first_pairs, named_sets
 from .pairs.classes import model_names
@@ -305,9 +305,8 @@ def scan_model(options: argparse.Namespace) -> None:
         )
     check_number("num_images", options.num_images, LEAST_IMAGES, math.inf, whole=True)
     check_number("seed", options.seed, 0, math.inf, whole=True)
-    model, processor = load_trained_classifier(options.model), AutoImageProcessor.from_pretrained(options.model)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model = on_accelerator(load_trained_classifier(options.model))
+    processor = AutoImageProcessor.from_pretrained(options.model)
     mask, rows = options.mask, None
     if options.segmenter:
         mask = mask or "mask"

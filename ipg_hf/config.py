@@ -99,8 +99,9 @@ class IPGConfig(TrainingArguments):
             `layer_lr_decay`: the highest layer below it has `learning_rate`, which is also the rate that is logged.
         check_pairs (`bool`, *optional*, defaults to `True`):
             Look at every row of a stored pair set before training (shapes, dtypes, labels, finite values), and stop if
-            `ipg_hf.pairs.check_pairs` finds an error in 256 of them. `False` trains on such pairs too. The pairs of
-            each step are checked in any case.
+            `ipg_hf.pairs.check_pairs` finds an error in 256 of them. Of more than 20,000 pairs of raw images, so many
+            are looked at, evenly spaced. `False` trains on such pairs too. The pairs of each step are checked in any
+            case.
         random_flip (`bool`, *optional*, defaults to `False`):
             Flip training images and pairs left-right half of the time. Both sides of a pair get the same draw. Only for
             raw images that the trainer transforms (a `processing_class` and an `image` column), not for the training

@@ -72,6 +72,11 @@ def load_trained_classifier(name_or_path: str | os.PathLike) -> PreTrainedModel:
     return model
 
 
+def on_accelerator(model: nn.Module) -> nn.Module:
+    """Moves a model to the accelerator, if there is one, and returns it."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
 def _from_pretrained(name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of its weights that were not stored under this name."""
     try:

@@ -63,6 +63,7 @@ MAKERS: dict[str, Callable] = {
     "table": pairs_from_table,
 }
 FROM_FILES = ("folders", "table")
+MASKED = ("background", "exchange")  # makers that need masks, which a `segmenter` can make
 EDITS = (
     "recolor",
     "overlay",
@@ -256,7 +257,7 @@ class Recipe:
             return match_labels(pairs, names, f"the pair set of maker {name}") if names else pairs
         if name == "adversarial":
             return _called(maker, options, data.train)
-        if name in ("background", "exchange") and (segmenter := options.pop("segmenter", None)):
+        if name in MASKED and (segmenter := options.pop("segmenter", None)):
             if name == "exchange" and options.get("part") != "background":
                 raise RecipeError(f"pairs: part={options.get('part')!r} needs no masks: leave segmenter out.")
             column = {"column": options["mask"]} if "mask" in options else {}

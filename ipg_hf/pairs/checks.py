@@ -25,7 +25,7 @@ from .transforms import ImageRows
 logger = logging.get_logger(__name__)
 
 CHUNK = 256
-RAW_ROWS = 20_000  # the header of an image takes some 40 microseconds: of ten million pairs, ten minutes
+RAW_ROWS = 20_000  # the headers of ten million pairs would take minutes
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 PAIR_LABELS = ("label", "label_a", "label_b")
 ONLY_SET = "pairs"  # the name of a pair set that is given alone

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.utils import logging
 
 from ..inference import inference
-from ..models import forward_inputs, model_inputs
+from ..models import forward_inputs, model_inputs, on_accelerator
 from .edits import filled_region, read_mask
 from .exchanging import CENTER, region
 from .images import read_image, stored_images
@@ -160,10 +160,7 @@ def load_segmenter(name: str | os.PathLike) -> tuple[Any, Any]:
         return pipeline("mask-generation", str(name)), None
     if any(architecture.endswith("Segmentation") for architecture in config.architectures or ()):
         return pipeline("image-segmentation", str(name)), None
-    model, processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
-    return model, processor
+    return on_accelerator(AutoModel.from_pretrained(name)), AutoImageProcessor.from_pretrained(name)
 
 
 class ObjectFinder:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,20 +182,20 @@ def scan(
         parts[BACKGROUND] = lambda to, of: Image.composite(images[to], fitted(filled[of], images[to].size), alphas[to])
     findings, examples = [], {}
     with tqdm(total=2 * len(parts) * len(rows), desc="Scanning") as bar:
+
+        def answers_after(exchange: Callable[[int, int], Image.Image], donors: np.ndarray) -> np.ndarray:
+            found = []
+            for start in range(0, len(rows), batch_size):
+                places = range(start, min(start + batch_size, len(rows)))
+                found.append(answers_of([exchange(place, int(donors[place])) for place in places]))
+                bar.update(len(places))
+            return np.concatenate(found)
+
         for name, exchange in parts.items():
             after = []
             for donors in (other, same):
-
-                def answers_after(exchange: Callable = exchange, donors: np.ndarray = donors) -> np.ndarray:
-                    found = []
-                    for start in range(0, len(rows), batch_size):
-                        places = range(start, min(start + batch_size, len(rows)))
-                        found.append(answers_of([exchange(place, int(donors[place])) for place in places]))
-                        bar.update(len(places))
-                    return np.concatenate(found)
-
                 done = bar.n
-                after.append(kept(answers_after, name, donors.tolist()))
+                after.append(kept(partial(answers_after, exchange, donors), name, donors.tolist()))
                 bar.update(done + len(rows) - bar.n)  # nothing, unless the answers were on disk
             findings.append(_finding(name, before, *after, other, names))
             moved = np.flatnonzero(after[0] == before[other])[:EXAMPLES].tolist()
