@@ -40,7 +40,17 @@ from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import check_place, read_json, write_json
 from .run import RECORD, evaluate, load_trained, refuse_existing, train
-from .scan import LEAST_IMAGES, Scan, first_suspect, load_images, recipe_against, scan, scan_table, write_scan
+from .scan import (
+    LEAST_IMAGES,
+    Scan,
+    first_suspect,
+    load_images,
+    read_findings,
+    recipe_against,
+    scan,
+    scan_table,
+    write_scan,
+)
 from .scan import check_folder as check_folder_of_scan
 from .survey import survey
 
@@ -193,6 +203,7 @@ def _add_scan(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--num_images", type=int, default=300, help="number of images to scan, at least 20 [300]")
     command.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
     command.add_argument("--report", metavar="DIR", help="write a page with pictures and the numbers to this folder")
+    command.add_argument("--before", metavar="DIR", help="the report of an earlier scan, to show its effects beside")
     command.add_argument("--write_recipe", metavar="FILE", help="write a recipe that trains against the first finding")
 
 
@@ -289,6 +300,7 @@ def scan_model(options: argparse.Namespace) -> None:
     """Scans a model, prints the findings, and writes what was asked for."""
     if options.report:
         check_folder_of_scan(options.report)
+    before = read_findings(options.before) if options.before else None
     recipe = Path(options.write_recipe) if options.write_recipe else None
     if recipe:
         check_place(recipe)
@@ -317,19 +329,18 @@ def scan_model(options: argparse.Namespace) -> None:
         rows, images = images[ROW][:], images.remove_columns(ROW)
     result = scan(model, images, processor, mask=mask, num_images=options.num_images, seed=options.seed)
     if rows:
-        result = with_rows(result, rows)
-    print(f"\n{scan_table(result)}\n")
+        result = replace(with_rows(result, rows), segmenter=options.segmenter)
+    print(f"\n{scan_table(result, before)}\n")
     if options.report:
         title = f"Scan of {options.model} on {options.data}"
-        print(write_scan(result, options.report, title=title, segmenter=options.segmenter)[0])
+        print(write_scan(result, options.report, title=title, before=before)[0])
     part = first_suspect(result)
     if part is None:
         print(f"No strong finding{': no recipe was written' if recipe else ''}.")
         return
     print(f"Is {part!r} a shortcut? {'Look at the pictures.' if options.report else 'See pictures by --report DIR.'}")
     if recipe:
-        masks = {"mask": mask, "segmenter": options.segmenter}
-        text = recipe_against(part, options.model, options.data, **masks, freeze_norm=bool(norm_layers(model)))
+        text = recipe_against(result, options.model, options.data, freeze_norm=bool(norm_layers(model)))
         write_files({recipe: text.encode()})
         print(f"ipg train --config {recipe}")
 

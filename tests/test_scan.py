@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -21,8 +22,9 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf.cli import main
+from ipg_hf.data import load_files
 from ipg_hf.recipe import parse_recipe
-from ipg_hf.scan import first_suspect, load_images, scan, scan_table, write_scan
+from ipg_hf.scan import first_suspect, load_images, read_findings, scan, scan_table, write_scan
 from ipg_hf.scan.measure import _donors, _finding
 from ipg_hf.scan.page import _line
 
@@ -300,13 +302,45 @@ def test_the_page_and_the_numbers_say_what_was_found(tmp_path):
     assert "part: center" not in text and "part: top_left" not in text  # no lines against what was not found
     assert text.count("data:image/png") >= 12
     assert "The answer follows the bottom edge of the frame" in text
-    assert "pairs: {maker: exchange, part: background, mask: shape}" in _line("background", "shape")
-    assert "pairs: {maker: exchange, part: background, segmenter: some/vit}" in _line("background", "mask", "some/vit")
-    assert _line("bottom", "shape") == _line("bottom", None) == "pairs: {maker: exchange, part: bottom}\n"
+    assert "<th>before</th>" not in text
+    made = replace(result, mask="mask", segmenter="some/vit")
+    assert "pairs: {maker: exchange, part: background, mask: shape}" in _line(
+        "background", replace(result, mask="shape")
+    )
+    assert "pairs: {maker: exchange, part: background, segmenter: some/vit}" in _line("background", made)
+    assert _line("bottom", made) == _line("bottom", result) == "pairs: {maker: exchange, part: bottom}\n"
     with pytest.raises(FileExistsError, match="holds another scan"):
         write_scan(result, tmp_path / "scan")
     lines = scan_table(result).splitlines()
     assert lines[1].split()[:2] == ["bottom", "strong"] and len(lines) == len(result.findings) + 1
+
+
+def test_an_earlier_scan_stands_beside_a_later_one(tmp_path):
+    images = cells()
+    write_scan(scan(middling(LOOKS["bottom"], images), images, PROCESSOR), tmp_path / "first")
+    before = read_findings(tmp_path / "first")
+    after = scan(middling(LOOKS["right"], images), images, PROCESSOR)
+    was, now = (f"{found.effect:+.2f}" for found in (before["bottom"], _of(after, "bottom")))
+    assert was != now
+    lines = {line.split()[0]: line.split() for line in scan_table(after, before).splitlines()}
+    assert lines["part"][2:4] == ["before", "effect"] and lines["bottom"][2:4] == [was, now]
+    assert "before" not in scan_table(after)
+    text = write_scan(after, tmp_path / "second", before=before)[0].read_text()
+    assert f"<td>bottom</td><td>{was}</td><td>{now}</td>".replace("-", "−") in text
+    # a part that the earlier scan had not
+    del before["bottom"]
+    assert scan_table(after, before).splitlines()[1:] != []
+    assert next(line for line in scan_table(after, before).splitlines() if line.startswith("bottom ")).split()[2] == "-"
+    with pytest.raises(ValueError, match="holds no scan"):
+        read_findings(tmp_path)
+    for content in ('{"findings": [{"part": "top"}]}', "{}", "[]"):
+        (tmp_path / "scan.json").write_text(content)
+        with pytest.raises(ValueError, match="is no scan"):
+            read_findings(tmp_path)
+
+
+def _of(result, part):
+    return next(found for found in result.findings if found.part == part)
 
 
 # ---- From a folder to a repaired model
@@ -352,8 +386,17 @@ def test_the_command_finds_the_colour_and_its_recipe_trains(shortcut, tmp_path, 
     assert json.loads((tmp_path / "found" / "scan.json").read_text())["findings"][0]["part"] == "color"
     recipe, args, _ = parse_recipe("guard.yaml", [])
     assert recipe.pairs == {"maker": "exchange", "part": "color"} and args.freeze_norm
+    assert recipe.about["attribute"] == "the colours"
     flags = ["--max_steps", "4", "--use_cpu", "true", "--report_to", "none", "--learning_rate", "1e-3"]
     assert main(["train", "--config", "guard.yaml", *flags]) == 0
+    card = (tmp_path / "outputs" / "repaired" / "README.md").read_text()
+    assert "to ignore the colours" in card and "The answer follows the colours." in card and "pair accuracy" in card
+    capsys.readouterr()
+    again = ["scan", "outputs/repaired", *command[2:], "--before"]
+    assert main([*again, "found", "--report", "after"]) == 0
+    assert "before" in capsys.readouterr().out and "<th>before</th>" in (tmp_path / "after" / "scan.html").read_text()
+    assert main([*again, "nothing"]) == 2
+    assert "nothing holds no scan" in capsys.readouterr().err
     # nothing is replaced, and a wrong place is told before the work
     for flags, message in (
         (["--report", "found"], "holds another scan"),
@@ -393,3 +436,21 @@ def test_images_are_loaded_without_labels(tmp_path):
     (tmp_path / "other").mkdir()
     rows.to_parquet(tmp_path / "other" / "train-0.parquet")
     assert load_images(tmp_path / "other").column_names == ["image"]
+
+
+def test_a_folder_is_read_as_a_training_reads_it(tmp_path, caplog):
+    number = 0
+    for label in ("cat", "dog"):
+        for attribute in ("indoor", "outdoor"):
+            (tmp_path / label / attribute).mkdir(parents=True)
+            for _ in range(20):
+                number += 1
+                Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / label / attribute / f"{number}.png")
+    images = load_images(tmp_path)  # the test images of a training: 15 % of each kind
+    assert images.features["label"].names == ["cat", "dog"] and len(images) == 12
+    data = load_files(data_dir=str(tmp_path))
+    assert [row["image"].getpixel((0, 0)) for row in images] == [row["image"].getpixel((0, 0)) for row in data.test]
+    assert "could not read" not in caplog.text
+    Image.new("RGB", (9, 9)).save(tmp_path / "cat" / "one.png")  # no training could tell what this folder means
+    assert len(load_images(tmp_path)) == 81
+    assert "put all of them in one or the other" in caplog.text

@@ -95,6 +95,7 @@ class Scan:
         answers: answer -> number of images that got it.
         seed: seed of the draws.
         mask: column of the masks, if there were any.
+        segmenter: folder or Hub id of the model that made the masks; [`scan`] leaves it `None`. Recipes name it.
     """
 
     findings: list[Finding]
@@ -104,6 +105,7 @@ class Scan:
     answers: dict[str, int]
     seed: int
     mask: str | None = None
+    segmenter: str | None = None
 
 
 def scan(

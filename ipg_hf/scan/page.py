@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import yaml
 
 from ..html import rendered, write_files
 from ..pairs.exchanging import BACKGROUND, CENTER
-from ..record import check_unused
+from ..record import check_unused, read_json
 from .measure import Finding, Scan
 
 PAGE, NUMBERS = "scan.html", "scan.json"
@@ -27,57 +28,75 @@ def _is_suspect(found: Finding) -> bool:
     return found.strength == "strong" and found.part != CENTER
 
 
-def scan_table(result: Scan) -> str:
-    """The findings as text, a line each."""
-    lines = [f"{'part':<14}{'strength':<10}{'effect':>8}  {'95 % interval':<18}{'changed':>8}{'control':>9}"]
+def scan_table(result: Scan, before: Mapping[str, Finding] | None = None) -> str:
+    """The findings as text, a line each.
+
+    Args:
+        result: the scan.
+        before: the findings of an earlier scan, of [`read_findings`]. Their effects get a column.
+    """
+    was = {part: f"{found.effect:>+8.2f}" for part, found in (before or {}).items()}
+    lines = [
+        f"{'part':<14}{'strength':<10}{'before':>8}"[: None if before else -8]
+        + f"{'effect':>8}  {'95 % interval':<18}{'changed':>8}{'control':>9}"
+    ]
     for found in result.findings:
         interval = f"[{found.low:+.2f}, {found.high:+.2f}]"
         lines.append(
-            f"{found.part:<14}{found.strength:<10}{found.effect:>+8.2f}  {interval:<18}{found.changed:>8.2f}"
-            f"{found.control:>9.2f}"
+            f"{found.part:<14}{found.strength:<10}{was.get(found.part, '-' if before else ''):>{8 if before else 0}}"
+            f"{found.effect:>+8.2f}  {interval:<18}{found.changed:>8.2f}{found.control:>9.2f}"
         )
     return "\n".join(lines)
 
 
-def pairs_setting(part: str, mask: str | None, segmenter: str | None = None) -> dict[str, str]:
-    """The setting `pairs` of a recipe that makes pairs against a part.
+def pairs_setting(part: str, result: Scan) -> dict[str, str]:
+    """The setting `pairs` of a recipe that makes pairs against a part, with the masks that the scan had."""
+    setting = {"maker": "exchange", "part": part}
+    if part == BACKGROUND:
+        setting |= {"mask": result.mask} if result.mask not in (None, "mask") else {}
+        setting |= {"segmenter": result.segmenter} if result.segmenter else {}
+    return setting
+
+
+def recipe_against(result: Scan, model: str, data: str, *, freeze_norm: bool = False) -> str:
+    """Returns a recipe that trains a scanned model on, with pairs against the first suspect, in YAML.
+
+    The card of the trained model will say what was found.
 
     Args:
-        part: the part.
-        mask: column of the masks, if there are any.
-        segmenter: the model that makes the masks, if the set has none.
-    """
-    has_mask = part == BACKGROUND and mask not in (None, "mask")
-    setting = {"maker": "exchange", "part": part, **({"mask": mask} if has_mask else {})}
-    return setting | ({"segmenter": segmenter} if part == BACKGROUND and segmenter else {})
-
-
-def recipe_against(
-    part: str,
-    model: str,
-    data: str,
-    *,
-    mask: str | None = None,
-    segmenter: str | None = None,
-    freeze_norm: bool = False,
-) -> str:
-    """Returns a recipe that trains a scanned model on, with pairs against a part, in YAML.
-
-    Args:
-        part: the part.
+        result: the scan, with a suspect ([`first_suspect`]).
         model: folder or Hub id of the model.
         data: folder or Hub id of the set. It has labels and a training split.
-        mask: column of the masks, if there are any.
-        segmenter: folder or Hub id of the model that makes the masks, if the set has none.
         freeze_norm: whether to keep batch-norm layers as they are; for models that have some.
     """
+    found = next(found for found in result.findings if _is_suspect(found))
     settings = {"dataset": "files", "data_dir": data} if os.path.isdir(data) else {"dataset": data}
-    settings |= {"pairs": pairs_setting(part, mask, segmenter), "model_name_or_path": model}
+    settings |= {"pairs": pairs_setting(found.part, result), "model_name_or_path": model}
     settings |= {"freeze_norm": True} if freeze_norm else {}
     settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "pair_accuracy", "output_dir": "outputs/repaired"}
-    head = f"# Fine-tunes {model} so that it no longer follows the {part.replace('_', ' ')}. The rest are defaults.\n"
-    return head + yaml.safe_dump(settings, sort_keys=False)
+    shortcut = f"A scan of {model} before this training (`ipg scan`, {result.num_images} images): {sentence(found)}"
+    settings |= {"about": {"attribute": what(found.part), "shortcut": shortcut}}
+    head = f"# Fine-tunes {model} so that it no longer follows {what(found.part)}. The rest are defaults.\n"
+    return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
+
+
+def read_findings(folder: str | os.PathLike) -> dict[str, Finding]:
+    """Reads the findings of a scan that [`write_scan`] wrote into a folder.
+
+    Returns:
+        part -> finding.
+
+    Raises:
+        ValueError: the folder holds no scan, or a damaged one.
+    """
+    path = Path(folder) / NUMBERS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no scan ({NUMBERS}): give the folder of a `--report`.")
+    try:
+        return {values["part"]: Finding(**values) for values in read_json(path)["findings"]}
+    except (KeyError, TypeError) as failure:
+        raise ValueError(f"{path} is no scan: make it again, by `ipg scan --report`.") from failure
 
 
 def check_folder(folder: str | os.PathLike) -> None:
@@ -91,7 +110,7 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def write_scan(
-    result: Scan, folder: str | os.PathLike, *, title: str = "Scan", segmenter: str | None = None
+    result: Scan, folder: str | os.PathLike, *, title: str = "Scan", before: Mapping[str, Finding] | None = None
 ) -> list[Path]:
     """Writes a scan into a folder: `scan.html`, a page that needs no other file, and `scan.json`, its numbers.
 
@@ -99,7 +118,7 @@ def write_scan(
         result: the scan.
         folder: the folder. It is made.
         title: title of the page.
-        segmenter: folder or Hub id of the model that made the masks, for the recipe lines.
+        before: the findings of an earlier scan, of [`read_findings`], which the page shows beside these.
 
     Returns:
         The files, the page first.
@@ -111,14 +130,15 @@ def write_scan(
     check_folder(folder)
     folder = Path(folder)
     numbers = {name: value for name, value in vars(result).items() if name not in ("findings", "examples")}
-    numbers |= {"title": title, "segmenter": segmenter, "findings": [asdict(found) for found in result.findings]}
+    numbers |= {"title": title, "findings": [asdict(found) for found in result.findings]}
     page = rendered(
         "scan/page.html",
         {"signed": lambda value: f"{value:+.2f}".replace("-", "−"), "percent": lambda value: f"{100 * value:.0f} %"},
         title=title,
         result=result,
+        before=before or {},
         sentences={found.part: sentence(found) for found in result.findings},
-        lines={found.part: _line(found.part, result.mask, segmenter) for found in result.findings},
+        lines={found.part: _line(found.part, result) for found in result.findings},
         strong=[found.part for found in result.findings if _is_suspect(found)],
     )
     files = {folder / PAGE: page.encode(), folder / NUMBERS: (json.dumps(numbers, indent=1) + "\n").encode()}
@@ -126,8 +146,8 @@ def write_scan(
     return [*files]
 
 
-def _line(part: str, mask: str | None, segmenter: str | None = None) -> str:
-    setting = pairs_setting(part, mask, segmenter)
+def _line(part: str, result: Scan) -> str:
+    setting = pairs_setting(part, result)
     return "pairs: " + yaml.safe_dump(setting, default_flow_style=True, sort_keys=False, width=200)
 
 
@@ -141,13 +161,18 @@ WHAT = {
 }
 
 
+def what(part: str) -> str:
+    """A part in words."""
+    name = part.replace("_", " ")
+    return WHAT.get(part, f"the {name} {'corner' if ' ' in name else 'edge'} of the frame")
+
+
 def sentence(finding: Finding) -> str:
-    """What a finding says, in one sentence."""
-    part = finding.part.replace("_", " ")
-    what = WHAT.get(finding.part, f"the {part} {'corner' if ' ' in part else 'edge'} of the frame")
+    """What a finding says, in two sentences."""
     verb = {"strong": "The answer follows", "weak": "The answer follows a little"}
     follows = verb.get(finding.strength, "Nothing shows that the answer follows")
     return (
-        f"{follows} {what}. With that of an image of another answer it changes in {100 * finding.changed:.0f} % of the "
-        f"images, with that of an image of the same answer in {100 * finding.control:.0f} %."
+        f"{follows} {what(finding.part)}. With that of an image of another answer it changes in "
+        f"{100 * finding.changed:.0f} % of the images, with that of an image of the same answer in "
+        f"{100 * finding.control:.0f} %."
     )

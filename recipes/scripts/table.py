@@ -6,7 +6,7 @@ Launch: python recipes/scripts/table.py          names the tables that differ fr
 
 - `<suite>/table.md`, `table.csv` and figures: each suite, as `ipg bench SUITE --only render` makes them.
 - `recipes.md`: the recipes, a table for each dataset.
-- `pair_quality.md` and `readability.md`, with a figure each: what `pair_quality.py` and `readability.py` measured.
+- `pair_quality.md` and `readability.md`, with a figure each, and `planted.md`: what the scripts of these names found.
 
 The pages (`README.md`, `recipes/findings.md`) take their numbers from `page_tables.py`.
 """
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import pair_quality
+import planted
 import readability
 
 from ipg_hf.bench.figures import write_comparison
@@ -69,7 +70,7 @@ def tables() -> dict[str, str]:
     datasets = [path.stem for path in sorted(RECIPES.glob("records/*.jsonl")) if (RECIPES / path.stem).is_dir()]
     parts = ["# The recipes", note, *(f"## {name}\n\n{recipe_table(name)}" for name in datasets)]
     found["recipes.md"] = "\n\n".join(parts) + "\n"
-    for script in (pair_quality, readability):
+    for script in (pair_quality, planted, readability):
         found[f"{script.__name__}.md"] = script.page()
     return found
 
