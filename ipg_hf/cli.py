@@ -39,7 +39,7 @@ from .pairs.preview import preview_pairs
 from .pairs.scores import score_pairs
 from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import check_place, read_json, write_json
-from .run import RECORD, evaluate, load_trained, refuse_existing, train
+from .run import RECORD, evaluate, keep_memory, load_trained, refuse_existing, train
 from .scan import (
     LEAST_IMAGES,
     Scan,
@@ -318,6 +318,9 @@ def scan_model(options: argparse.Namespace) -> None:
     check_number("num_images", options.num_images, LEAST_IMAGES, math.inf, whole=True)
     check_number("seed", options.seed, 0, math.inf, whole=True)
     model = on_accelerator(load_trained_classifier(options.model))
+    if model.device.type == "cpu":
+        keep_memory()
+        model = model.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time so
     processor = AutoImageProcessor.from_pretrained(options.model)
     mask, rows = options.mask, None
     if options.segmenter:
