@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import datasets
@@ -127,7 +128,8 @@ def match_pairs(
     if match_on == "features":
         if max_per_group is not None:
             rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
-        facts = model_facts(model, processor, head, batch_size)
+        paths = find_head(model, head).paths  # the features do not depend on the head, which may be new and random
+        facts = model_facts(model, processor, paths, batch_size, without=paths)
         features = array_cached(
             lambda: extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size),
             facts and [*facts, stored_images(plain.select(rows).select_columns(["image"]), ["image"])],
@@ -158,13 +160,14 @@ def match_pairs(
     return pairs.add_column("distance", distances[kept]) if features is not None else pairs
 
 
-def model_facts(model: nn.Module, processor: Any, *settings: Any) -> list[Any] | None:
+def model_facts(model: nn.Module, processor: Any, *settings: Any, without: Sequence[str] = ()) -> list[Any] | None:
     """What a model's answers depend on beside the images, for their name on disk (`facts` of [`map_cached`]).
 
     Args:
         model: the model.
         processor: its image processor.
         *settings: whatever else the answers depend on, as plain values.
+        without: paths of modules whose weights the answers do not depend on.
 
     Returns:
         `None` if the answers depend on code that no hash can tell.
@@ -174,6 +177,8 @@ def model_facts(model: nn.Module, processor: Any, *settings: Any) -> list[Any] |
         return None
     weights = hashlib.sha256()
     for name, values in model.state_dict().items():
+        if name.rpartition(".")[0] in without:
+            continue
         weights.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         weights.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     known = [model.config.to_dict(), processor.to_dict(), next(model.parameters()).device.type, *settings]
