@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ipg_hf.cli import main
 from ipg_hf.recipe import parse_recipe
 from ipg_hf.scan import first_suspect, load_images, read_scan, scan, scan_table, write_scan
-from ipg_hf.scan.measure import _donors, _finding
+from ipg_hf.scan.measure import Finding, _donors, _finding, _ranked
 from ipg_hf.scan.page import _line
 
 SIZE = 40
@@ -132,6 +132,20 @@ def test_effect_control_and_interval_by_hand():
     # what the edit does whatever its content is no effect
     same = _finding("top", before, after, after, donors, CLASSES)
     assert same.effect == 0 and same.strength == "none" and same.low < 0 < same.high
+
+
+def test_the_smallest_part_with_most_of_an_effect_comes_first():
+    def order(**effects):
+        return [found.part for found in _ranked([replace(FOUND, part=part, effect=e) for part, e in effects.items()])]
+
+    assert order(surroundings=0.9, border=0.7, top=0.6) == ["border", "surroundings", "top"]  # .7 > .675 > .6
+    assert order(surroundings=0.9, border=0.67, top=0.66) == ["surroundings", "top", "border"]
+    assert order(surroundings=0.8, background=0.83) == ["background", "surroundings"]  # of one size
+    assert order(color=0.5, surroundings=0.2, center=0.9) == ["color", "surroundings", "center"]
+    assert order(color=-0.1, top=-0.3) == ["color", "top"] and order() == []
+
+
+FOUND = Finding("top", 0, 0, 0, 0, 0, {}, "none")
 
 
 def test_donors_have_another_answer_or_the_same():

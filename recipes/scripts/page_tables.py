@@ -463,15 +463,18 @@ def faces() -> str:
         "plain training, classes by their sizes": "erm_unbalanced",
         "plain training": "erm",
         "`ipg`, matched pairs": "ipg_match_features",
+        "`ipg`, matched pairs, as many of each label": "ipg_match_features_balanced",
         "`ipg`, pairs matched at random": "ipg_match_random",
+        "`ipg_unlabelled`, matched pairs": "ipg_unlabelled_match_features",
+        "`ipg_paper`, matched pairs": "ipg_paper_match_features",
         "`ipg`, generated pairs": "ipg_generated",
         "`ipg`, generated pairs, filtered": "ipg_generated_filtered",
-        "`ipg_paper`, matched pairs": "ipg_paper_match_features",
-        "`dfr`": "dfr",
         "`reweight`": "reweight",
         "`group_dro`": "group_dro",
-        "`ipg` with GroupDRO, matched pairs": "ipg_match_features_group_dro",
-        "`ipg_paper` with GroupDRO, matched pairs": "ipg_paper_match_features_group_dro",
+        "`dfr`": "dfr",
+        "`ipg` with GroupDRO": "ipg_match_features_group_dro",
+        "`ipg_unlabelled` with GroupDRO": "ipg_unlabelled_match_features_group_dro",
+        "`ipg_paper` with GroupDRO": "ipg_paper_match_features_group_dro",
     }
     groups = [f"{hair}/{gender}" for hair in ("blond", "not_blond") for gender in ("male", "female")]
     lines = []
@@ -499,9 +502,11 @@ def generated() -> str:
 
 
 def planted_marks() -> str:
-    """What a scan finds of planted marks, and what pairs against the finding repair; the first seed of each."""
+    """What a scan finds of planted marks, and what pairs against the finding repair; one seed, that served no choice."""
     made: dict[str, dict[float, dict]] = {}
     for record in read_records(RECIPES / "records" / "planted.jsonl"):
+        if record["rate"] != 0.5 and record["seed"] < planted.HELD_OUT:
+            continue
         made.setdefault(record["kind"], {}).setdefault(record["rate"], record)
     lines = []
     for kind, by_rate in made.items():
