@@ -12,10 +12,14 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 
+import datasets
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 from small_suite import TINY
-from transformers import TrainingArguments
+from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
 
 from ipg_hf.baselines import METHODS
 from ipg_hf.bench.figures import guided_records
@@ -23,6 +27,7 @@ from ipg_hf.bench.suite import load_suite
 from ipg_hf.bench.tables import paired_difference, suite_rows
 from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
+from ipg_hf.pairs import pairs_from_table
 from ipg_hf.recipe import MAKERS, MASKED, parse_recipe, parse_settings
 from ipg_hf.record import NOT_RECORDED, read_records, resolved_settings
 from ipg_hf.run import train
@@ -64,7 +69,7 @@ def suite(name):
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "scripts"))
-    for name in ("table", "seeds", "run", "pair_quality", "readability", "checkpoints"):
+    for name in ("table", "seeds", "run", "pair_quality", "planted", "readability", "checkpoints"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import table
 
@@ -471,6 +476,88 @@ def test_features_are_probed_before_and_after_a_training(elsewhere):
     elsewhere.write_text(yaml.safe_dump({**TINY, "learning_rate": 1e-3}))
     with pytest.raises(SystemExit, match="learning_rate"):
         readability.probe(elsewhere, 0, elsewhere.parents[1] / "outputs/digits-tiny-seed0")
+
+
+def test_a_shortcut_is_planted_found_and_repaired(script, tmp_path, monkeypatch):
+    """On a network of a few steps: it runs, and marks are where they should be."""
+    import planted
+
+    birds, rng = range(100), np.random.default_rng(0)
+    rows = [(bird, place) for bird in birds for place in (0, 1)]
+    pixels = rng.integers(0, 128, (len(rows), 64, 64, 3), dtype=np.uint8)
+    pixels[[bird % 2 == 1 for bird, _ in rows]] += 60  # a network that learns anything has two answers
+    mask = Image.fromarray(np.pad(np.full((24, 24), 255, np.uint8), 20))
+    columns = {
+        "image": [Image.fromarray(values) for values in pixels],
+        "mask": [mask] * len(rows),
+        "label": [bird % 2 for bird, _ in rows],
+        "place": [place for _, place in rows],
+        "fg_id": [bird for bird, _ in rows],
+    }
+    kinds = {"image": datasets.Image(), "mask": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    kinds |= dict.fromkeys(("place", "fg_id"), datasets.Value("int64"))
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    for split, chosen in (("validation", range(80)), ("test", range(80, 200))):
+        made.select(chosen).to_parquet(tmp_path / "birds" / f"{split}.parquet")
+    place = str(tmp_path / "birds")
+    for kind, (mark, _) in planted.MARKS.items():
+        training, scanned, balanced = planted.planted(place, kind, 1.0, 0)
+        assert (len(training), len(scanned), len(balanced)) == (66, 34, 34)
+        assert training["mark"] == training["label"] and scanned["mark"] == scanned["label"] != balanced["mark"]
+        assert not {*training["fg_id"]} & {*scanned["fg_id"]} and scanned["fg_id"] == balanced["fg_id"]
+        if mark is None:
+            assert training["place"] == training["label"]
+        else:
+            own = {(row["fg_id"], row["place"]): np.asarray(row["image"]) for row in made}
+            changed = [(own[row["fg_id"], row["place"]] != np.asarray(row["image"])).any() for row in training]
+            assert changed == [mark == 1 for mark in training["mark"]]
+    half = planted.planted(place, "ruler", 0.5, 0)[0]
+    assert half["mark"] != half["label"]
+
+    ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    ).save_pretrained(tmp_path / "network")
+    monkeypatch.setattr(planted, "STEPS", 20)
+    monkeypatch.setattr(planted, "RATE", 1e-2)
+    found = {"part": "bottom", "strength": "strong", "effect": 0.9}
+    monkeypatch.setattr(planted, "strong_parts", lambda record: ["bottom"])
+    record = planted.run(place, str(tmp_path / "network"), "ruler", 1.0, 0)
+    assert record["repair"]["part"] == "bottom" and record["repair"]["num_pairs"] == 66
+    assert record["repair"]["findings"] != record["findings"]
+    assert planted.run(place, str(tmp_path / "network"), "ruler", 0.5, 0)["repair"] is None
+    monkeypatch.undo()
+    # the place of the mark among what was found, without the center
+    findings = [
+        found | {"part": "center"},
+        found | {"part": "top"},
+        found,
+        found | {"part": "left", "strength": "weak"},
+    ]
+    assert planted.rank(record | {"findings": findings}) == 2
+    weak = [found | {"strength": "weak"}]
+    assert planted.rank(record | {"findings": findings[:2] + weak}) is None
+
+
+def test_a_learned_editor_makes_pairs_of_the_training_images(elsewhere, tmp_path, monkeypatch):
+    import generated
+
+    monkeypatch.setattr(sys, "argv", ["generated.py", str(elsewhere), str(tmp_path / "out"), "--size", "16",
+                                      "--steps", "2", "--num_pairs", "40"])  # fmt: skip
+    generated.main()
+    weights = (tmp_path / "out/editor.pt").stat().st_mtime_ns
+    pairs = {name: pairs_from_table(tmp_path / "out" / f"{name}.parquet") for name in ("all", "kept")}
+    assert 0 < len(pairs["kept"]) < len(pairs["all"]) <= 40 and (tmp_path / "out/pairs.html").exists()
+    (tmp_path / "out/kept.parquet").unlink()
+    generated.main()  # goes on from what is there
+    assert (tmp_path / "out/editor.pt").stat().st_mtime_ns == weights
+    assert pairs_from_table(tmp_path / "out/kept.parquet")[:] == pairs["kept"][:]
+    # the editor gets the other value, and a difference of full size
+    with torch.no_grad():
+        editor = generated.Editor().eval()
+        image = Image.fromarray(np.random.default_rng(0).integers(60, 200, (20, 10, 3), dtype=np.uint8))
+        first, second = (generated.edit_with(editor, ["red", "green"], 16)([image], [value], [0])[0]
+                         for value in ("red", "green"))  # fmt: skip
+    assert first.size == (10, 20) and (np.asarray(first) != np.asarray(second)).any()
 
 
 def test_a_choice_is_that_of_a_training_with_its_metric(elsewhere):

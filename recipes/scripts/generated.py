@@ -166,6 +166,7 @@ def main() -> None:
         torch.save(editor.state_dict(), weights)
         print(f"the editor: {time.monotonic() - start:.0f} s")
     edit = edit_with(editor, train.features["attribute"].names, options.size)
+    set_seed(options.seed)  # the network may have no trained weights
     neighbors = label_neighbors(recipe.build_model(train), recipe.build_processor(), data.validation)
     for name, classify in (("all", None), ("kept", neighbors)):
         path = options.folder / f"{name}.parquet"
