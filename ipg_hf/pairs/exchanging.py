@@ -40,7 +40,7 @@ OVALS = {"surroundings": (0.14, 0.86, 0.06, 0.94), CENTER: (0.14, 0.86, 0.06, 0.
 OUTSIDE = ("border", "surroundings")  # regions outside of their box or oval
 SOFT = 0.02  # radius of the blur of a region's edge, as a share of the frame's shorter side
 DETAIL = 0.02  # radius of the blur that takes the fine detail off, as a share of the frame's shorter side
-PATCHES = 4  # rows and columns of patches
+PATCHES = 4  # rows and columns of patches, an even number
 RIGHT_ANGLE = 0.1  # cosine: axes of about a right angle
 MOST = 4.0  # times that a spread of colours is enlarged: what is nearly grey is noise
 
@@ -73,7 +73,8 @@ def exchange_pairs(
             - `"top_left"`, `"top_right"`, `"bottom_left"`, `"bottom_right"`: a corner, 0.3 of height and width.
             - `"color"`: the mean colour, and the spread along the principal axes of the colours, at most 4 times the
               image's own.
-            - `"texture"`: the fine detail, in patches that have changed places. Compression, blur and noise show in it.
+            - `"texture"`: the fine detail. That of the donor's corners is put everywhere. Compression, blur and noise
+              show in it.
         mask: column of masks, for `"background"`, as [`background_pairs`] takes them.
         soft_edge: radius in pixels of the Gaussian blur of the mask's edge; 0 or more.
         num_pairs: number of rows to use. They are drawn without replacement and stay in the order of the source. `None`
@@ -224,15 +225,16 @@ def _axes(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _texture(image: Image.Image, donor: Image.Image) -> Image.Image:
-    """Gives an image the donor's fine detail, in patches that have changed places so that they show no shape."""
+    """Gives an image the fine detail of the donor's corners, which show little of the donor's object."""
     radius = DETAIL * min(image.size)
     width, height = image.size
     grid = -(-height // PATCHES), -(-width // PATCHES)  # height and width of a patch
     donor = fitted(donor, (PATCHES * grid[1], PATCHES * grid[0]))
     own, other = (np.asarray(part.filter(ImageFilter.GaussianBlur(radius)), np.float64) for part in (image, donor))
     detail = (np.asarray(donor, np.float64) - other).reshape(PATCHES, grid[0], PATCHES, grid[1], 3)
-    # each patch and the one opposite the centre change places
-    detail = detail[::-1, :, ::-1].reshape(*other.shape)[:height, :width]
+    # the patches of a quarter of the frame all get that of the opposite corner
+    corner = np.where(np.arange(PATCHES) < PATCHES // 2, PATCHES - 1, 0)
+    detail = detail[corner][:, :, corner].reshape(*other.shape)[:height, :width]
     return Image.fromarray(np.uint8(np.rint((own + detail).clip(0, 255))))
 
 

@@ -30,7 +30,7 @@ from ipg_hf.recipe import parse_recipe
 from ipg_hf.run import keep_memory
 
 WIDTH, BATCH, RATE = 32, 16, 2e-4
-RECONSTRUCTION, OWN_VALUE = 10.0, 5.0  # weights of the losses beside those of the critic
+RECONSTRUCTION, OWN_VALUE = 3.0, 1.0  # weights of the losses beside those of the critic
 
 
 class Editor(nn.Module):

@@ -6,7 +6,8 @@ Launch: python recipes/scripts/table.py          names the tables that differ fr
 
 - `<suite>/table.md`, `table.csv` and figures: each suite, as `ipg bench SUITE --only render` makes them.
 - `recipes.md`: the recipes, a table for each dataset.
-- `pair_quality.md` and `readability.md`, with a figure each, and `planted.md`: what the scripts of these names found.
+- `pair_quality.md` and `readability.md`, with a figure each, `planted.md` and `mask_quality.md`: what the scripts of
+  these names found.
 
 The pages (`README.md`, `recipes/findings.md`) take their numbers from `page_tables.py`.
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import mask_quality
 import pair_quality
 import planted
 import readability
@@ -70,7 +72,7 @@ def tables() -> dict[str, str]:
     datasets = [path.stem for path in sorted(RECIPES.glob("records/*.jsonl")) if (RECIPES / path.stem).is_dir()]
     parts = ["# The recipes", note, *(f"## {name}\n\n{recipe_table(name)}" for name in datasets)]
     found["recipes.md"] = "\n\n".join(parts) + "\n"
-    for script in (pair_quality, planted, readability):
+    for script in (mask_quality, pair_quality, planted, readability):
         found[f"{script.__name__}.md"] = script.page()
     return found
 
