@@ -28,7 +28,7 @@ from ipg_hf.bench.tables import paired_difference, suite_rows
 from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
 from ipg_hf.pairs import pairs_from_table
-from ipg_hf.pairs.exchanging import region
+from ipg_hf.pairs.exchanging import BOXES, region
 from ipg_hf.recipe import MAKERS, MASKED, parse_recipe, parse_settings
 from ipg_hf.record import NOT_RECORDED, read_records, resolved_settings
 from ipg_hf.run import train
@@ -516,6 +516,12 @@ def test_a_shortcut_is_planted_found_and_repaired(script, tmp_path, monkeypatch)
             own = {(row["fg_id"], row["place"]): np.asarray(row["image"]) for row in made}
             changed = [(own[row["fg_id"], row["place"]] != np.asarray(row["image"])).any() for row in training]
             assert changed == [mark == 1 for mark in training["mark"]]
+    for kind, (mark, parts) in planted.MARKS.items():  # and most of a mark is in the part that is to be found
+        if parts[0] in BOXES:
+            image = Image.fromarray(rng.integers(0, 100, (224, 224, 3), dtype=np.uint8))
+            moved = (np.asarray(mark(image.copy())) != np.asarray(image)).any(2)
+            inside = np.asarray(region(parts[0], image.size)) > 127
+            assert moved[inside].sum() > 0.7 * moved.sum() > 0, kind
     half = planted.planted(place, "ruler", 0.5, 0)[0]
     assert half["mark"] != half["label"]
 
@@ -524,6 +530,7 @@ def test_a_shortcut_is_planted_found_and_repaired(script, tmp_path, monkeypatch)
     ).save_pretrained(tmp_path / "network")
     monkeypatch.setattr(planted, "STEPS", 20)
     monkeypatch.setattr(planted, "RATE", 1e-2)
+    monkeypatch.setattr(planted, "SCANNED", 25)
     found = {"part": "bottom", "strength": "strong", "effect": 0.9}
     monkeypatch.setattr(planted, "strong_parts", lambda record: ["bottom"])
     record = planted.run(place, str(tmp_path / "network"), "ruler", 1.0, 0)

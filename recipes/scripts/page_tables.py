@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import planted
 import yaml
 
 from ipg_hf.bench.tables import paired_difference, spread
@@ -390,24 +391,6 @@ def stability() -> str:
     return with_lowest(titles, found, "ipg_outputs_schedule")
 
 
-def sensitivity() -> str:
-    """The lowest and the highest mean over a grid of alpha and threshold."""
-    lines = []
-    for title, name in THREE.items():
-        collection = f"sensitivity_{name}"
-        points = {
-            row: re.fullmatch(r"ipg_outputs-alpha-(.+)-invariance_threshold-(.+)", row) for row in runs(collection)
-        }
-        means = {row: statistics.fmean(scores(collection, row).values()) for row, point in points.items() if point}
-        ends = [min(means, key=means.get), max(means, key=means.get)]
-        alphas, thresholds = ({float(point[part]) for point in points.values()} for part in (1, 2))
-        described = [f"{cell(collection, row)} (α = {points[row][1]}, t = {points[row][2]})" for row in ends]
-        middle = cell(collection, "ipg_outputs-alpha-1-invariance_threshold-0.01")
-        grid = f"α {min(alphas):g} to {max(alphas):g}, t {min(thresholds):g} to {max(thresholds):g}"
-        lines.append([title, grid, described[0], middle, described[1]])
-    return table(["benchmark", "grid", "lowest mean", "α = 1, t = 0.01", "highest mean"], lines)
-
-
 def scaling() -> str:
     """Step 4 left out, with the default, the distance of the outputs and the rationales'."""
     few = "-num_pairs-300"
@@ -474,21 +457,68 @@ def exchanged() -> str:
     return with_lowest(["pairs", "scenes", "lowest"], found, "ipg_lite0")
 
 
-def readability() -> str:
-    """What a linear probe reads from the features."""
-    trainings = {
-        "digits": ("digits", (("erm_resnet", "plain training"), ("ipg_pair_resnet", "`ipg_pair`"))),
-        "ColoredMNIST": ("colored_mnist", (("erm_mlp", "plain training"), ("ipg_pair_mlp", "`ipg_pair`"))),
-        "scenes": ("scenes", (("erm_lite0", "plain training"), ("ipg_outputs_lite0", "`ipg_outputs`"))),
+def faces() -> str:
+    """CelebA's first 10,000 images: the worst group, and each group over all seeds."""
+    rows = {
+        "plain training, classes by their sizes": "erm_unbalanced",
+        "plain training": "erm",
+        "`ipg`, matched pairs": "ipg_match_features",
+        "`ipg`, pairs matched at random": "ipg_match_random",
+        "`ipg`, generated pairs": "ipg_generated",
+        "`ipg`, generated pairs, filtered": "ipg_generated_filtered",
+        "`ipg_paper`, matched pairs": "ipg_paper_match_features",
+        "`dfr`": "dfr",
+        "`reweight`": "reweight",
+        "`group_dro`": "group_dro",
+        "`ipg` with GroupDRO, matched pairs": "ipg_match_features_group_dro",
+        "`ipg_paper` with GroupDRO, matched pairs": "ipg_paper_match_features_group_dro",
     }
+    groups = [f"{hair}/{gender}" for hair in ("blond", "not_blond") for gender in ("male", "female")]
     lines = []
-    for title, (name, rows) in trainings.items():
-        for row, method in rows:
-            probes = [record["probes"] for record in runs(f"readability_{name}")[row].values()]
-            parts = [(what, when) for what in ("label", "attribute") for when in ("before", "after")]
-            values = [spread([probe[when][what]["score"] for probe in probes]) for what, when in parts]
-            lines.append([f"{title}, {method}", *values])
-    return table(["training", "label, before", "label, after", "attribute, before", "attribute, after"], lines)
+    for title, row in rows.items():
+        tests = [record["metrics"]["test"] for record in runs("celeba_10k")[row].values()]
+        means = [statistics.fmean(test[f"group_accuracy/{group}"] for test in tests) for group in groups]
+        average = statistics.fmean(test["accuracy"] for test in tests)
+        shown = [f"{value:.3f}" for value in [*means, average]]
+        lines.append([title, cell("celeba_10k", row, "erm"), lowest("celeba_10k", row), *shown])
+    heads = ["training", "worst group", "lowest", "blond men", "blond women", "other men", "other women", "accuracy"]
+    return table(heads, lines)
+
+
+def generated() -> str:
+    """Pairs by an editor that is learned from the training images."""
+    rows = {
+        "plain training": "erm",
+        "exact pairs": "ipg",
+        "generated pairs": "ipg_generated",
+        "generated pairs, filtered": "ipg_generated_filtered",
+        "adversarial pairs": "ipg_adversarial",
+    }
+    found = {title: ("generated_digits", row) for title, row in rows.items()}
+    return with_lowest(["pairs, `ipg`", "digits", "lowest"], found, "ipg")
+
+
+def planted_marks() -> str:
+    """What a scan finds of planted marks, and what pairs against the finding repair; the first seed of each."""
+    made: dict[str, dict[float, dict]] = {}
+    for record in read_records(RECIPES / "records" / "planted.jsonl"):
+        made.setdefault(record["kind"], {}).setdefault(record["rate"], record)
+    lines = []
+    for kind, by_rate in made.items():
+        line = [kind.split("/")[0].replace("_", " ")]
+        for rate in (1.0, 0.95):
+            record = by_rate.get(rate)
+            line += [_worst(record), str(planted.rank(record) or "not found") if record else NOT_RUN]
+        line.append(_worst((by_rate.get(1.0) or {}).get("repair")))
+        control = by_rate.get(0.5)
+        line.append((", ".join(planted.strong_parts(control)) or "nothing") if control else NOT_RUN)
+        lines.append(line)
+    heads = ["mark", "100 %: worst group", "place", "95 %: worst group", "place", "100 %, repaired", "50 %: found"]
+    return table(heads, lines)
+
+
+def _worst(measured: Mapping | None) -> str:
+    return f"{measured['worst_group_accuracy']:.2f}" if measured else NOT_RUN
 
 
 def checkpoints() -> str:
@@ -545,7 +575,7 @@ def ablations() -> str:
 
 TABLES: list[Callable[[], str]] = [
     *(headline, recipes, extended_pairs),
-    *(methods, draws, untuned, elsewhere, sensitivity, scaling, few_pairs, speed, faults),
+    *(methods, draws, untuned, elsewhere, scaling, few_pairs, speed, faults),
     *(
         batch_norm,
         from_scratch,
@@ -555,7 +585,9 @@ TABLES: list[Callable[[], str]] = [
         exchanged,
         attributes,
         regression,
-        readability,
+        faces,
+        generated,
+        planted_marks,
         ablations,
     ),
 ]
