@@ -225,6 +225,7 @@ def strong_parts(record: dict) -> list[str]:
 def page() -> str:
     """The table of all records, and what it comes to."""
     records = read_records(seeds.RECORDS / "planted.jsonl")
+    records = sorted(records, key=lambda r: ([*PARTS].index(r["kind"]), -r["rate"], r["seed"]))
     note = (
         "A mark goes with the label in a share of the training images, `rate`; at 0.5 it does not. *Worst group* is "
         "that of label and mark on other images, the mark at random: a model that follows the mark has few of them "
