@@ -207,8 +207,12 @@ def _add_scan(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--num_images", type=int, default=300, help="number of images to scan, at least 20 [300]")
     command.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
     command.add_argument("--report", metavar="DIR", help="write a page with pictures and the numbers to this folder")
-    command.add_argument("--before", metavar="DIR", help="the report of an earlier scan, to show its effects beside")
-    command.add_argument("--write_recipe", metavar="FILE", help="write a recipe that trains against the first finding")
+    command.add_argument(
+        "--before", metavar="DIR", help="folder of an earlier scan's report: its effects are shown too"
+    )
+    command.add_argument(
+        "--write_recipe", metavar="FILE", help="write a recipe that trains against the first strong finding"
+    )
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -341,7 +345,9 @@ def scan_model(options: argparse.Namespace) -> None:
         result = replace(with_rows(result, rows), segmenter=options.segmenter)
     for name in ("seed", "mask", "segmenter"):
         if before and getattr(before, name) != getattr(result, name):
-            logger.warning(f"The earlier scan had {name}={getattr(before, name)}, this one {getattr(result, name)}.")
+            logger.warning(
+                f"The earlier scan had {name}={getattr(before, name)}, this one {getattr(result, name)}: give the same."
+            )
     print(f"\n{scan_table(result, before)}\n")
     if options.report:
         title = f"Scan of {options.model} on {options.data}"

@@ -63,7 +63,7 @@ CODES = {
     "few-pairs": ("warning", "Make more pairs: a model becomes invariant to what they show."),
     "one-label": (
         "warning",
-        "Draw as many pairs of each label, or set pair_loss_weight=0: the loss of these pairs favours one label.",
+        "Make equally many pairs of each label, or set pair_loss_weight=0: their loss favours one label.",
     ),
     "held-out-worse": ("warning", "The pairs do not generalise: make more of them, and more different ones."),
     "sizes-differ": ("info", "Fine where the image processor resizes to one size; else resize the images."),

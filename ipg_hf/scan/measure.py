@@ -59,8 +59,8 @@ class Finding:
 
     Args:
         part: what was exchanged, a value of `part` in [`~ipg_hf.pairs.exchange_pairs`], or `"center"`.
-        effect: how much more often the answer becomes that of the donor if the donor has another answer than if it has
-            the same one, in [-1, 1]. Shares of images, as all numbers here.
+        effect: share of the images that take the answer of a donor with another answer when they get its part, minus
+            the share that take this answer when they get the part of a donor with the same answer; in [-1, 1].
         low: lower end of the 95 % interval of `effect`.
         high: upper end.
         changed: share of the answers that change with a part of an image of another answer, in [0, 1].
@@ -87,12 +87,12 @@ class Scan:
     Args:
         findings: one for each part. The part of the largest effect comes first, or the smallest corner, strip or border
             that has three quarters of this effect: it says more exactly what the model follows. The rest follow in the
-            same way. `"center"` is the last: what the object's own place does is no shortcut.
+            same way. `"center"` is the last: an effect of the middle is most often that of the object.
         examples: part -> images whose answers became those of the donors, at most 4.
-        num_images: number of scanned images.
-        accuracy: share of right answers among the images with a label; `None` if there are none, or if the model lacks
-            a name of the labels.
-        answers: answer -> number of images that got it.
+        num_images: number of scanned images: those that were drawn, without those whose answer no other image has.
+        accuracy: share of right answers among the drawn images with a label; `None` if there are none, if the label is
+            neither a ClassLabel nor a text, or if the model lacks a name of the labels.
+        answers: answer -> number of drawn images that got it.
         seed: seed of the draws.
         mask: column of the masks, if there were any.
         segmenter: folder or Hub id of the model that made the masks; [`scan`] leaves it `None`. Recipes name it.
@@ -126,7 +126,7 @@ def scan(
     the same kind and size. [`~ipg_hf.pairs.exchange_pairs`] exchanges the same parts, to make pairs against a finding.
 
     A part that shows something of the object moves answers rightly. The scan cannot know what is an object: look at the
-    pictures. A shortcut that is in no part, or that two parts carry each alone, is not found.
+    pictures. A shortcut that is in no part may not be found, nor one of two that each suffice alone.
 
     The answers of a model of transformers or timm are kept in the cache folder of `datasets`, exchange by exchange: an
     interrupted scan goes on.

@@ -19,7 +19,7 @@ PAGE, NUMBERS = "scan.html", "scan.json"
 
 
 def first_suspect(result: Scan) -> str | None:
-    """The part against which pairs should be made: of the strong findings the first, but not the center."""
+    """The part against which pairs should be made: the first strong finding but for the center; `None`: there is none."""
     return next((found.part for found in result.findings if _is_suspect(found)), None)
 
 
@@ -56,18 +56,18 @@ def pairs_setting(part: str, result: Scan) -> dict[str, str]:
 
 
 def recipe_against(result: Scan, model: str, data: str, *, freeze_norm: bool = False) -> str:
-    """Returns a recipe that trains a scanned model on, with pairs against the first suspect, in YAML.
+    """Returns a recipe that trains a scanned model on, with pairs against the first strong finding, in YAML.
 
     The card of the trained model will say what was found.
 
     Args:
-        result: the scan, with a suspect ([`first_suspect`]).
+        result: the scan.
         model: folder or Hub id of the model.
         data: folder or Hub id of the set. It has labels and a training split.
         freeze_norm: whether to keep batch-norm layers as they are; for models that have some.
 
     Raises:
-        ValueError: the scan has no suspect.
+        ValueError: the scan has no strong finding but for the center.
     """
     found = next((found for found in result.findings if _is_suspect(found)), None)
     if found is None:
@@ -172,10 +172,11 @@ def what(part: str) -> str:
 
 def sentence(finding: Finding) -> str:
     """What a finding says, in two sentences."""
-    verb = {"strong": "The answer follows", "weak": "The answer follows a little"}
-    follows = verb.get(finding.strength, "Nothing shows that the answer follows")
+    verb = {"strong": "The answer follows", "weak": "The answer weakly follows"}
+    turned = "The control moves the answer more often than the exchange of"
+    follows = verb.get(finding.strength, turned if finding.high < 0 else "No significant effect of")
     return (
-        f"{follows} {what(finding.part)}. With that of an image of another answer it changes in "
-        f"{100 * finding.changed:.0f} % of the images, with that of an image of the same answer in "
-        f"{100 * finding.control:.0f} %."
+        f"{follows} {what(finding.part)}. The answer changes in {100 * finding.changed:.0f} % of the images if the part "
+        f"is from an image of another answer, and in {100 * finding.control:.0f} % if it is from an image of the same "
+        "answer."
     )

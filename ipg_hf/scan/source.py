@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the images that a scan needs: no label, no attribute, no certain split."""
+"""Reads the images that a scan needs. They need no label, no attribute and no particular split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def load_images(place: str | os.PathLike, split: str | None = None) -> datasets.
         A set with the column `image`, and the set's other columns.
 
     Raises:
-        ValueError: the set cannot be loaded, has not this split, or has no or several columns of images.
+        ValueError: the set cannot be loaded or lacks the split; it has no column of images, or several and none named
+            `image`.
     """
     loaded = _load(str(place), split)
     if split is None:

@@ -474,7 +474,7 @@ def planted_marks() -> str:
         control = by_rate.get(0.5)
         line.append((", ".join(planted.strong_parts(control)) or "nothing") if control else NOT_RUN)
         lines.append(line)
-    heads = ["mark", "100 %: worst group", "place", "95 %: worst group", "place", "100 %, repaired", "50 %: found"]
+    heads = ["shortcut", "100 %: worst group", "rank", "95 %: worst group", "rank", "100 %, after pairs", "50 %: found"]
     return table(heads, lines)
 
 

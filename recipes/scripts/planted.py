@@ -227,14 +227,16 @@ def page() -> str:
     records = read_records(seeds.RECORDS / "planted.jsonl")
     records = sorted(records, key=lambda r: ([*PARTS].index(r["kind"]), -r["rate"], r["seed"]))
     note = (
-        "A mark goes with the label in a share of the training images, `rate`; at 0.5 it does not. *Worst group* is "
-        "that of label and mark on other images, the mark at random: a model that follows the mark has few of them "
-        "right. *Place* is that of the planted mark among the strong findings beside the center. *Repaired*: the worst "
-        "group after the model was trained on with pairs against the first finding, and the effect of that part before "
-        "and after. Seed 0 served to choose how the scan exchanges fine detail, and is not in the table. Seed 1 served "
-        "to choose the order of the findings, and has an earlier order: its places are not counted below."
+        "A mark goes with the label in a share of the images, `rate`; at 0.5 it tells nothing. Training images and "
+        "scanned images have the same rate. The last rows are recipes whose own data have a shortcut. *Worst group*: "
+        "that of label and mark, on images that have the mark at random; of a recipe, on its test set. *Rank*: that of "
+        "the mark among the strong findings beside the center. *After pairs*: the worst group when the model was "
+        "trained on with pairs against the first finding. *Effect*: that of this part before and after; below 0, the "
+        "control moves the answer more often. Seed 0 served to choose how fine detail is exchanged, and is not in the "
+        "table. Seed 1 served to choose the order of the findings: it has an earlier order, and its ranks are not "
+        "counted; its controls are."
     )
-    lines = ["| mark | rate | seed | worst group | strong findings | place | repaired | effect |", "|---" * 8 + "|"]
+    lines = ["| mark | rate | seed | worst group | strong findings | rank | after pairs | effect |", "|---" * 8 + "|"]
     for record in records:
         place = rank(record) if record["rate"] != 0.5 else None
         strong = ", ".join(strong_parts(record)) or "none"
@@ -246,8 +248,9 @@ def page() -> str:
     first, three = (sum((rank(r) or 99) <= most for r in planted_ones) for most in (1, 3))
     quiet = sum(not strong_parts(record) for record in controls)
     sums = (
-        f"Of {len(planted_ones)} planted marks, {first} are the first finding, and {three} are among the first three. "
-        f"Of {len(controls)} models without one, {quiet} have no strong finding beside the center."
+        f"Of {len(planted_ones)} models with a shortcut, from seed {HELD_OUT} on, {first} have it as the first finding, "
+        f"and {three} among the first three. Of {len(controls)} models whose mark tells nothing, {quiet} have no strong "
+        "finding beside the center."
     )
     return "\n\n".join(["# Planted shortcuts", note, "\n".join(lines), sums]) + "\n"
 
