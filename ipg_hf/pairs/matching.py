@@ -58,8 +58,8 @@ def match_pairs(
     """Pairs images that have the same label and different values of the attribute. Each image is used at most once.
 
     The sides of a matched pair differ in more than the attribute, so matched pairs teach less than exact pairs. A group
-    with few images gives few pairs. A label that has one value of the attribute only gives none. If one label gives most
-    of the pairs, set `max_per_group`: otherwise the loss of labelled pairs favours that label.
+    with few images gives few pairs. A label that has one value of the attribute only gives none. If one label gives
+    most of the pairs, set `max_per_group`: otherwise the loss of labelled pairs favours that label.
 
     Args:
         source: a set with the columns `image`, `label` and the attribute.

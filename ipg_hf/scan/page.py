@@ -19,7 +19,7 @@ PAGE, NUMBERS = "scan.html", "scan.json"
 
 
 def first_suspect(result: Scan) -> str | None:
-    """The part against which pairs should be made: the first strong finding but for the center; `None`: there is none."""
+    """The part against which pairs should be made: the first strong finding but for the center, if there is one."""
     return next((found.part for found in result.findings if _is_suspect(found)), None)
 
 
@@ -176,7 +176,7 @@ def sentence(finding: Finding) -> str:
     turned = "The control moves the answer more often than the exchange of"
     follows = verb.get(finding.strength, turned if finding.high < 0 else "No significant effect of")
     return (
-        f"{follows} {what(finding.part)}. The answer changes in {100 * finding.changed:.0f} % of the images if the part "
-        f"is from an image of another answer, and in {100 * finding.control:.0f} % if it is from an image of the same "
-        "answer."
+        f"{follows} {what(finding.part)}. The answer changes in {100 * finding.changed:.0f} % of the images if the "
+        f"part is from an image of another answer, and in {100 * finding.control:.0f} % if it is from an image of the "
+        "same answer."
     )

@@ -248,9 +248,9 @@ def page() -> str:
     first, three = (sum((rank(r) or 99) <= most for r in planted_ones) for most in (1, 3))
     quiet = sum(not strong_parts(record) for record in controls)
     sums = (
-        f"Of {len(planted_ones)} models with a shortcut, from seed {HELD_OUT} on, {first} have it as the first finding, "
-        f"and {three} among the first three. Of {len(controls)} models whose mark tells nothing, {quiet} have no strong "
-        "finding beside the center."
+        f"Of {len(planted_ones)} models with a shortcut, from seed {HELD_OUT} on, {first} have it as the first "
+        f"finding, and {three} among the first three. Of {len(controls)} models whose mark tells nothing, {quiet} have "
+        "no strong finding beside the center."
     )
     return "\n\n".join(["# Planted shortcuts", note, "\n".join(lines), sums]) + "\n"
 
