@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -26,6 +27,7 @@ from .audit.measure import audit, named_models
 from .audit.page import audit_table, check_folder, write_report
 from .bench.run import bench
 from .config import IPGConfig
+from .data import load_files
 from .html import write_files
 from .hub.card import model_card
 from .models import load_trained_classifier, on_accelerator
@@ -45,7 +47,7 @@ from .scan import (
     Scan,
     first_suspect,
     load_images,
-    read_findings,
+    read_scan,
     recipe_against,
     scan,
     scan_table,
@@ -53,6 +55,8 @@ from .scan import (
 )
 from .scan import check_folder as check_folder_of_scan
 from .survey import survey
+
+logger = logging.getLogger(__name__)
 
 # errors of a user's files, settings and installation, which one line says; any other error is a fault of ours
 FAILURES = (
@@ -300,7 +304,7 @@ def scan_model(options: argparse.Namespace) -> None:
     """Scans a model, prints the findings, and writes what was asked for."""
     if options.report:
         check_folder_of_scan(options.report)
-    before = read_findings(options.before) if options.before else None
+    before = read_scan(options.before) if options.before else None
     recipe = Path(options.write_recipe) if options.write_recipe else None
     if recipe:
         check_place(recipe)
@@ -310,6 +314,8 @@ def scan_model(options: argparse.Namespace) -> None:
             raise ValueError(
                 f"--write_recipe: a recipe cannot name the set {options.data!r}. Give a folder, or OWNER/SET."
             )
+    if recipe and os.path.isdir(options.data):
+        load_files(data_dir=options.data)  # raises what the training would
     images = load_images(options.data, options.split)
     if recipe and "label" not in images.column_names:
         raise ValueError(
@@ -320,7 +326,7 @@ def scan_model(options: argparse.Namespace) -> None:
     model = on_accelerator(load_trained_classifier(options.model))
     if model.device.type == "cpu":
         keep_memory()
-        model = model.to(memory_format=torch.channels_last)  # convolutions take three quarters of the time so
+        model = model.to(memory_format=torch.channels_last)  # convolutions are faster so on a processor
     processor = AutoImageProcessor.from_pretrained(options.model)
     mask, rows = options.mask, None
     if options.segmenter:
@@ -333,6 +339,9 @@ def scan_model(options: argparse.Namespace) -> None:
     result = scan(model, images, processor, mask=mask, num_images=options.num_images, seed=options.seed)
     if rows:
         result = replace(with_rows(result, rows), segmenter=options.segmenter)
+    for name in ("seed", "mask", "segmenter"):
+        if before and getattr(before, name) != getattr(result, name):
+            logger.warning(f"The earlier scan had {name}={getattr(before, name)}, this one {getattr(result, name)}.")
     print(f"\n{scan_table(result, before)}\n")
     if options.report:
         title = f"Scan of {options.model} on {options.data}"

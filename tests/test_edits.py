@@ -523,6 +523,11 @@ def test_features_for_matching_are_computed_once(tmp_path, monkeypatch):
         count = len(computed)
         made, _ = made_in(tmp_path / "cache", monkeypatch, match)
         assert len(computed) == count + 1 and equal(match(), made) and len(computed) == count + 1
+    new_head = small.vit()
+    torch.nn.init.normal_(new_head.classifier.weight)
+    count = len(computed)
+    made, _ = made_in(tmp_path / "cache", monkeypatch, partial(match_pairs, source, model=model, processor=processor))
+    assert equal(match_pairs(source, model=new_head, processor=processor), made) and len(computed) == count
     for settings in (
         {"model": own, "processor": processor},
         {"model": model, "processor": OwnProcessor.from_dict(processor.to_dict())},

@@ -137,7 +137,7 @@ def test_a_part_of_the_image_itself_changes_little(name):
     made = PARTS[name](image, image)
     assert made.size == image.size and made.mode == "RGB"
     change = np.abs(pixels(made) - pixels(image)).mean()
-    assert change < (10 if name == "texture" else 2)  # patches change places
+    assert change < (10 if name == "texture" else 2)  # the detail of its corners comes
 
 
 # ---- The pairs

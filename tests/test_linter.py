@@ -275,6 +275,11 @@ def plant_one_label(columns):
     return {"one-label": []}
 
 
+def plant_mostly_one_label(columns):
+    columns["label"] = [0] * (N // 10) + [1] * (N - N // 10)
+    return {"one-label": []}
+
+
 def plant_few(columns):
     columns.update({name: values[:6] for name, values in columns.items()})
     return {"few-pairs": []}

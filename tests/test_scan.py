@@ -22,10 +22,9 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ipg_hf.cli import main
-from ipg_hf.data import load_files
 from ipg_hf.recipe import parse_recipe
-from ipg_hf.scan import first_suspect, load_images, read_findings, scan, scan_table, write_scan
-from ipg_hf.scan.measure import _donors, _finding
+from ipg_hf.scan import first_suspect, load_images, read_scan, scan, scan_table, write_scan
+from ipg_hf.scan.measure import Finding, _donors, _finding, _ranked
 from ipg_hf.scan.page import _line
 
 SIZE = 40
@@ -133,6 +132,20 @@ def test_effect_control_and_interval_by_hand():
     # what the edit does whatever its content is no effect
     same = _finding("top", before, after, after, donors, CLASSES)
     assert same.effect == 0 and same.strength == "none" and same.low < 0 < same.high
+
+
+def test_the_smallest_part_with_most_of_an_effect_comes_first():
+    def order(**effects):
+        return [found.part for found in _ranked([replace(FOUND, part=part, effect=e) for part, e in effects.items()])]
+
+    assert order(surroundings=0.9, border=0.7, top=0.6) == ["border", "surroundings", "top"]  # .7 > .675 > .6
+    assert order(surroundings=0.9, border=0.67, top=0.66) == ["surroundings", "top", "border"]
+    assert order(surroundings=0.8, background=0.83) == ["background", "surroundings"]  # of one size
+    assert order(color=0.5, surroundings=0.2, center=0.9) == ["color", "surroundings", "center"]
+    assert order(color=-0.1, top=-0.3) == ["color", "top"] and order() == []
+
+
+FOUND = Finding("top", 0, 0, 0, 0, 0, {}, "none")
 
 
 def test_donors_have_another_answer_or_the_same():
@@ -317,10 +330,12 @@ def test_the_page_and_the_numbers_say_what_was_found(tmp_path):
 
 def test_an_earlier_scan_stands_beside_a_later_one(tmp_path):
     images = cells()
-    write_scan(scan(middling(LOOKS["bottom"], images), images, PROCESSOR), tmp_path / "first")
-    before = read_findings(tmp_path / "first")
+    first = scan(middling(LOOKS["bottom"], images), images, PROCESSOR)
+    write_scan(first, tmp_path / "first")
+    before = read_scan(tmp_path / "first")
     after = scan(middling(LOOKS["right"], images), images, PROCESSOR)
-    was, now = (f"{found.effect:+.2f}" for found in (before["bottom"], _of(after, "bottom")))
+    assert before == replace(first, examples={})
+    was, now = (f"{_of(result, 'bottom').effect:+.2f}" for result in (before, after))
     assert was != now
     lines = {line.split()[0]: line.split() for line in scan_table(after, before).splitlines()}
     assert lines["part"][2:4] == ["before", "effect"] and lines["bottom"][2:4] == [was, now]
@@ -328,15 +343,14 @@ def test_an_earlier_scan_stands_beside_a_later_one(tmp_path):
     text = write_scan(after, tmp_path / "second", before=before)[0].read_text()
     assert f"<td>bottom</td><td>{was}</td><td>{now}</td>".replace("-", "−") in text
     # a part that the earlier scan had not
-    del before["bottom"]
-    assert scan_table(after, before).splitlines()[1:] != []
+    before.findings.remove(_of(before, "bottom"))
     assert next(line for line in scan_table(after, before).splitlines() if line.startswith("bottom ")).split()[2] == "-"
     with pytest.raises(ValueError, match="holds no scan"):
-        read_findings(tmp_path)
+        read_scan(tmp_path)
     for content in ('{"findings": [{"part": "top"}]}', "{}", "[]"):
         (tmp_path / "scan.json").write_text(content)
         with pytest.raises(ValueError, match="is no scan"):
-            read_findings(tmp_path)
+            read_scan(tmp_path)
 
 
 def _of(result, part):
@@ -417,7 +431,7 @@ def test_a_recipe_needs_labels_and_a_name_that_it_can_give(tmp_path, capsys):
     for number in range(3):
         Image.new("RGB", (9, 9)).save(tmp_path / "photos" / f"{number}.png")
     command = ["scan", "nowhere", "--write_recipe", str(tmp_path / "new.yaml"), "--data"]
-    for data, message in ((str(tmp_path / "photos"), "has no labels"), ("digits", "cannot name the set 'digits'")):
+    for data, message in ((str(tmp_path / "photos"), "put them there"), ("digits", "cannot name the set 'digits'")):
         assert main([*command, data]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "new.yaml").exists()
@@ -438,7 +452,8 @@ def test_images_are_loaded_without_labels(tmp_path):
     assert load_images(tmp_path / "other").column_names == ["image"]
 
 
-def test_a_folder_is_read_as_a_training_reads_it(tmp_path, caplog):
+def test_a_folder_is_read_as_a_training_reads_it(tmp_path, tmp_path_factory, caplog, shortcut):
+    folder = tmp_path_factory.mktemp("tables")
     number = 0
     for label in ("cat", "dog"):
         for attribute in ("indoor", "outdoor"):
@@ -446,11 +461,26 @@ def test_a_folder_is_read_as_a_training_reads_it(tmp_path, caplog):
             for _ in range(20):
                 number += 1
                 Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / label / attribute / f"{number}.png")
-    images = load_images(tmp_path)  # the test images of a training: 15 % of each kind
-    assert images.features["label"].names == ["cat", "dog"] and len(images) == 12
-    data = load_files(data_dir=str(tmp_path))
-    assert [row["image"].getpixel((0, 0)) for row in images] == [row["image"].getpixel((0, 0)) for row in data.test]
+    images = load_images(tmp_path)  # all: a folder without splits is one set
+    assert images.features["label"].dtype == "string" and {*images["label"]} == {"cat", "dog"} and len(images) == 80
+    for split in ("train", "holdout"):  # a split that a training does not know
+        images.select(range(len(split))).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    assert len(load_images(folder, "holdout")) == 7 and len(load_images(folder)) == 5
+    (tmp_path / "val").mkdir()
+    for label in ("cat", "dog"):
+        (tmp_path / label).rename(tmp_path / "val" / label)
     assert "could not read" not in caplog.text
-    Image.new("RGB", (9, 9)).save(tmp_path / "cat" / "one.png")  # no training could tell what this folder means
-    assert len(load_images(tmp_path)) == 81
-    assert "put all of them in one or the other" in caplog.text
+    assert len(load_images(tmp_path, "val")) == 80  # no training split: no training, but a scan
+    assert "could not read" in caplog.text
+    with pytest.raises(ValueError, match=r"no split 'tests'.* Did you mean 'test'"):
+        load_images(shortcut / "photos", "tests")
+
+
+def test_a_recipe_is_not_written_for_what_no_training_reads(tmp_path, capsys):
+    for number in range(30):
+        place = tmp_path / "photos" / "test" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(place / f"{number}.png")
+    command = ["scan", "nowhere", "--data", str(tmp_path / "photos"), "--write_recipe", str(tmp_path / "new.yaml")]
+    assert main(command) == 2
+    assert "has no training split" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def load_files(
             "--data_dir FOLDER."
         )
     folder = Path(data_dir)
-    sets = _read_folder(folder, image, pairs)
+    sets = read_folder(folder, image, pairs)
     data = _benchmark(sets, str(folder), image, label, attribute, instance, keep)
     found = folder / pairs if pairs else None
     if found is None or not found.is_dir():
@@ -216,8 +216,13 @@ def held_out_pairs(dataset: datasets.Dataset, instance: str) -> datasets.Dataset
 # ---- Files ----
 
 
-def _read_folder(folder: Path, image: str, pairs: str | None) -> dict[str, datasets.Dataset]:
-    """The splits that a folder has."""
+def read_folder(folder: Path, image: str = "image", pairs: str | None = "pairs") -> dict[str, datasets.Dataset]:
+    """The splits that a folder has, as [`load_files`] finds them; none is drawn, and no label is checked.
+
+    Raises:
+        FileNotFoundError: there is no training split, or an image is missing.
+        ValueError: the files can be read in no way, or in several ways.
+    """
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         loaded = datasets.load_from_disk(str(folder))
         if isinstance(loaded, datasets.Dataset):

@@ -35,6 +35,7 @@ TINY = 0.001  # share of changed pixels
 NEAR = 0.1  # RMS difference over contrast; measured: photographs saved again 0.02 to 0.07, different ones from 0.24
 CLEAR = 5.0  # robust standard deviations between most rows and a row that differs
 Z_LIMIT = 3.0  # standard errors between two sets that differ
+MOST = 0.9  # share of the pairs of one label
 SHARE_GAP = 0.2  # total variation of label shares
 
 # code -> severity, fix; in the report's order
@@ -62,7 +63,7 @@ CODES = {
     "few-pairs": ("warning", "Make more pairs: a model becomes invariant to what they show."),
     "one-label": (
         "warning",
-        "Make pairs of the other labels too, or set pair_loss_weight=0: the loss of these pairs favours one label.",
+        "Draw as many pairs of each label, or set pair_loss_weight=0: the loss of these pairs favours one label.",
     ),
     "held-out-worse": ("warning", "The pairs do not generalise: make more of them, and more different ones."),
     "sizes-differ": ("info", "Fine where the image processor resizes to one size; else resize the images."),
@@ -262,8 +263,9 @@ def _check_columns(raw: datasets.Dataset, others: Mapping[str, datasets.Dataset]
         differs = known & (a != b)
         if kind == "label":
             found += _found("label-differs", "have label_a other than label_b", rows, differs)
-            only = f"all {len(raw)} pairs have the label {min(a[known], default=None)}"
-            found += _found("one-label", only) if len({*a[known]}) == 1 < len(raw) else []
+            label, count = Counter(a[known].tolist()).most_common(1)[0] if known.any() else (None, 0)
+            most = f"{'all' if count == len(raw) else f'{count} of'} {len(raw)} pairs have the label {label}"
+            found += _found("one-label", most) if count >= max(MOST * known.sum(), 2) else []
         elif len(values) == 2:
             found += _found("attribute-same", "have one attribute value on both sides", rows, known & ~differs)
             usual = [Counter(side[differs].tolist() or [""]).most_common(1)[0][0] for side in (a, b)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import datasets
@@ -57,7 +58,8 @@ def match_pairs(
     """Pairs images that have the same label and different values of the attribute. Each image is used at most once.
 
     The sides of a matched pair differ in more than the attribute, so matched pairs teach less than exact pairs. A group
-    with few images gives few pairs. A label that has one value of the attribute only gives none.
+    with few images gives few pairs. A label that has one value of the attribute only gives none. Where one label gives
+    most of the pairs, give `max_per_group`, or the loss of labelled pairs favours that label.
 
     Args:
         source: a set with the columns `image`, `label` and the attribute.
@@ -126,7 +128,8 @@ def match_pairs(
     if match_on == "features":
         if max_per_group is not None:
             rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
-        facts = model_facts(model, processor, head, batch_size)
+        paths = find_head(model, head).paths  # the features do not depend on the head, which may be new and random
+        facts = model_facts(model, processor, paths, batch_size, without=paths)
         features = array_cached(
             lambda: extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size),
             facts and [*facts, stored_images(plain.select(rows).select_columns(["image"]), ["image"])],
@@ -157,13 +160,14 @@ def match_pairs(
     return pairs.add_column("distance", distances[kept]) if features is not None else pairs
 
 
-def model_facts(model: nn.Module, processor: Any, *settings: Any) -> list[Any] | None:
+def model_facts(model: nn.Module, processor: Any, *settings: Any, without: Sequence[str] = ()) -> list[Any] | None:
     """What a model's answers depend on beside the images, for their name on disk (`facts` of [`map_cached`]).
 
     Args:
         model: the model.
         processor: its image processor.
         *settings: whatever else the answers depend on, as plain values.
+        without: paths of modules whose weights the answers do not depend on.
 
     Returns:
         `None` if the answers depend on code that no hash can tell.
@@ -173,6 +177,8 @@ def model_facts(model: nn.Module, processor: Any, *settings: Any) -> list[Any] |
         return None
     weights = hashlib.sha256()
     for name, values in model.state_dict().items():
+        if name.rpartition(".")[0] in without:
+            continue
         weights.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         weights.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     known = [model.config.to_dict(), processor.to_dict(), next(model.parameters()).device.type, *settings]

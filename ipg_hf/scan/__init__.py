@@ -2,7 +2,7 @@
 """Finds which parts of the images a model follows, without an attribute, masks or labels."""
 
 from .measure import LEAST_IMAGES, Example, Finding, Scan, scan
-from .page import check_folder, first_suspect, read_findings, recipe_against, scan_table, write_scan
+from .page import check_folder, first_suspect, read_scan, recipe_against, scan_table, write_scan
 from .source import load_images
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "check_folder",
     "first_suspect",
     "load_images",
-    "read_findings",
+    "read_scan",
     "recipe_against",
     "scan",
     "scan_table",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,24 +27,22 @@ def _is_suspect(found: Finding) -> bool:
     return found.strength == "strong" and found.part != CENTER
 
 
-def scan_table(result: Scan, before: Mapping[str, Finding] | None = None) -> str:
+def scan_table(result: Scan, before: Scan | None = None) -> str:
     """The findings as text, a line each.
 
     Args:
         result: the scan.
-        before: the findings of an earlier scan, of [`read_findings`]. Their effects get a column.
+        before: an earlier scan, of [`read_scan`]. Its effects get a column.
     """
-    was = {part: f"{found.effect:>+8.2f}" for part, found in (before or {}).items()}
-    lines = [
-        f"{'part':<14}{'strength':<10}{'before':>8}"[: None if before else -8]
-        + f"{'effect':>8}  {'95 % interval':<18}{'changed':>8}{'control':>9}"
-    ]
+    was = {found.part: f"{found.effect:+.2f}" for found in before.findings} if before else {}
+    heads = [f"{'part':<14}{'strength':<10}", *([f"{'before':>8}"] if before else [])]
+    lines = ["".join([*heads, f"{'effect':>8}  {'95 % interval':<18}{'changed':>8}{'control':>9}"])]
     for found in result.findings:
+        cells = [f"{found.part:<14}{found.strength:<10}"]
+        cells += [f"{was.get(found.part, '-'):>8}"] if before else []
         interval = f"[{found.low:+.2f}, {found.high:+.2f}]"
-        lines.append(
-            f"{found.part:<14}{found.strength:<10}{was.get(found.part, '-' if before else ''):>{8 if before else 0}}"
-            f"{found.effect:>+8.2f}  {interval:<18}{found.changed:>8.2f}{found.control:>9.2f}"
-        )
+        cells += [f"{found.effect:>+8.2f}  {interval:<18}{found.changed:>8.2f}{found.control:>9.2f}"]
+        lines.append("".join(cells))
     return "\n".join(lines)
 
 
@@ -68,24 +65,27 @@ def recipe_against(result: Scan, model: str, data: str, *, freeze_norm: bool = F
         model: folder or Hub id of the model.
         data: folder or Hub id of the set. It has labels and a training split.
         freeze_norm: whether to keep batch-norm layers as they are; for models that have some.
+
+    Raises:
+        ValueError: the scan has no suspect.
     """
-    found = next(found for found in result.findings if _is_suspect(found))
+    found = next((found for found in result.findings if _is_suspect(found)), None)
+    if found is None:
+        raise ValueError("the scan has no strong finding beside the center: there is nothing to train against.")
     settings = {"dataset": "files", "data_dir": data} if os.path.isdir(data) else {"dataset": data}
     settings |= {"pairs": pairs_setting(found.part, result), "model_name_or_path": model}
     settings |= {"freeze_norm": True} if freeze_norm else {}
     settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "pair_accuracy", "output_dir": "outputs/repaired"}
-    shortcut = f"A scan of {model} before this training (`ipg scan`, {result.num_images} images): {sentence(found)}"
+    name = Path(model).name if os.path.isabs(model) else model  # a card names no place of a machine
+    shortcut = f"A scan of {name} before this training (`ipg scan`, {result.num_images} images): {sentence(found)}"
     settings |= {"about": {"attribute": what(found.part), "shortcut": shortcut}}
     head = f"# Fine-tunes {model} so that it no longer follows {what(found.part)}. The rest are defaults.\n"
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
-def read_findings(folder: str | os.PathLike) -> dict[str, Finding]:
-    """Reads the findings of a scan that [`write_scan`] wrote into a folder.
-
-    Returns:
-        part -> finding.
+def read_scan(folder: str | os.PathLike) -> Scan:
+    """Reads a scan that [`write_scan`] wrote into a folder, without the pictures.
 
     Raises:
         ValueError: the folder holds no scan, or a damaged one.
@@ -94,8 +94,11 @@ def read_findings(folder: str | os.PathLike) -> dict[str, Finding]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no scan ({NUMBERS}): give the folder of a `--report`.")
     try:
-        return {values["part"]: Finding(**values) for values in read_json(path)["findings"]}
-    except (KeyError, TypeError) as failure:
+        values = {**read_json(path), "examples": {}}
+        findings = [Finding(**found) for found in values.pop("findings")]
+        del values["title"]
+        return Scan(findings, **values)
+    except (AttributeError, KeyError, TypeError) as failure:
         raise ValueError(f"{path} is no scan: make it again, by `ipg scan --report`.") from failure
 
 
@@ -110,7 +113,7 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def write_scan(
-    result: Scan, folder: str | os.PathLike, *, title: str = "Scan", before: Mapping[str, Finding] | None = None
+    result: Scan, folder: str | os.PathLike, *, title: str = "Scan", before: Scan | None = None
 ) -> list[Path]:
     """Writes a scan into a folder: `scan.html`, a page that needs no other file, and `scan.json`, its numbers.
 
@@ -118,7 +121,7 @@ def write_scan(
         result: the scan.
         folder: the folder. It is made.
         title: title of the page.
-        before: the findings of an earlier scan, of [`read_findings`], which the page shows beside these.
+        before: an earlier scan, of [`read_scan`]. The page shows its effects beside these.
 
     Returns:
         The files, the page first.
@@ -136,7 +139,7 @@ def write_scan(
         {"signed": lambda value: f"{value:+.2f}".replace("-", "−"), "percent": lambda value: f"{100 * value:.0f} %"},
         title=title,
         result=result,
-        before=before or {},
+        before={found.part: found.effect for found in before.findings} if before else {},
         sentences={found.part: sentence(found) for found in result.findings},
         lines={found.part: _line(found.part, result) for found in result.findings},
         strong=[found.part for found in result.findings if _is_suspect(found)],

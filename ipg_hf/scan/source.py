@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import datasets
 
-from ..data.files import load_files
+from ..data.files import SPLIT_NAMES, read_folder
 from ..names import nearest
 
 logger = logging.getLogger(__name__)
@@ -20,8 +22,8 @@ def load_images(place: str | os.PathLike, split: str | None = None) -> datasets.
     """Loads a set of images from a folder, or from the Hub.
 
     Args:
-        place: a folder that a training reads ([`~ipg_hf.data.load_files`]), with the splits that it would have there;
-            or else a folder or Hub id that `datasets.load_dataset` reads.
+        place: a folder as [`~ipg_hf.data.load_files`] reads it, but with the splits that it has: none is drawn. Or
+            another folder or Hub id that `datasets.load_dataset` reads.
         split: name of the split. By default test, or else validation, or else train.
 
     Returns:
@@ -30,11 +32,14 @@ def load_images(place: str | os.PathLike, split: str | None = None) -> datasets.
     Raises:
         ValueError: the set cannot be loaded, has not this split, or has no or several columns of images.
     """
-    loaded = _load(str(place))
-    name = split or next((name for name in PREFERRED if name in loaded), None)
+    loaded = _load(str(place), split)
+    if split is None:
+        name = next((name for name in PREFERRED if name in loaded), None)
+    else:
+        name = split if split in loaded else SPLIT_NAMES.get(split.lower())
     if name not in loaded:
-        hint = nearest(name, loaded) if name else f" Known: {', '.join(loaded)}."
-        raise ValueError(f"{place} has no split {name or ' or '.join(PREFERRED)!r}.{hint}")
+        hint = nearest(split, loaded) if split else f" Known: {', '.join(loaded)}."
+        raise ValueError(f"{place} has no split {split or ' or '.join(PREFERRED)!r}.{hint}")
     found = [column for column, kind in loaded[name].features.items() if isinstance(kind, datasets.Image)]
     if "image" not in found and len(found) != 1:
         raise ValueError(f"{place} has the columns of images {found}: one of them must be named 'image'.")
@@ -42,12 +47,11 @@ def load_images(place: str | os.PathLike, split: str | None = None) -> datasets.
     return images if "image" in found else images.rename_column(found[0], "image")
 
 
-def _load(place: str) -> dict[str, datasets.Dataset]:
+def _load(place: str, split: str | None) -> Mapping[str, datasets.Dataset]:
     """The splits of a folder, or of a set on the Hub."""
-    if os.path.isdir(place):
+    if os.path.isdir(place) and (split is None or split.lower() in SPLIT_NAMES):
         try:
-            data = load_files(data_dir=place)
-            return {name: getattr(data, name) for name in PREFERRED}
+            return read_folder(Path(place))
         except (FileNotFoundError, ValueError) as refusal:  # images without labels can be scanned too
             logger.warning(f"A training could not read {place}, so it is read as `datasets` reads it: {refusal}")
     try:

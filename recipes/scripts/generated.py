@@ -7,7 +7,8 @@ The data are the training images of RECIPE. The editor is a translation network 
 arXiv 1711.09020): it sees an image and the wanted value, and adds a difference to the image. FOLDER gets its weights
 (`editor.pt`), the edits, and two sets of pairs: `all.parquet` (`generate_pairs` without its filter of labels) and
 `kept.parquet` (an edit is kept if at least half of its 10 nearest images of validation have its label). A recipe reads
-them by `pairs: {maker: table, path: FOLDER/all.parquet}`. `pairs.html` shows some. What FOLDER has is not made again.
+them by `pairs: {maker: table, path: FOLDER/all.parquet}`. `pairs.html` shows some, `settings.json` has the settings.
+What FOLDER has is not made again; one editor serves all seeds of a suite.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers import set_seed
 
 from ipg_hf.pairs import generate_pairs, label_neighbors, preview_pairs
 from ipg_hf.recipe import parse_recipe
+from ipg_hf.record import read_json, write_json
 from ipg_hf.run import keep_memory
 
 WIDTH, BATCH, RATE = 32, 16, 2e-4
@@ -154,7 +156,11 @@ def main() -> None:
     recipe, _, _ = parse_recipe(options.recipe)
     data = recipe.load_data(options.seed, with_pairs=False)
     train = data.train
-    options.folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(options).items() if name != "folder"}
+    made = options.folder / "settings.json"
+    if made.exists() and read_json(made) != settings:
+        raise SystemExit(f"{options.folder} was made with {read_json(made)}: name another folder, or remove it.")
+    write_json(made, settings)
     set_seed(options.seed)
     weights, start = options.folder / "editor.pt", time.monotonic()
     if weights.exists():
@@ -168,17 +174,16 @@ def main() -> None:
     edit = edit_with(editor, train.features["attribute"].names, options.size)
     set_seed(options.seed)  # the network may have no trained weights
     neighbors = label_neighbors(recipe.build_model(train), recipe.build_processor(), data.validation)
+    how = {"attribute": "attribute", "num_pairs": min(options.num_pairs, len(train)), "batch_size": 64}
     for name, classify in (("all", None), ("kept", neighbors)):
         path = options.folder / f"{name}.parquet"
-        if not path.exists():
-            settings = {"attribute": "attribute", "num_pairs": min(options.num_pairs, len(train)), "batch_size": 64}
-            pairs = generate_pairs(
-                train, edit, options.folder / "edits", classify=classify, seed=options.seed, **settings
-            )
-            pairs.to_parquet(path)
-            print(f"{path}: {len(pairs)} pairs")
-        if name == "all" and not (options.folder / "pairs.html").exists():
-            preview_pairs(pairs, options.folder / "pairs.html", num_pairs=24)
+        if path.exists():
+            continue
+        pairs = generate_pairs(train, edit, options.folder / "edits", classify=classify, seed=options.seed, **how)
+        if name == "all":
+            preview_pairs(pairs, options.folder / "pairs.html", overwrite=True)
+        pairs.to_parquet(path)
+        print(f"{path}: {len(pairs)} pairs")
 
 
 if __name__ == "__main__":

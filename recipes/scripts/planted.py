@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a scan find a planted shortcut, and do pairs against what it found repair the model?
 
-Launch: python recipes/scripts/planted.py FOLDER MODEL [--kinds ruler ...] [--rates 1.0 0.95 0.5] [--seeds 1]
+Launch: python recipes/scripts/planted.py FOLDER MODEL [--kinds ruler ...] [--rates 1.0 0.95 0.5] [--seeds 2]
 
 FOLDER holds the scenes (recipes/scenes), whose validation and test splits have each bird on land and on water. A mark
 goes with one of the two labels at a rate: 1.0 in all images, 0.5 in no way (the control: nothing should be found). Two
@@ -10,7 +10,8 @@ against the first strong finding, and scanned again. The recipes in `OWN` have a
 trained without pairs, and scanned on their test images. A record is the run `<model>-<kind>-<rate>-seed<n>` in
 `recipes/records/planted.jsonl`. What has a record is not run again; `table.py` makes the table.
 
-Seed 0 served to choose how the scan exchanges fine detail, and is in no record.
+Seed 0 served to choose how the scan exchanges fine detail, and is in no record; seed 1 to choose the order of the
+findings.
 """
 
 import argparse
@@ -40,6 +41,7 @@ STEPS, BATCH, RATE = 60, 32, 1.5e-4
 SIDE, SCANNED = 128, 150  # pixels, and images of a scan
 PLACE = "background"  # this mark is the place behind the bird, which the set itself has
 NONE = "-"
+HELD_OUT = 2  # the first seed that served for no choice
 
 
 def ruler(image: Image.Image) -> Image.Image:
@@ -228,7 +230,8 @@ def page() -> str:
         "that of label and mark on other images, the mark at random: a model that follows the mark has few of them "
         "right. *Place* is that of the planted mark among the strong findings beside the center. *Repaired*: the worst "
         "group after the model was trained on with pairs against the first finding, and the effect of that part before "
-        "and after. Seed 0 served to choose how the scan exchanges fine detail, and is not in the table."
+        "and after. Seed 0 served to choose how the scan exchanges fine detail, and is not in the table. Seed 1 served "
+        "to choose the order of the findings, and has an earlier order: its places are not counted below."
     )
     lines = ["| mark | rate | seed | worst group | strong findings | place | repaired | effect |", "|---" * 8 + "|"]
     for record in records:
@@ -237,7 +240,7 @@ def page() -> str:
         cells = [record["kind"], f"{record['rate']:g}", record["seed"], f"{record['worst_group_accuracy']:.2f}", strong]
         cells += [place or NONE, *_repair_cells(record)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    planted_ones = [record for record in records if record["rate"] != 0.5]
+    planted_ones = [record for record in records if record["rate"] != 0.5 and record["seed"] >= HELD_OUT]
     controls = [record for record in records if record["rate"] == 0.5]
     first, three = (sum((rank(r) or 99) <= most for r in planted_ones) for most in (1, 3))
     quiet = sum(not strong_parts(record) for record in controls)
@@ -266,7 +269,7 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("--kinds", nargs="+", choices=[*MARKS, *OWN], default=[*MARKS, *OWN])
     parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 0.95, 0.5])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[HELD_OUT])
     options = parser.parse_args()
     keep_memory()
     for seed in options.seeds:
