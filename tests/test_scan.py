@@ -141,7 +141,7 @@ def test_the_smallest_part_with_most_of_an_effect_comes_first():
     assert order(surroundings=0.9, border=0.7, top=0.6) == ["border", "surroundings", "top"]  # .7 > .675 > .6
     assert order(surroundings=0.9, border=0.67, top=0.66) == ["surroundings", "top", "border"]
     assert order(surroundings=0.8, background=0.83) == ["background", "surroundings"]  # of one size
-    assert order(color=0.5, surroundings=0.2, center=0.9) == ["color", "surroundings", "center"]
+    assert order(surroundings=0.45, color=0.5, center=0.9) == ["color", "surroundings", "center"]
     assert order(color=-0.1, top=-0.3) == ["color", "top"] and order() == []
 
 

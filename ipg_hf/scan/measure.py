@@ -85,9 +85,9 @@ class Scan:
     """The result of a scan.
 
     Args:
-        findings: one for each part. The part of the largest effect comes first, or the smallest one that has three
-            quarters of this effect: it says more exactly what the model follows. The rest follow in the same way.
-            `"center"` is the last: what the object's own place does is no shortcut.
+        findings: one for each part. The part of the largest effect comes first, or the smallest corner, strip or border
+            that has three quarters of this effect: it says more exactly what the model follows. The rest follow in the
+            same way. `"center"` is the last: what the object's own place does is no shortcut.
         examples: part -> images whose answers became those of the donors, at most 4.
         num_images: number of scanned images.
         accuracy: share of right answers among the images with a label; `None` if there are none, or if the model lacks
@@ -329,20 +329,14 @@ def _finding(
 
 def _ranked(findings: Sequence[Finding]) -> list[Finding]:
     """The findings in the order of [`Scan`]."""
-    areas, rest, ranked = _areas(), [found for found in findings if found.part != CENTER], []
+    areas = {name: np.asarray(region(name, (100, 100))).mean() / 255 for name in BOXES}
+    rest, ranked = [found for found in findings if found.part != CENTER], []
     while rest:
         largest = max(found.effect for found in rest)
         near = [found for found in rest if found.effect >= min(MOST * largest, largest)]
-        ranked.append(min(near, key=lambda found: (areas[found.part], -found.effect)))
+        ranked.append(min(near, key=lambda found: (areas.get(found.part, 1), -found.effect)))
         rest.remove(ranked[-1])
     return ranked + [found for found in findings if found.part == CENTER]
-
-
-def _areas() -> dict[str, float]:
-    """The area of each part, as a share of the frame. A property of the whole image has the area 1."""
-    regions = {name: np.asarray(region(name, (100, 100))).mean() / 255 for name in PARTS if name in (*BOXES, CENTER)}
-    outside = 1 - regions[CENTER]  # a background is about as large
-    return {**dict.fromkeys(PARTS, 1.0), **regions, "surroundings": outside, BACKGROUND: outside}
 
 
 def _names(model: nn.Module) -> list[str]:

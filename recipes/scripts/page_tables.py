@@ -457,52 +457,8 @@ def exchanged() -> str:
     return with_lowest(["pairs", "scenes", "lowest"], found, "ipg_lite0")
 
 
-def faces() -> str:
-    """CelebA's first 10,000 images: the worst group, and each group over all seeds."""
-    rows = {
-        "plain training, classes by their sizes": "erm_unbalanced",
-        "plain training": "erm",
-        "`ipg`, matched pairs": "ipg_match_features",
-        "`ipg`, matched pairs, as many of each label": "ipg_match_features_balanced",
-        "`ipg`, pairs matched at random": "ipg_match_random",
-        "`ipg_unlabelled`, matched pairs": "ipg_unlabelled_match_features",
-        "`ipg_paper`, matched pairs": "ipg_paper_match_features",
-        "`ipg`, generated pairs": "ipg_generated",
-        "`ipg`, generated pairs, filtered": "ipg_generated_filtered",
-        "`reweight`": "reweight",
-        "`group_dro`": "group_dro",
-        "`dfr`": "dfr",
-        "`ipg` with GroupDRO": "ipg_match_features_group_dro",
-        "`ipg_unlabelled` with GroupDRO": "ipg_unlabelled_match_features_group_dro",
-        "`ipg_paper` with GroupDRO": "ipg_paper_match_features_group_dro",
-    }
-    groups = [f"{hair}/{gender}" for hair in ("blond", "not_blond") for gender in ("male", "female")]
-    lines = []
-    for title, row in rows.items():
-        tests = [record["metrics"]["test"] for record in runs("celeba_10k")[row].values()]
-        means = [statistics.fmean(test[f"group_accuracy/{group}"] for test in tests) for group in groups]
-        average = statistics.fmean(test["accuracy"] for test in tests)
-        shown = [f"{value:.3f}" for value in [*means, average]]
-        lines.append([title, cell("celeba_10k", row, "erm"), lowest("celeba_10k", row), *shown])
-    heads = ["training", "worst group", "lowest", "blond men", "blond women", "other men", "other women", "accuracy"]
-    return table(heads, lines)
-
-
-def generated() -> str:
-    """Pairs by an editor that is learned from the training images."""
-    rows = {
-        "plain training": "erm",
-        "exact pairs": "ipg",
-        "generated pairs": "ipg_generated",
-        "generated pairs, filtered": "ipg_generated_filtered",
-        "adversarial pairs": "ipg_adversarial",
-    }
-    found = {title: ("generated_digits", row) for title, row in rows.items()}
-    return with_lowest(["pairs, `ipg`", "digits", "lowest"], found, "ipg")
-
-
 def planted_marks() -> str:
-    """What a scan finds of planted marks, and what pairs against the finding repair; one seed, that served no choice."""
+    """What a scan finds of planted marks, and what pairs against the finding repair; one seed."""
     made: dict[str, dict[float, dict]] = {}
     for record in read_records(RECIPES / "records" / "planted.jsonl"):
         if record["rate"] != 0.5 and record["seed"] < planted.HELD_OUT:
@@ -590,8 +546,6 @@ TABLES: list[Callable[[], str]] = [
         exchanged,
         attributes,
         regression,
-        faces,
-        generated,
         planted_marks,
         ablations,
     ),
