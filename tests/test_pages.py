@@ -2,10 +2,11 @@
 """The pages that people read: their code runs, their links resolve, and what they list is what the code has."""
 
 import dataclasses
-import importlib.util
+import importlib
 import io
 import re
 import shlex
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -206,13 +207,11 @@ def test_every_yaml_of_a_page_is_valid(tmp_path):
 
 
 @pytest.fixture
-def page_tables():
+def page_tables(monkeypatch):
     """The script that makes the tables of the pages."""
-    path = ROOT / "recipes" / "scripts" / "page_tables.py"
-    spec = importlib.util.spec_from_file_location("page_tables", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "scripts"))
+    monkeypatch.delitem(sys.modules, "page_tables", raising=False)
+    return importlib.import_module("page_tables")
 
 
 def test_the_numbers_of_the_pages_are_those_of_the_records(page_tables):
