@@ -124,7 +124,7 @@ class ClassifierHead:
             return
         problem = check_layers(model, self.layers, inputs).problem(self.paths)
         if problem:
-            others = [repr(name) for name, _ in _candidates(model) if name not in self.paths]
+            others = [repr(name) for name, _ in head_candidates(model) if name not in self.paths]
             raise ValueError(
                 f"{_quoted(self.paths)} is not this model's classifier head: {problem}. Other linear layers of the "
                 f"same width: {', '.join(others) or 'none'}. {_way_out(model)}"
@@ -219,7 +219,7 @@ def find_head(
     if head is not None:
         paths = (head,) if isinstance(head, str) else tuple(head)
         return ClassifierHead(tuple(_layer_at(model, path) for path in paths), paths)
-    candidates = dict(_candidates(model))
+    candidates = dict(head_candidates(model))
     if len(candidates) == 1:
         return ClassifierHead(tuple(candidates.values()), tuple(candidates))
     if not candidates:
@@ -329,7 +329,8 @@ def _num_labels(model: nn.Module) -> int | None:
     return getattr(described, "num_classes", None) if named is None else named
 
 
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def head_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Path and layer of each linear layer with as many outputs as the model has labels."""
     num_labels = _num_labels(model)
     return [
         (name, module)

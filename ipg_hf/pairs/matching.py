@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from ..heads import find_head
+from ..heads import find_head, head_candidates
 from ..inference import inference
 from ..models import forward_inputs, model_inputs
 from .images import read_image, stored_images
@@ -128,8 +128,9 @@ def match_pairs(
     if match_on == "features":
         if max_per_group is not None:
             rows = np.sort(np.concatenate([side for sides in drawn.values() for side in sides]))
-        paths = find_head(model, head).paths  # the features do not depend on the head, which may be new and random
-        facts = model_facts(model, processor, paths, batch_size, without=paths)
+        # the features do not depend on the head, which may be new and random; where a forward must find it, it counts
+        paths = [head] if head else [path for path, _ in head_candidates(model)]
+        facts = model_facts(model, processor, head, batch_size, without=paths if len(paths) == 1 else ())
         features = array_cached(
             lambda: extract_features(plain, model, processor, rows=rows, head=head, batch_size=batch_size),
             facts and [*facts, stored_images(plain.select(rows).select_columns(["image"]), ["image"])],

@@ -20,7 +20,12 @@ PAGE, NUMBERS = "scan.html", "scan.json"
 
 def first_suspect(result: Scan) -> str | None:
     """The part against which pairs should be made: the first strong finding but for the center, if there is one."""
-    return next((found.part for found in result.findings if _is_suspect(found)), None)
+    found = _first(result)
+    return found and found.part
+
+
+def _first(result: Scan) -> Finding | None:
+    return next((found for found in result.findings if _is_suspect(found)), None)
 
 
 def _is_suspect(found: Finding) -> bool:
@@ -69,7 +74,7 @@ def recipe_against(result: Scan, model: str, data: str, *, freeze_norm: bool = F
     Raises:
         ValueError: the scan has no strong finding but for the center.
     """
-    found = next((found for found in result.findings if _is_suspect(found)), None)
+    found = _first(result)
     if found is None:
         raise ValueError("the scan has no strong finding beside the center: there is nothing to train against.")
     settings = {"dataset": "files", "data_dir": data} if os.path.isdir(data) else {"dataset": data}
