@@ -11,7 +11,7 @@ trained without pairs, and scanned on their test images. A record is the run `<m
 `recipes/records/planted.jsonl`. What has a record is not run again; `table.py` makes the table.
 
 Seed 0 served to choose how the scan exchanges fine detail, and is in no record; seed 1 to choose the order of the
-findings.
+findings. On CelebA nothing was chosen.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from ipg_hf.scan import scan
 STEPS, BATCH, RATE = 60, 32, 1.5e-4
 SIDE, SCANNED = 128, 150  # pixels, and images of a scan
 PLACE = "background"  # this mark is the place behind the bird, which the set itself has
+CONTROL = 0.5  # at this rate a mark tells nothing
 NONE = "-"
 SEVERAL = 2  # seeds: a mark with more gets a mean and a standard deviation
 HELD_OUT = 2  # the first seed that served for no choice
@@ -113,7 +114,8 @@ MARKS: dict[str, tuple[Callable[[Image.Image], Image.Image] | None, tuple[str, .
 OWN = {
     "digits/erm_resnet": (1.0, ("color",)),
     "marked_digits/erm_resnet": (1.0, ("color", "top_left", "border", "top", "left")),
-    "cue_conflict/ipg_lite0": (0.95, ("texture",)),  # trained without its pairs
+    "cue_conflict/ipg_lite0": (0.95, ("texture",)),  # trained without its pairs, as the next
+    "celeba/ipg_match_balanced_lite0": (0.94, ()),  # gender, which no part of the frame holds alone
 }
 PARTS = {kind: parts for kind, (_, parts) in (MARKS | OWN).items()}
 
@@ -219,6 +221,11 @@ def rank(record: dict) -> int | None:
     return next((n for n, part in enumerate(strong, 1) if part in PARTS[record["kind"]]), None)
 
 
+def is_planted(record: dict) -> bool:
+    """Whether the model has a shortcut that a part of the frame holds."""
+    return record["rate"] != CONTROL and bool(PARTS[record["kind"]])
+
+
 def strong_parts(record: dict) -> list[str]:
     """The strong findings in their order, without the center."""
     return [f["part"] for f in record["findings"] if f["strength"] == "strong" and f["part"] != CENTER]
@@ -235,18 +242,24 @@ def page() -> str:
         "the mark among the strong findings beside the center. *After pairs*: the worst group when the model was "
         "trained on with pairs against the first finding. *Effect*: that of this part before and after; below 0, the "
         "control moves the answer more often. Seed 0 served to choose how fine detail is exchanged, and is not in the "
-        "table. Seed 1 served to choose the order of the findings: it has an earlier order, and its ranks are not "
-        "counted; its controls are."
+        "table. Seed 1 served to choose the order of the findings: its ranks are not counted; its controls are. CelebA's "
+        "shortcut is gender, which no part of the frame holds alone: it has no rank."
+    )
+    earlier = (
+        "Both sides of a pair have the part of another image: side a that of an image of the same label, side b that "
+        "of another label. When side a was the image as it is, the trained network read the edit itself: of the "
+        "repaired models, that of `jpeg` reached 0.02 with an effect of -0.83, that of `blur` 0.05 with -0.97, that of "
+        "`frame` 0.84 with -0.07 (seed 2; records of commit c405926)."
     )
     lines = ["| mark | rate | seed | worst group | strong findings | rank | after pairs | effect |", "|---" * 8 + "|"]
     for record in records:
-        place = rank(record) if record["rate"] != 0.5 else None
+        place = rank(record) if is_planted(record) else None
         strong = ", ".join(strong_parts(record)) or "none"
         cells = [record["kind"], f"{record['rate']:g}", record["seed"], f"{record['worst_group_accuracy']:.2f}", strong]
         cells += [place or NONE, *_repair_cells(record)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    planted_ones = [record for record in records if record["rate"] != 0.5 and record["seed"] >= HELD_OUT]
-    controls = [record for record in records if record["rate"] == 0.5]
+    planted_ones = [record for record in records if is_planted(record) and record["seed"] >= HELD_OUT]
+    controls = [record for record in records if record["rate"] == CONTROL]
     first, three = (sum((rank(r) or 99) <= most for r in planted_ones) for most in (1, 3))
     quiet = sum(not strong_parts(record) for record in controls)
     sums = (
@@ -262,7 +275,7 @@ def page() -> str:
                 for outcomes in (made, [record["repair"] for record in made])
             )
             sums += f" The worst group of {len(made)} models of `{kind}` at rate 1: {plain}, after pairs {repaired}."
-    return "\n\n".join(["# Planted shortcuts", note, "\n".join(lines), sums]) + "\n"
+    return "\n\n".join(["# Planted shortcuts", note, "\n".join(lines), sums, earlier]) + "\n"
 
 
 def _repair_cells(record: dict) -> list[str]:
@@ -282,7 +295,7 @@ if __name__ == "__main__":
     parser.add_argument("data_dir")
     parser.add_argument("model")
     parser.add_argument("--kinds", nargs="+", choices=[*MARKS, *OWN], default=[*MARKS, *OWN])
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 0.95, 0.5])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 0.95, CONTROL])
     parser.add_argument("--seeds", nargs="+", type=int, default=[HELD_OUT])
     options = parser.parse_args()
     keep_memory()
