@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes pairs by exchange: an image with a part of an image of the same label, and with that of another label.
+"""Makes pairs by exchange: an image, and the same image with one of its parts taken from an image of another label.
 
 A part is a region of the frame, the background, or a property of the whole image, such as its colours. `ipg scan`
 exchanges the same parts to find out which of them a model follows.
@@ -57,16 +57,14 @@ def exchange_pairs(
     seed: int = 0,
     skip_unchanged: bool = False,
 ) -> datasets.Dataset:
-    """Makes pairs of an image that gets a part of two other images, the donors (ours).
+    """Makes pairs of an image and the same image with a part of another one (ours).
 
-    It needs no attribute. Side a gets the part of an image of the same label, side b that of an image of another label:
-    the pairs guard against a part that tells the label. Both sides are edited alike, since a network would learn the
-    traces of an edit that one side has alone (recipes/results/planted.md). Use it for what `ipg scan` finds. A part
-    that overlaps the object changes the object with it: look at a preview.
+    It needs no attribute. The other image, the donor, is drawn from those with another label, so that the pairs guard
+    against a part that tells the label. Use it for what `ipg scan` finds. A part that overlaps the object changes
+    the object with it: look at a preview.
 
     Args:
-        source: a set with the columns `image` and, optionally, `label`. Without labels the donor of side b is any other
-            image. Side a then is the image as it is, and so where no other image has the label.
+        source: a set with the columns `image` and, optionally, `label`. Without labels the donor is any other image.
         part: what is exchanged:
             - `"surroundings"`: all outside of a central oval of 0.72 of the height and 0.88 of the width.
             - `"background"`: all outside of the object, by its mask. The donor's object is filled from around it.
@@ -86,8 +84,8 @@ def exchange_pairs(
             default such an image is an error.
 
     Returns:
-        A set with the columns `image_a`, `image_b`, `attribute_a`, `attribute_b` (`"same_label"`, `"other_label"`:
-        whose part it is), `source_id` (number of the row in the source) and, if the source has it, `label`.
+        A set with the columns `image_a` (the image), `image_b` (with the donor's part), `attribute_a`, `attribute_b`
+        (`"own"`, `"exchanged"`), `source_id` (number of the row in the source) and, if the source has it, `label`.
 
     Raises:
         ValueError: `part` is unknown; the source is a stream or lacks a column; it has one image, or one label; an
@@ -104,27 +102,22 @@ def exchange_pairs(
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         check_size(image)
+        donor = fitted(donors.draw(rng, row), image.size)
         if is_masked:
-            object_mask = alpha_of(row[mask], image.size, soft_edge)
-
-        def with_part(donor: Image.Image) -> Image.Image:
-            donor = fitted(donor, image.size)
-            return Image.composite(image, donor, object_mask) if is_masked else exchange(image, donor)
-
-        other, same = donors.draw(rng, row)
-        return image if same is None else with_part(same), with_part(other)
+            return image, Image.composite(image, donor, alpha_of(row[mask], image.size, soft_edge))
+        return image, exchange(image, donor)
 
     return edited(
         source,
         edit,
-        datasets.ClassLabel(names=["same_label", "other_label"]),
+        datasets.ClassLabel(names=["own", "exchanged"]),
         masks=[mask] if is_masked else [],
         needs=["label"] if "label" in source.column_names else [],
         num_pairs=num_pairs,
         seed=seed,
         skip_unchanged=skip_unchanged,
         facts=[
-            "exchange of both sides",
+            "exchange",
             part,
             soft_edge,
             [donors.pool.stored],
@@ -152,33 +145,27 @@ class Donors:
         if len(kinds) < 2:
             what = "images" if self.labels is None else "labels"
             raise ValueError(f"an exchange needs two {what}, but the source has {len(kinds)}: add other images.")
-        # label -> rows of the other labels, and of the same
-        self.rows = {None: (rows, rows[:0])}
+        # label -> rows of the other labels
+        self.rows = {None: rows}
         if self.labels is not None:
-            self.rows = {k: (rows[self.labels != k], rows[self.labels == k]) for k in kinds.tolist()}
+            self.rows = {kind: rows[self.labels != kind] for kind in kinds.tolist()}
 
-    def draw(self, rng: np.random.Generator, row: Mapping[str, Any]) -> tuple[Image.Image, Image.Image | None]:
-        """Draws two donors for an image, in RGB: one of another label, and one of the same.
-
-        Without labels the first is any other image, and there is no second. Nor is there where no other image has the
-        label.
+    def draw(self, rng: np.random.Generator, row: Mapping[str, Any]) -> Image.Image:
+        """Draws a donor for an image, in RGB.
 
         Args:
             rng: the generator.
-            row: the row of the image, as the set has it, with `image` encoded. No donor is a copy of it.
+            row: the row of the image, as the set has it, with `image` encoded. The donor is no copy of it.
 
         Raises:
-            ValueError: there is no first.
+            ValueError: there is none.
         """
-        own, donors = image_content(row["image"]), []
-        for rows in self.rows[row.get("label") if self.labels is not None else None]:
-            start = int(rng.integers(len(rows))) if len(rows) else 0
-            order = (int(rows[(start + step) % len(rows)]) for step in range(len(rows)))
-            number = next((n for n in order if image_content(self.pool.stored[n]["image"]) != own), None)
-            donors.append(None if number is None else self.pool.read(number))
-        if donors[0] is None:
-            raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
-        return donors[0], donors[1]
+        rows = self.rows[row.get("label") if self.labels is not None else None]
+        own, start = image_content(row["image"]), int(rng.integers(len(rows)))
+        for number in (int(rows[(start + step) % len(rows)]) for step in range(len(rows))):
+            if image_content(self.pool.stored[number]["image"]) != own:
+                return self.pool.read(number)
+        raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
 
 
 def fitted(donor: Image.Image, size: tuple[int, int]) -> Image.Image:
