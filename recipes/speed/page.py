@@ -80,6 +80,16 @@ def pair_check(record):
     return lines_of(("images", "pairs", "pixels", "seconds", "processor's seconds"), rows)
 
 
+def scan_time(record):
+    """Seconds of a scan, by network."""
+    rows = [
+        [f"`{name}`", f"{found['images']:,}", str(found["pixels"]), str(found["parts"]), f"{found['seconds']:.0f}",
+         f"{found['cpu_seconds']:.0f}", f"{found['load']:.1f}"]
+        for name, found in record.items()
+    ]  # fmt: skip
+    return lines_of(("network", "images", "pixels", "parts", "seconds", "processor's seconds", "load"), rows)
+
+
 def pair_wait(record):
     """Shares of the steps' time, in percent."""
     arms = list(next(iter(record.values()))["share"])
@@ -114,7 +124,7 @@ def kept_memory(record):
 
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait, pair_check, scale, kept_memory):
+    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
