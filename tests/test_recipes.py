@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from small_suite import TINY
@@ -26,6 +27,7 @@ from ipg_hf.bench.suite import load_suite
 from ipg_hf.bench.tables import paired_difference, suite_rows
 from ipg_hf.config import IPGConfig
 from ipg_hf.data import LOADERS
+from ipg_hf.pairs import pairs_from_table
 from ipg_hf.pairs.exchanging import BOXES, region
 from ipg_hf.recipe import MAKERS, MASKED, parse_recipe, parse_settings
 from ipg_hf.record import NOT_RECORDED, read_records, resolved_settings
@@ -80,7 +82,7 @@ def script(monkeypatch):
 
 
 def test_all_files_are_found():
-    assert len(TRAINING) == 59 and len(SUITES) == 31
+    assert len(TRAINING) == 59 and len(SUITES) == 32
     assert {path.parent.name for path in TRAINING} == {*DATASETS}
     others = {path.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("*.yaml")} - {
         path.relative_to(RECIPES).as_posix() for path in [*TRAINING, *SUITES]
@@ -564,6 +566,28 @@ def test_masks_are_measured_against_true_ones(script, tmp_path, monkeypatch):
     share = 100 / (np.asarray(oval) > 127).sum()
     assert found["iou"] == pytest.approx({"mean": (20 + 10 * share) / 30, "median": 1})
     assert found["share_above_half"] == pytest.approx(2 / 3) and found["left_out"] == 0
+
+
+def test_a_learned_editor_makes_pairs_of_the_training_images(elsewhere, tmp_path, monkeypatch):
+    import generated
+
+    monkeypatch.setattr(sys, "argv", ["generated.py", str(elsewhere), str(tmp_path / "out"), "--size", "16",
+                                      "--steps", "2", "--num_pairs", "40"])  # fmt: skip
+    generated.main()
+    weights = (tmp_path / "out/editor.pt").stat().st_mtime_ns
+    pairs = {name: pairs_from_table(tmp_path / "out" / f"{name}.parquet") for name in ("all", "kept")}
+    assert 0 < len(pairs["kept"]) < len(pairs["all"]) <= 40 and (tmp_path / "out/pairs.html").exists()
+    (tmp_path / "out/kept.parquet").unlink()
+    generated.main()  # goes on from what is there
+    assert (tmp_path / "out/editor.pt").stat().st_mtime_ns == weights
+    assert pairs_from_table(tmp_path / "out/kept.parquet")[:] == pairs["kept"][:]
+    # the editor gets the other value, and a difference of full size
+    with torch.no_grad():
+        editor = generated.Editor().eval()
+        image = Image.fromarray(np.random.default_rng(0).integers(60, 200, (20, 10, 3), dtype=np.uint8))
+        first, second = (generated.edit_with(editor, ["red", "green"], 16)([image], [value], [0])[0]
+                         for value in ("red", "green"))  # fmt: skip
+    assert first.size == (10, 20) and (np.asarray(first) != np.asarray(second)).any()
 
 
 def test_a_choice_is_that_of_a_training_with_its_metric(elsewhere):
