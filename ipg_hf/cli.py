@@ -43,6 +43,7 @@ from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import check_place, read_json, write_json
 from .run import RECORD, evaluate, keep_memory, load_trained, refuse_existing, train
 from .scan import (
+    CAUTIONS,
     LEAST_IMAGES,
     Scan,
     first_suspect,
@@ -360,6 +361,8 @@ def scan_model(options: argparse.Namespace) -> None:
     if recipe:
         text = recipe_against(result, options.model, options.data, freeze_norm=bool(norm_layers(model)))
         write_files({recipe: text.encode()})
+        if part in CAUTIONS:
+            logger.warning(CAUTIONS[part])
         print(f"ipg train --config {recipe}")
 
 

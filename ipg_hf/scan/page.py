@@ -147,6 +147,7 @@ def write_scan(
         before={found.part: found.effect for found in before.findings} if before else {},
         sentences={found.part: sentence(found) for found in result.findings},
         lines={found.part: _line(found.part, result) for found in result.findings},
+        cautions=CAUTIONS,
         strong=[found.part for found in result.findings if _is_suspect(found)],
     )
     files = {folder / PAGE: page.encode(), folder / NUMBERS: (json.dumps(numbers, indent=1) + "\n").encode()}
@@ -173,6 +174,14 @@ def what(part: str) -> str:
     """A part in words."""
     name = part.replace("_", " ")
     return WHAT.get(part, f"the {name} {'corner' if ' ' in name else 'edge'} of the frame")
+
+
+# part -> what pairs against it did not do where we measured them (recipes/results/planted.md)
+CAUTIONS = {
+    "texture": "Pairs of exchanged detail repaired none of the models that we measured: look for images that break the "
+    "shortcut.",
+    "color": "Pairs of exchanged colours repaired a tint, but grey images only in part.",
+}
 
 
 def sentence(finding: Finding) -> str:
