@@ -43,7 +43,6 @@ from .recipe import Recipe, RecipeError, parse_recipe, settings_help
 from .record import check_place, read_json, write_json
 from .run import RECORD, evaluate, keep_memory, load_trained, refuse_existing, train
 from .scan import (
-    CAUTIONS,
     LEAST_IMAGES,
     Scan,
     first_suspect,
@@ -55,6 +54,7 @@ from .scan import (
     write_scan,
 )
 from .scan import check_folder as check_folder_of_scan
+from .scan.page import CAUTIONS
 from .survey import survey
 
 logger = logging.getLogger(__name__)
@@ -358,11 +358,11 @@ def scan_model(options: argparse.Namespace) -> None:
         print(f"No strong finding{': no recipe was written' if recipe else ''}.")
         return
     print(f"Is {part!r} a shortcut? {'Look at the pictures.' if options.report else 'See pictures by --report DIR.'}")
+    if part in CAUTIONS:
+        print(CAUTIONS[part])
     if recipe:
         text = recipe_against(result, options.model, options.data, freeze_norm=bool(norm_layers(model)))
         write_files({recipe: text.encode()})
-        if part in CAUTIONS:
-            logger.warning(CAUTIONS[part])
         print(f"ipg train --config {recipe}")
 
 

@@ -15,7 +15,6 @@ from statistics import fmean, stdev
 import datasets
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 from small_suite import TINY
@@ -549,6 +548,9 @@ def test_a_shortcut_is_planted_found_and_repaired(script, tmp_path, monkeypatch)
     assert planted.rank(record | {"findings": findings}) == 2
     weak = [found | {"strength": "weak"}]
     assert planted.rank(record | {"findings": findings[:2] + weak}) is None
+    assert planted.is_planted(record) and not planted.is_planted(record | {"rate": planted.CONTROL})
+    unplaced = next(kind for kind, parts in planted.PARTS.items() if not parts)
+    assert not planted.is_planted(record | {"kind": unplaced})
 
 
 def test_masks_are_measured_against_true_ones(script, tmp_path, monkeypatch):
@@ -581,13 +583,17 @@ def test_a_learned_editor_makes_pairs_of_the_training_images(elsewhere, tmp_path
     generated.main()  # goes on from what is there
     assert (tmp_path / "out/editor.pt").stat().st_mtime_ns == weights
     assert pairs_from_table(tmp_path / "out/kept.parquet")[:] == pairs["kept"][:]
-    # the editor gets the other value, and a difference of full size
-    with torch.no_grad():
-        editor = generated.Editor().eval()
-        image = Image.fromarray(np.random.default_rng(0).integers(60, 200, (20, 10, 3), dtype=np.uint8))
-        first, second = (generated.edit_with(editor, ["red", "green"], 16)([image], [value], [0])[0]
-                         for value in ("red", "green"))  # fmt: skip
-    assert first.size == (10, 20) and (np.asarray(first) != np.asarray(second)).any()
+    for flags, message in ((["--steps", "3"], "was made with"), (["--size", "18"], "2")):
+        monkeypatch.setattr(sys, "argv", ["generated.py", str(elsewhere), str(tmp_path / "out"), *flags])
+        with pytest.raises(SystemExit, match=message):
+            generated.main()
+    # the difference is made for the wanted value, and added at full size
+    image = Image.fromarray(np.random.default_rng(0).integers(60, 200, (20, 10, 3), dtype=np.uint8))
+    edit = generated.edit_with(lambda images, values: images + 0.2 * values[:, None, None, None], ["red", "green"], 16)
+    made = edit([image, image], ["red", "green"], [0, 1])
+    changes = [np.asarray(one).astype(int) - np.asarray(image) for one in made]
+    assert [{*np.abs(change).ravel().tolist()} <= {25, 26} for change in changes] == [True, True]
+    assert changes[0].max() < 0 < changes[1].min()
 
 
 def test_a_choice_is_that_of_a_training_with_its_metric(elsewhere):

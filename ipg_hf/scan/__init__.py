@@ -2,11 +2,10 @@
 """Finds which parts of the images a model follows, without an attribute, masks or labels."""
 
 from .measure import LEAST_IMAGES, Example, Finding, Scan, scan
-from .page import CAUTIONS, check_folder, first_suspect, read_scan, recipe_against, scan_table, write_scan
+from .page import check_folder, first_suspect, read_scan, recipe_against, scan_table, write_scan
 from .source import load_images
 
 __all__ = [
-    "CAUTIONS",
     "LEAST_IMAGES",
     "Example",
     "Finding",

@@ -86,6 +86,7 @@ def recipe_against(result: Scan, model: str, data: str, *, freeze_norm: bool = F
     shortcut = f"A scan of {name} before this training (`ipg scan`, {result.num_images} images): {sentence(found)}"
     settings |= {"about": {"attribute": what(found.part), "shortcut": shortcut}}
     head = f"# Fine-tunes {model} so that it no longer follows {what(found.part)}. The rest are defaults.\n"
+    head += f"# {CAUTIONS[found.part]}\n" if found.part in CAUTIONS else ""
     return head + yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -178,8 +179,7 @@ def what(part: str) -> str:
 
 # part -> what pairs against it did not do where we measured them (recipes/results/planted.md)
 CAUTIONS = {
-    "texture": "Pairs of exchanged detail repaired none of the models that we measured: look for images that break the "
-    "shortcut.",
+    "texture": "Pairs of exchanged detail repaired none of our models: look for images that break the shortcut.",
     "color": "Pairs of exchanged colours repaired a tint, but grey images only in part.",
 }
 

@@ -6,13 +6,15 @@ Launch: python recipes/scripts/generated.py RECIPE FOLDER [--size 64] [--steps 8
 The data are the training images of RECIPE. The editor is a translation network in the manner of StarGAN (Choi et al.,
 arXiv 1711.09020): it sees an image and the wanted value, and adds a difference to the image. FOLDER gets its weights
 (`editor.pt`), the edits, and two sets of pairs: `all.parquet` (`generate_pairs` without its filter of labels) and
-`kept.parquet` (an edit is kept if at least half of its 10 nearest images of validation have its label). A recipe reads
-them by `pairs: {maker: table, path: FOLDER/all.parquet}`. `pairs.html` shows some, `settings.json` has the settings.
-What FOLDER has is not made again; one editor serves all seeds of a suite.
+`kept.parquet`. That has the edits of which at least half of the 10 nearest images of validation have their label, in
+the features of the recipe's network before its training (random where it has no pretrained weights). A recipe reads the
+pairs by `pairs: {maker: table, path: FOLDER/all.parquet}`. `pairs.html` shows some, `settings.json` has the settings.
+What FOLDER has is not made again; one editor serves all seeds of a suite. Half of the editor's batches are mirrored.
 """
 
 import argparse
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ from ipg_hf.record import read_json, write_json
 from ipg_hf.run import keep_memory
 
 WIDTH, BATCH, RATE = 32, 16, 2e-4
-RECONSTRUCTION, OWN_VALUE = 3.0, 1.0  # weights of the losses beside those of the critic
+CYCLE, IDENTITY = 3.0, 1.0  # weights of the losses beside those of the critic
 
 
 class Editor(nn.Module):
@@ -80,7 +82,7 @@ def _block(layer: nn.Module, width: int) -> nn.Sequential:
     return nn.Sequential(layer, nn.InstanceNorm2d(width, affine=True), nn.ReLU())
 
 
-def learned(images: torch.Tensor, values: torch.Tensor, steps: int) -> Editor:
+def train_editor(images: torch.Tensor, values: torch.Tensor, steps: int) -> Editor:
     """Trains an editor.
 
     Args:
@@ -89,11 +91,11 @@ def learned(images: torch.Tensor, values: torch.Tensor, steps: int) -> Editor:
         steps: number of steps of critic and editor.
     """
     editor, critic = Editor(), Critic()
-    betas = {"lr": RATE, "betas": (0.5, 0.999)}
-    of_editor, of_critic = (torch.optim.Adam(network.parameters(), **betas) for network in (editor, critic))
+    adam = {"lr": RATE, "betas": (0.5, 0.999)}
+    editor_optimizer, critic_optimizer = (torch.optim.Adam(n.parameters(), **adam) for n in (editor, critic))
     places = [torch.nonzero(values == value)[:, 0] for value in (-1, 1)]
     for step in tqdm(range(steps), desc="Editor"):
-        for optimizer in (of_editor, of_critic):
+        for optimizer in (editor_optimizer, critic_optimizer):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * min(1, 2 * (1 - step / steps))
         rows = torch.cat([place[torch.randint(len(place), (BATCH // 2,))] for place in places])
@@ -101,18 +103,18 @@ def learned(images: torch.Tensor, values: torch.Tensor, steps: int) -> Editor:
         if torch.rand(()) < 0.5:
             real = real.flip(3)
         edit = editor(real, -own)
-        told, value = critic(real)
-        told_of_edit, _ = critic(edit.detach())
-        loss = F.relu(1 - told).mean() + F.relu(1 + told_of_edit).mean() + _value_loss(value, own)
-        of_critic.zero_grad()
+        realness, value = critic(real)
+        realness_of_edit, _ = critic(edit.detach())
+        loss = F.relu(1 - realness).mean() + F.relu(1 + realness_of_edit).mean() + _value_loss(value, own)
+        critic_optimizer.zero_grad()
         loss.backward()
-        of_critic.step()
-        told, value = critic(edit)
-        loss = -told.mean() + _value_loss(value, -own) + RECONSTRUCTION * F.l1_loss(editor(edit, own), real)
-        loss = loss + OWN_VALUE * F.l1_loss(editor(real, own), real)
-        of_editor.zero_grad()
+        critic_optimizer.step()
+        realness, value = critic(edit)
+        loss = -realness.mean() + _value_loss(value, -own) + CYCLE * F.l1_loss(editor(edit, own), real)
+        loss = loss + IDENTITY * F.l1_loss(editor(real, own), real)
+        editor_optimizer.zero_grad()
         loss.backward()
-        of_editor.step()
+        editor_optimizer.step()
     return editor.eval()
 
 
@@ -152,6 +154,9 @@ def main() -> None:
     parser.add_argument("--num_pairs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.size < 8 or options.size % 4:
+        parser.error(f"--size {options.size} must be a multiple of 4, 8 or more")
+    options.recipe = Path(options.recipe).as_posix()
     keep_memory()
     recipe, _, _ = parse_recipe(options.recipe)
     data = recipe.load_data(options.seed, with_pairs=False)
@@ -168,8 +173,9 @@ def main() -> None:
         editor.load_state_dict(torch.load(weights, weights_only=True))
     else:
         images = tensors(train["image"][:], options.size)
-        editor = learned(images, 2.0 * torch.tensor(train["attribute"][:]) - 1, options.steps)
-        torch.save(editor.state_dict(), weights)
+        editor = train_editor(images, 2.0 * torch.tensor(train["attribute"][:]) - 1, options.steps)
+        torch.save(editor.state_dict(), weights.with_suffix(".part"))
+        os.replace(weights.with_suffix(".part"), weights)
         print(f"the editor: {time.monotonic() - start:.0f} s")
     edit = edit_with(editor, train.features["attribute"].names, options.size)
     set_seed(options.seed)  # the network may have no trained weights
@@ -182,7 +188,8 @@ def main() -> None:
         pairs = generate_pairs(train, edit, options.folder / "edits", classify=classify, seed=options.seed, **how)
         if name == "all":
             preview_pairs(pairs, options.folder / "pairs.html", overwrite=True)
-        pairs.to_parquet(path)
+        pairs.to_parquet(path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
         print(f"{path}: {len(pairs)} pairs")
 
 

@@ -452,7 +452,7 @@ def faces() -> str:
         "`reweight`": "reweight",
         "`group_dro`": "group_dro",
         "`dfr`": "dfr",
-        "`ipg`, matched, as many pairs of each label": "ipg_match_features_balanced",
+        "`ipg`, matched, as many of each label": "ipg_match_features_balanced",
         "`ipg`, matched": "ipg_match_features",
         "`ipg`, at random": "ipg_match_random",
         "`ipg_unlabelled`, matched": "ipg_unlabelled_match_features",
@@ -460,6 +460,8 @@ def faces() -> str:
         "`ipg`, generated and filtered": "ipg_generated_filtered",
         "`ipg_paper`, matched": "ipg_paper_match_features",
         "`ipg_paper`, matched, with GroupDRO": "ipg_paper_match_features_group_dro",
+        "`ipg`, matched, with GroupDRO": "ipg_match_features_group_dro",
+        "`ipg`, matched, as many of each label, with GroupDRO": "ipg_match_features_balanced_group_dro",
     }
     lines = [
         [title, str(len(scores("celeba_10k", row))), cell("celeba_10k", row, "erm"), lowest("celeba_10k", row)]
@@ -494,12 +496,10 @@ def exchanged() -> str:
 
 
 def planted_marks() -> str:
-    """What a scan finds of planted marks, and what pairs against the finding repair; one seed."""
+    """What a scan finds of planted marks, and what pairs repair; one seed, and another of the controls."""
     made: dict[str, dict[float, dict]] = {}
     for record in read_records(RECIPES / "records" / "planted.jsonl"):
-        if planted.is_planted(record) and record["seed"] < planted.HELD_OUT:
-            continue
-        if not planted.PARTS[record["kind"]]:
+        if not planted.PARTS[record["kind"]] or (planted.is_planted(record) and record["seed"] < planted.HELD_OUT):
             continue
         made.setdefault(record["kind"], {}).setdefault(record["rate"], record)
     lines = []
@@ -509,7 +509,7 @@ def planted_marks() -> str:
             record = by_rate.get(rate)
             line += [_worst(record), str(planted.rank(record) or "not found") if record else NOT_RUN]
         line.append(_worst((by_rate.get(1.0) or {}).get("repair")))
-        control = by_rate.get(0.5)
+        control = by_rate.get(planted.CONTROL)
         line.append((", ".join(planted.strong_parts(control)) or "nothing") if control else NOT_RUN)
         lines.append(line)
     heads = ["shortcut", "100 %: worst group", "rank", "95 %: worst group", "rank", "100 %, after pairs", "50 %: found"]
