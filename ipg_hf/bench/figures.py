@@ -79,7 +79,7 @@ def draw_methods(suite: Suite, rows: Sequence[Row], path: Path) -> None:
         axes.plot([interval.mean], [place - 0.1], marker="D", markersize=5, color="black")
     axes.set_yticks(range(len(rows)), [_label(suite, row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(f"{METRICS[metric].title}, test\nseeds, their mean and 95 % t-interval")
+    axes.set_xlabel(f"{METRICS[metric].title}, test\nseeds, their mean and 95 % t-interval", loc="right")
     axes.set_xlim(*((-0.02, 1.02) if _is_higher(metric) else (0, None)))
     _title(figure, suite)
     axes.grid(axis="x", alpha=0.3)
