@@ -262,7 +262,7 @@ def test_every_suite_is_valid_and_has_its_results():
         expected |= {"guidance.png"} if guided_records(rows) and not read.grid else set()
         assert {file.name for file in read.results.iterdir()} == expected, path
         incomplete |= {(path.stem, row.name) for row in rows if len(row.records) < len(read.seeds)}
-    # nothing is left to run but what lost with its first seeds
+    # nothing is left to run but what lost with its first seeds, and three rows of faces with half of the seeds
     lost = {"few_pairs": ("ipg_outputs", "kl", "ipg_outputs_sgd_resnet", "kl_sgd_resnet")}
     matched = ("match_features", "match_random", "match_features_group_dro", "match_features_balanced_group_dro")
     unlabelled = ("unlabelled_match_features", "unlabelled_match_features_group_dro")
