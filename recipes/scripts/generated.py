@@ -178,13 +178,14 @@ def main() -> None:
         os.replace(weights.with_suffix(".part"), weights)
         print(f"the editor: {time.monotonic() - start:.0f} s")
     edit = edit_with(editor, train.features["attribute"].names, options.size)
-    set_seed(options.seed)  # the network may have no trained weights
-    neighbors = label_neighbors(recipe.build_model(train), recipe.build_processor(), data.validation)
     how = {"attribute": "attribute", "num_pairs": min(options.num_pairs, len(train)), "batch_size": 64}
-    for name, classify in (("all", None), ("kept", neighbors)):
-        path = options.folder / f"{name}.parquet"
+    for name in ("all", "kept"):
+        path, classify = options.folder / f"{name}.parquet", None
         if path.exists():
             continue
+        if name == "kept":
+            set_seed(options.seed)  # the network may have no trained weights
+            classify = label_neighbors(recipe.build_model(train), recipe.build_processor(), data.validation)
         pairs = generate_pairs(train, edit, options.folder / "edits", classify=classify, seed=options.seed, **how)
         if name == "all":
             preview_pairs(pairs, options.folder / "pairs.html", overwrite=True)
