@@ -208,9 +208,10 @@ def test_the_plain_training_beside_it_is_resumed_too(trained, tmp_path):
     assert (tmp_path / "out" / "erm" / "checkpoint-3" / "trainer_state.json").stat().st_mtime_ns == begun
 
 
-def test_help_lists_every_setting(capsys):
+@pytest.mark.parametrize("command", ["train", "evaluate", "pairs"])
+def test_help_lists_every_setting(capsys, command):
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main([command, "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{name} " in shown for name in ("alpha", "freeze_norm", "dataset", "compare", "random_flip"))
     # of transformers' own settings that which has another default

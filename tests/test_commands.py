@@ -66,7 +66,7 @@ def test_no_file_is_replaced(trained, tmp_path, capsys, monkeypatch, command):
         "preview": ["pairs", "preview", "--output", str(mine)],
     }[command]
     monkeypatch.setattr(run, "load_trained", None)  # it is found out before any work
-    monkeypatch.setattr("ipg_hf.cli.check_pairs", None)
+    monkeypatch.setattr("ipg_hf.commands.check_pairs", None)
     assert main([*words, "--config", str(trained / "recipe.yaml")]) == 2
     assert mine.read_text() == "mine"
     said = one_error(capsys)
@@ -216,7 +216,7 @@ def test_an_interrupt_speaks_of_checkpoints_only_where_there_are_some(trained, c
         raise KeyboardInterrupt
 
     names = {"heads": "show_heads", "card": "card_of"}
-    monkeypatch.setattr(f"ipg_hf.cli.{names.get(command, command)}", interrupted)
+    monkeypatch.setattr(f"ipg_hf.commands.{names.get(command, command)}", interrupted)
     config = ["--config", str(trained / "recipe.yaml")]
     words = {"train": config, "evaluate": ["m", *config], "pairs": ["check", *config], "heads": ["m"], "card": ["m"]}
     assert main([command, *words[command]]) == 130

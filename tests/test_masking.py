@@ -12,7 +12,8 @@ import transformers
 from PIL import Image
 from small_runs import train
 
-from ipg_hf.cli import main, with_rows
+from ipg_hf.cli import main
+from ipg_hf.commands import with_rows
 from ipg_hf.pairs import add_masks, exchange_pairs
 from ipg_hf.pairs.edits import read_mask
 from ipg_hf.pairs.masking import (

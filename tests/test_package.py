@@ -82,9 +82,12 @@ def importers_of(door):
 
 def test_imports_have_no_cycle():
     # `moved` belongs below the config, and makes the baselines' configs: it imports these when they are asked for;
-    # `evaluate` takes seconds to import: its metrics are made when they are asked for
+    # `evaluate` takes seconds to import: its metrics are made when they are asked for; so does all that a command needs
     within = {(name, module) for name, edges in GRAPH.items() for module, in_function in edges if in_function}
-    assert within == {("ipg_hf.moved", "ipg_hf.baselines"), ("ipg_hf.metrics", "ipg_hf.evaluate_metrics")}
+    assert within == {
+        ("ipg_hf.moved", "ipg_hf.baselines"), ("ipg_hf.metrics", "ipg_hf.evaluate_metrics"),
+        ("ipg_hf.cli", "ipg_hf.commands"), ("ipg_hf.cli", "ipg_hf.recipe"),
+    }  # fmt: skip
     order = TopologicalSorter({name: {module for module, inner in edges if not inner} for name, edges in GRAPH.items()})
     assert {*order.static_order()} == {*MODULES}  # raises CycleError, which names the cycle
     control = TopologicalSorter({name: {module for module, _ in edges} for name, edges in GRAPH.items()})
@@ -94,10 +97,10 @@ def test_imports_have_no_cycle():
 
 def test_the_library_imports_nothing_that_serves_comparisons():
     assert importers_of("baselines") == {"moved", "recipe", "run", "bench.suite"}
-    assert importers_of("bench") == {"cli"}
-    assert importers_of("audit") == {"cli"}
-    assert importers_of("scan") == {"cli"}
-    assert importers_of("cli") == set()
+    assert importers_of("bench") == {"commands"}
+    assert importers_of("audit") == {"commands"}
+    assert importers_of("scan") == {"commands"}
+    assert importers_of("cli") == set() and importers_of("commands") == {"cli"}
     assert importers_of("trainer") >= {"run", "baselines.dfr"}  # the question can be answered with yes
 
 
@@ -116,7 +119,8 @@ def test_the_method_needs_torch_alone(name):
 
 def test_public_names():
     wanted = {"IPGTrainer", "IPGConfig", "ClassifierHead", "find_head", "load_image_classifier"}
-    assert wanted <= set(ipg_hf.__all__)
+    assert wanted == {*ipg_hf.__all__} == {*ipg_hf._HOMES}
+    assert not hasattr(ipg_hf, "IPGTrainers")
     assert all(inspect.getdoc(getattr(ipg_hf, name)) for name in ipg_hf.__all__)
     assert (ROOT / "ipg_hf" / "py.typed").exists()
 
@@ -153,9 +157,20 @@ def test_the_config_has_what_a_user_of_the_method_sets():
 def test_the_import_is_that_of_trainer_and_little_more():
     """Packages that only some users need are imported where they are used: each costs seconds."""
     code = (
-        "import sys; from transformers import Trainer; known = {*sys.modules}; import ipg_hf; "
+        "import sys; from transformers import Trainer; known = {*sys.modules}; from ipg_hf import IPGTrainer; "
         "print(*sorted({name.partition('.')[0] for name in {*sys.modules} - known}))"
     )
     new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "ipg_hf" in new
     assert not {*new} & {"evaluate", "scipy", "sklearn", "matplotlib", "jinja2", "diffusers", "peft"}, new
+
+
+@pytest.mark.parametrize("given", ["--help", "bench --help", "scan FOLDER", "heads --models X", "trian"])
+def test_help_and_wrong_flags_wait_for_no_import(given):
+    code = (
+        "import sys\nfrom ipg_hf.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print({*sys.modules} & {'torch', 'numpy', 'transformers', 'datasets', 'PIL', 'ipg_hf.commands'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *given.split()], capture_output=True, text=True)
+    assert done.returncode == (0 if "--help" in given else 2), done.stderr
+    assert done.stdout.endswith("set()\n") and ("usage: ipg" in done.stdout or "usage: ipg" in done.stderr)
