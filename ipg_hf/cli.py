@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parser.parse_known_args(argv)
     if options.command in ("heads", "card", "bench", "scan") and flags:
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
+    # a waiting thread of GNU OpenMP, which torch has on Linux, spins 30 times as long by default: beside busy processes
+    # a training then takes twice as long (recipes/speed). torch reads it when it is imported; no number depends on it
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from .commands import run  # with torch and transformers, seconds that --help and a wrong command do not wait
 

@@ -2,6 +2,7 @@
 """The commands as a user gives them, on the real digits with a tiny network."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -356,3 +357,11 @@ def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
     model.save_pretrained(tmp_path / "three")
     assert main(["evaluate", str(tmp_path / "three"), "--config", str(trained / "recipe.yaml")]) == 2
     assert "3 labels" in capsys.readouterr().err
+
+
+def test_waiting_threads_spin_little_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr("ipg_hf.commands.run", lambda options, flags: 0)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "7"
