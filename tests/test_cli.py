@@ -361,7 +361,7 @@ def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
 
 def test_waiting_threads_spin_little_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr("ipg_hf.commands.run", lambda options, flags: 0)
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "10000"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "10000"

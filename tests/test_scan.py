@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scan: planted shortcuts are found in networks that follow them, by hand-made models; page, command and recipe."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -25,7 +26,8 @@ from ipg_hf.cli import main
 from ipg_hf.recipe import parse_recipe
 from ipg_hf.scan import first_suspect, load_images, read_scan, scan, scan_table, write_scan
 from ipg_hf.scan.measure import Finding, _donors, _finding, _ranked
-from ipg_hf.scan.page import _line
+from ipg_hf.scan.page import _line, property_sentence
+from ipg_hf.scan.properties import file_properties
 
 SIZE = 40
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, do_normalize=False, resample=0)
@@ -351,6 +353,90 @@ def test_an_earlier_scan_stands_beside_a_later_one(tmp_path):
         (tmp_path / "scan.json").write_text(content)
         with pytest.raises(ValueError, match="is no scan"):
             read_scan(tmp_path)
+
+
+# ---- Properties of files
+
+ANSWERS = ["a", "b"] * 30
+
+
+def encoded(rng, size=(20, 20), kind="JPEG", **options):
+    """The file of an image without content."""
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(file, kind, **options)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def camera(name):
+    exif = Image.Exif()
+    exif[271], exif[272] = name, "X1"
+    return exif
+
+
+PLANTED = {
+    "width": lambda b: {"size": (24 if b else 20, 20)},
+    "height": lambda b: {"size": (20, 22 if b else 20)},
+    "JPEG quality": lambda b: {"quality": 70 if b else 90},
+    "format": lambda b: {"kind": "PNG" if b else "JPEG"},
+    "camera": lambda b: {"exif": camera("One" if b else "Two")},
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("rate", [1.0, 0.9, 0.5])
+def test_a_property_of_the_files_that_goes_with_the_answer_is_found(name, rate):
+    rng = np.random.default_rng(1)
+    goes = np.arange(60) // 2 % 30 < 30 * rate  # as many of either answer
+    marks = (np.array(ANSWERS) == "b") == goes
+    found = {one.name: one for one in file_properties([encoded(rng, **PLANTED[name](b)) for b in marks], ANSWERS)}
+    assert {*found} == {name} | ({"aspect ratio"} if name in ("width", "height") else set())
+    one = found[name]
+    assert one.told == (pytest.approx(rate) if rate > 0.5 else pytest.approx(0.5, abs=0.15)) and one.chance == 0.5
+    assert one.tells == (rate > 0.5) and one.low < one.told <= one.high <= 1
+    typical = PLANTED[name](True), PLANTED[name](False)
+    if name == "JPEG quality" and rate > 0.5:
+        assert one.typical == {"a": typical[1]["quality"], "b": typical[0]["quality"]}
+    if name == "camera" and rate > 0.5:
+        assert one.typical == {"a": "Two X1", "b": "One X1"}
+
+
+def test_properties_need_files_that_differ_and_answers_of_several_images():
+    rng = np.random.default_rng(0)
+    files = [encoded(rng, (20 + number % 2, 20)) for number in range(60)]
+    assert file_properties(files[::2], ANSWERS[:30]) == []  # all alike
+    assert file_properties(files[:18], ANSWERS[:18]) == [] and file_properties(files, ["a"] * 60) == []
+    rare = ["a", "b"] * 28 + ["c"] * 4
+    assert {*file_properties(files, rare)[0].typical} == {"a", "b"}
+    # the middle of a range needs two thresholds
+    widths = [encoded(rng, (30 if answer == "a" else 20 + 20 * (n % 4 == 1), 20)) for n, answer in enumerate(ANSWERS)]
+    assert next(one for one in file_properties(widths, ANSWERS) if one.name == "width").told == 1.0
+
+
+def test_a_scan_says_which_properties_of_the_files_tell_the_answers(tmp_path):
+    images = cells()
+    model = middling(LOOKS["bottom"], images)
+    plain = scan(model, images, PROCESSOR)
+    assert plain.properties == [] and "of the files" not in scan_table(plain)
+    answers = [LOOKS["bottom"](PROCESSOR(image, return_tensors="pt").pixel_values).item() for image in images["image"]]
+    middle = np.median(answers)
+    files = []
+    for image, answer in zip(images["image"], answers, strict=True):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95 if answer > middle else 90)
+        files.append({"bytes": file.getvalue(), "path": None})
+    saved = datasets.Dataset.from_dict({"image": files}).cast_column("image", datasets.Image())
+    result = scan(model, saved, PROCESSOR)
+    assert [one.name for one in result.properties] == ["JPEG quality"]
+    text = property_sentence(result.properties[0])
+    assert text.startswith("The JPEG quality of the files alone tells 9") and "dark 90, light 95" in text
+    assert text in scan_table(result)
+    page = write_scan(result, tmp_path / "scan")[0].read_text()
+    assert text in page and "properties of the files" in page
+    assert read_scan(tmp_path / "scan") == replace(result, examples={})
+    numbers = json.loads((tmp_path / "scan" / "scan.json").read_text())
+    del numbers["properties"]  # a scan of an earlier version
+    (tmp_path / "scan" / "scan.json").write_text(json.dumps(numbers))
+    assert read_scan(tmp_path / "scan").properties == []
 
 
 def _of(result, part):

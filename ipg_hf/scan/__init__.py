@@ -3,11 +3,13 @@
 
 from .measure import LEAST_IMAGES, Example, Finding, Scan, scan
 from .page import check_folder, first_suspect, read_scan, recipe_against, scan_table, write_scan
+from .properties import FileProperty
 from .source import load_images
 
 __all__ = [
     "LEAST_IMAGES",
     "Example",
+    "FileProperty",
     "Finding",
     "Scan",
     "check_folder",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from ..pairs.images import read_image, stored_images
 from ..pairs.makers import array_cached, check_columns, check_is_set, check_number, content_hash
 from ..pairs.matching import model_facts
 from ..pairs.transforms import process_images
+from .properties import FileProperty, file_properties
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class Scan:
         seed: seed of the draws.
         mask: column of the masks, if there were any.
         segmenter: folder or Hub id of the model that made the masks; [`scan`] leaves it `None`. Recipes name it.
+        properties: how well properties of the files tell the answers, the most telling first.
     """
 
     findings: list[Finding]
@@ -106,6 +108,7 @@ class Scan:
     seed: int
     mask: str | None = None
     segmenter: str | None = None
+    properties: list[FileProperty] = field(default_factory=list)
 
 
 def scan(
@@ -124,6 +127,9 @@ def scan(
     to which it gives the same. If the model follows the part, the first exchange moves the answer to that of the donor,
     and the second does not. So no attribute and no label is needed, and the second exchange is the control: an edit of
     the same kind and size. [`~ipg_hf.pairs.exchange_pairs`] exchanges the same parts, to make pairs against a finding.
+
+    Properties of the files, such as their size and compression, are in no part. The scan says how well each alone tells
+    the answers, which need not be by what the model follows.
 
     A part that shows something of the object moves answers rightly. The scan cannot know what is an object: look at the
     pictures. A shortcut that is in no part may not be found, nor one of two that each suffice alone.
@@ -214,7 +220,9 @@ def scan(
                 )
                 for place, donor, edited in shown
             ]
-    return Scan(_ranked(findings), examples, len(rows), accuracy, counts, int(seed), mask)
+    files = stored_images(dataset.with_format(None).select_columns(["image"]), ["image"])
+    told = file_properties([files[row]["image"] for row in rows.tolist()], [names[n] for n in before], int(seed))
+    return Scan(_ranked(findings), examples, len(rows), accuracy, counts, int(seed), mask, properties=told)
 
 
 def _facts(

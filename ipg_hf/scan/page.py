@@ -14,6 +14,7 @@ from ..html import rendered, write_files
 from ..pairs.exchanging import BACKGROUND, CENTER
 from ..record import check_unused, read_json
 from .measure import Finding, Scan
+from .properties import FileProperty
 
 PAGE, NUMBERS = "scan.html", "scan.json"
 
@@ -48,7 +49,20 @@ def scan_table(result: Scan, before: Scan | None = None) -> str:
         interval = f"[{found.low:+.2f}, {found.high:+.2f}]"
         cells += [f"{found.effect:>+8.2f}  {interval:<18}{found.changed:>8.2f}{found.control:>9.2f}"]
         lines.append("".join(cells))
+    lines += [f"\n{property_sentence(found)}" for found in result.properties if found.tells]
     return "\n".join(lines)
+
+
+def property_sentence(found: FileProperty) -> str:
+    """What a property of the files tells, in two sentences."""
+    values = ", ".join(
+        f"{answer} {value if isinstance(value, str) else format(value, '.4g')}"
+        for answer, value in found.typical.items()
+    )
+    return (
+        f"The {found.name} of the files alone tells {100 * found.told:.0f} % of the answers (95 % interval "
+        f"{100 * found.low:.0f} to {100 * found.high:.0f} %, by chance {100 * found.chance:.0f} %). Typical: {values}."
+    )
 
 
 def pairs_setting(part: str, result: Scan) -> dict[str, str]:
@@ -102,6 +116,7 @@ def read_scan(folder: str | os.PathLike) -> Scan:
     try:
         values = {**read_json(path), "examples": {}}
         findings = [Finding(**found) for found in values.pop("findings")]
+        values["properties"] = [FileProperty(**found) for found in values.get("properties", [])]
         del values["title"]
         return Scan(findings, **values)
     except (AttributeError, KeyError, TypeError) as failure:
@@ -139,7 +154,9 @@ def write_scan(
     check_folder(folder)
     folder = Path(folder)
     numbers = {name: value for name, value in vars(result).items() if name not in ("findings", "examples")}
-    numbers |= {"title": title, "findings": [asdict(found) for found in result.findings]}
+    for name in ("findings", "properties"):
+        numbers[name] = [asdict(found) for found in getattr(result, name)]
+    numbers["title"] = title
     page = rendered(
         "scan/page.html",
         {"signed": lambda value: f"{value:+.2f}".replace("-", "−"), "percent": lambda value: f"{100 * value:.0f} %"},
@@ -149,6 +166,7 @@ def write_scan(
         sentences={found.part: sentence(found) for found in result.findings},
         lines={found.part: _line(found.part, result) for found in result.findings},
         cautions=CAUTIONS,
+        properties=[property_sentence(found) for found in result.properties if found.tells],
         strong=[found.part for found in result.findings if _is_suspect(found)],
     )
     files = {folder / PAGE: page.encode(), folder / NUMBERS: (json.dumps(numbers, indent=1) + "\n").encode()}
