@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 
 PAIRS = (32, 128, 512)
-# model of step.py -> images a step; pairs a step and pairs at a time: none, as many images as are trained on, and many
+# case of step.py -> images a step; pairs a step and pairs at a time: none, as many images as are trained on, and many
 STEP_IMAGES, STEP_PAIRS = 32, ((0, 0), (16, 0), (16, 4), (64, 0), (64, 4))
-STEP_MODELS = ("vit_tiny_hf", "resnet18_hf")
+STEP_MODELS = ("vit_tiny_hf", "resnet18_hf", "dinov2_small", "dinov2_small_bf16", "dinov2_small_lora")
 
 
 def measure(pairs, chunk):

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import peft
 import torch
 from profiling import Clock, profile_page, profiled
 from timm import create_model
@@ -45,6 +46,14 @@ RECORD = Path(__file__).with_suffix(".json")
 POOL, ROWS = 64, 50_000  # different images; rows that a data set says it has, so that no epoch ends
 TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
 BASIC = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+ADAPTERS = {"r": 8, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+
+
+def dinov2(pixels):
+    """A ViT-S/14 of 12 blocks."""
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=pixels, patch_size=14)
+    return Dinov2ForImageClassification(config)
+
 
 MODELS = {
     "mlp": lambda: ColoredMnistMLPForImageClassification(ColoredMnistMLPConfig()),
@@ -52,9 +61,9 @@ MODELS = {
     "resnet18_timm": lambda: load_image_classifier(create_model("resnet18", num_classes=2)),
     "vit_tiny_hf": lambda: ViTForImageClassification(ViTConfig(**TINY)),
     "vit_tiny_timm": lambda: load_image_classifier(create_model("vit_tiny_patch16_224", num_classes=2)),
-    "dinov2_small": lambda: Dinov2ForImageClassification(
-        Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=112, patch_size=14)
-    ),
+    "dinov2_small": lambda: dinov2(112),
+    "dinov2_small_224": lambda: dinov2(224),
+    "dinov2_small_lora": lambda: peft.get_peft_model(dinov2(112), peft.LoraConfig(**ADAPTERS)),
     "resnet50": lambda: load_image_classifier(create_model("resnet50", num_classes=2)),
     "vit_b16": lambda: ViTForImageClassification(ViTConfig()),
 }
@@ -62,6 +71,8 @@ SIZES = {  # by device: B, P, pixels, steps warmed up and timed a round, the tar
     "mlp": {"images": 256, "pairs": 300, "pixels": 28, "warm": 5, "steps": 40, "target": 1.25},
     "cpu": {"images": 32, "pairs": 16, "pixels": 224, "warm": 1, "steps": 1, "target": 1.05},
     "vit": {"images": 20, "pairs": 20, "pixels": 112, "warm": 1, "steps": 1, "target": 1.05},
+    "vit_224": {"images": 8, "pairs": 8, "pixels": 224, "warm": 1, "steps": 1, "target": 1.05},
+    "vit_b": {"images": 4, "pairs": 4, "pixels": 224, "warm": 1, "steps": 1, "target": 1.05},
     "cuda": {"images": 128, "pairs": 64, "pixels": 224, "warm": 10, "steps": 30, "target": 1.05},
 }
 HALF = {"use_cpu": False, "bf16": True}
@@ -74,6 +85,10 @@ CASES = {
     **{name: {"model": name, "size": "cpu", "settings": {}} for name in list(MODELS)[1:5]},
     "dinov2_small": {"model": "dinov2_small", "size": "vit", "settings": {}},
     "dinov2_small_bf16": {"model": "dinov2_small", "size": "vit", "settings": {"bf16": True}},
+    "dinov2_small_chunks": {"model": "dinov2_small", "size": "vit", "settings": {"pair_chunk_size": 5}},
+    "dinov2_small_lora": {"model": "dinov2_small_lora", "size": "vit", "settings": {}},
+    "dinov2_small_224": {"model": "dinov2_small_224", "size": "vit_224", "settings": {}},
+    "vit_b16_cpu": {"model": "vit_b16", "size": "vit_b", "settings": {}},
     **{name: {"model": name, "size": "cuda", "settings": HALF} for name in ("resnet50", "vit_b16")},
     **{
         f"{name}_compiled": {"model": name, "size": "cuda", "settings": {**HALF, "torch_compile": True}}
