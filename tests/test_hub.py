@@ -30,6 +30,7 @@ from transformers import Trainer
 from ipg_hf import IPGConfig, IPGTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("IPG_DATA") or "/nonexistent")
 TINY = {
     **small.TINY_RECIPE,
     "max_steps": 4,
@@ -164,6 +165,34 @@ def train_by_command(folder):
     return found
 
 
+def publish_pretrained(folder):
+    """Guides a pretrained vision transformer for two steps by a recipe, pushes it, and loads it by `pipeline`."""
+    from datasets import load_dataset
+    from transformers import AutoModelForImageClassification, pipeline
+
+    from ipg_hf.cli import main
+
+    recipe = yaml.safe_load((ROOT / "recipes/scenes/ipg_dinov2.yaml").read_text())
+    texts = yaml.safe_load((ROOT / "recipes/cue_conflict/ipg_lite0.yaml").read_text())
+    recipe |= {name: texts[name] for name in ("dataset_options", "about")}
+    recipe |= {"data_dir": str(DATA / "cue_conflict"), "model_name_or_path": str(DATA / "dinov2_small_9l")}
+    recipe |= {"max_steps": 2, "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 4, "bf16": False}
+    recipe |= {"per_device_pair_batch_size": 2, "image_processor": {"size": {"height": 56, "width": 56}}}
+    recipe |= {"push_to_hub": True, "hub_model_id": "me/dinov2", "output_dir": str(folder / "run")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    status = main(["train", f"--config={folder / 'recipe.yaml'}"])
+    images = load_dataset(recipe["data_dir"], split="test").select(range(8))["image"][:]
+    answers = [
+        [
+            {one["label"]: one["score"] for one in found}
+            for found in pipeline("image-classification", model=name)(images)
+        ]
+        for name in ("me/dinov2", str(folder / "run"))
+    ]
+    config = AutoModelForImageClassification.from_pretrained("me/dinov2").config
+    return {"status": status, "answers": answers, "classes": config.id2label, "kind": config.model_type}
+
+
 # ---- The server's side ----
 
 
@@ -275,6 +304,25 @@ def test_a_pushed_model_loads_as_it_was(by_trainer, name):
     assert not found["control"]
 
 
+@pytest.mark.skipif(
+    not all((DATA / name).exists() for name in ("dinov2_small_9l", "cue_conflict")),
+    reason="IPG_DATA names no folder with dinov2_small_9l and cue_conflict",
+)
+def test_a_guided_pretrained_transformer_goes_to_the_hub_and_back(hub, clients, tmp_path):
+    done = called(hub, tmp_path, [__file__, tmp_path, "publish_pretrained"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "answers.json").read_text())["publish_pretrained"]
+    assert found["status"] == 0 and found["kind"] == "dinov2" and [*found["classes"].values()] == ["animal", "vehicle"]
+    pushed, here = found["answers"]
+    assert pushed == here and len({answer["animal"] for answer in pushed}) == 8
+    files = hub.files("me/dinov2")
+    assert files.keys() >= PUSHED and files == local(tmp_path / "publish_pretrained" / "run")
+    card, measured = files["README.md"].decode(), json.loads(files["run.json"])["metrics"]["test"]
+    rows = {"accuracy": "accuracy", "worst-group accuracy": "worst_group_accuracy", "flip rate": "flip_rate"}
+    for title, name in rows.items():
+        assert f"| {title} | {measured[name]:.3f} |" in card, title
+
+
 def test_the_command_pushes_the_finished_run_in_one_last_commit(hub, by_command):
     done = by_command.answer["good"]
     assert done["status"] == 0 and f"pushed to {hub.endpoint}/me/good" in done["out"], done["err"]
@@ -291,7 +339,7 @@ def test_the_command_pushes_the_finished_run_in_one_last_commit(hub, by_command)
 def test_measuring_makes_no_repository(hub, by_command):
     assert by_command.answer["evaluated"] == 0
     names = ("good", "cut", "expired", "end", "saved", "asked", "timm", "every_save", "checkpoint")
-    assert hub.repos.keys() == {"other/taken", *(f"me/{name}" for name in names)}
+    assert hub.repos.keys() - {"me/dinov2"} == {"other/taken", *(f"me/{name}" for name in names)}
 
 
 def test_the_overrides_fit_the_trainer():
@@ -465,7 +513,8 @@ def test_the_logs_reach_tensorboard(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     answers = {}
-    for task in (publish_by_trainer, train_by_command):
+    tasks = [globals()[name] for name in sys.argv[2:]] or [publish_by_trainer, train_by_command]
+    for task in tasks:
         (Path(sys.argv[1]) / task.__name__).mkdir()
         answers[task.__name__] = task(Path(sys.argv[1]) / task.__name__)
     (Path(sys.argv[1]) / "answers.json").write_text(json.dumps(answers))
