@@ -23,8 +23,20 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # transformers' Trainer takes seconds to import: `ipg --help` and a wrong flag do not wait for it (PEP 562)
-    if name not in _HOMES:
+if not TYPE_CHECKING:  # which would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        # transformers' Trainer takes seconds to import: `ipg --help` and a wrong command do not wait for it (PEP 562)
+        if name in _HOMES:
+            return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        if not name.startswith("_"):
+            try:
+                return import_module(f".{name}", __name__)
+            except ModuleNotFoundError as failure:
+                if failure.name != f"{__name__}.{name}":
+                    raise
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

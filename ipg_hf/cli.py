@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
     # a waiting thread of GNU OpenMP, which torch has on Linux, spins 30 times as long by default: beside busy processes
     # a training then takes twice as long (recipes/speed). torch reads it when it is imported; no number depends on it
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from .commands import run  # with torch and transformers, seconds that --help and a wrong command do not wait
 
@@ -146,9 +147,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 if __name__ == "__main__":
     status = main()
-    import torch  # which the command has imported
-
-    if torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")  # which is not there if the command was interrupted before
+    if torch and torch.distributed.is_initialized():
         # gloo's threads now and then abort the interpreter's orderly end ("terminate called without an active
         # exception", torch 2.15 on CPU), which a launcher takes for a failed run
         sys.stdout.flush()

@@ -4,6 +4,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -359,9 +361,31 @@ def test_evaluate_refuses_a_model_of_other_labels(trained, tmp_path, capsys):
     assert "3 labels" in capsys.readouterr().err
 
 
-def test_waiting_threads_spin_little_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.setattr("ipg_hf.commands.run", lambda options, flags: 0)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "7"
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    assert main(["heads"]) == 0 and os.environ["GOMP_SPINCOUNT"] == "10000"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")],
+)
+def test_waiting_threads_spin_little_unless_the_user_says_otherwise(given, expected):
+    # torch reads the variable when it is imported, with the commands: what it is just before
+    code = (
+        "import os, sys\nfrom ipg_hf.cli import main\n"
+        "class Look:\n    def find_spec(self, name, *rest):\n"
+        "        name == 'ipg_hf.commands' and (print(os.environ.get('GOMP_SPINCOUNT')), os._exit(0))\n"
+        "sys.meta_path.insert(0, Look())\nmain(['heads'])"
+    )
+    environment = {name: v for name, v in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_an_interrupt_of_the_imports_is_one_line():
+    code = (
+        "import runpy, sys\nclass Stop:\n    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\nsys.argv = ['ipg', 'heads']\n"
+        "runpy.run_module('ipg_hf.cli', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "\nipg heads: interrupted.\n"

@@ -120,7 +120,12 @@ def test_the_method_needs_torch_alone(name):
 def test_public_names():
     wanted = {"IPGTrainer", "IPGConfig", "ClassifierHead", "find_head", "load_image_classifier"}
     assert wanted == {*ipg_hf.__all__} == {*ipg_hf._HOMES}
-    assert not hasattr(ipg_hf, "IPGTrainers")
+    assert wanted <= {*dir(ipg_hf)} and not hasattr(ipg_hf, "IPGTrainers") and not hasattr(ipg_hf, "_metrics")
+    code = (
+        "import ipg_hf; print(ipg_hf.metrics.GroupMetrics.__name__); from ipg_hf import *; print(IPGTrainer.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["GroupMetrics", "IPGTrainer"]
     assert all(inspect.getdoc(getattr(ipg_hf, name)) for name in ipg_hf.__all__)
     assert (ROOT / "ipg_hf" / "py.typed").exists()
 

@@ -27,7 +27,7 @@ from ipg_hf.recipe import parse_recipe
 from ipg_hf.scan import first_suspect, load_images, read_scan, scan, scan_table, write_scan
 from ipg_hf.scan.measure import Finding, _donors, _finding, _ranked
 from ipg_hf.scan.page import _line, property_sentence
-from ipg_hf.scan.properties import file_properties
+from ipg_hf.scan.properties import STANDARD_MEAN, _quality, file_properties
 
 SIZE = 40
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, do_normalize=False, resample=0)
@@ -410,6 +410,58 @@ def test_properties_need_files_that_differ_and_answers_of_several_images():
     # the middle of a range needs two thresholds
     widths = [encoded(rng, (30 if answer == "a" else 20 + 20 * (n % 4 == 1), 20)) for n, answer in enumerate(ANSWERS)]
     assert next(one for one in file_properties(widths, ANSWERS) if one.name == "width").told == 1.0
+    turned = Image.Exif()
+    turned[274] = 6  # stored on its side
+    sideways = [encoded(rng, (20, 30), exif=turned) if a == "a" else encoded(rng, (30, 20)) for a in ANSWERS]
+    assert {one.name for one in file_properties(sideways, ANSWERS)} == set()
+
+
+@pytest.mark.parametrize("count", [10, 40])
+@pytest.mark.parametrize("name", ["width", "camera"])
+def test_a_property_may_tell_many_answers(count, name):
+    rng, answers = np.random.default_rng(0), [str(number % count) for number in range(6 * count)]
+    # two cameras of each answer, which do not follow each other in the alphabet
+    cameras = {(n, turn): f"{'xkcdab'[(n + turn) % 6]}{n}-{turn}" for n in range(count) for turn in (0, 1)}
+    files = [
+        encoded(rng, (8 + int(answer), 8)) if name == "width" else
+        encoded(rng, exif=camera(cameras[int(answer), number // count % 2]))
+        for number, answer in enumerate(answers)
+    ]  # fmt: skip
+    one = next(one for one in file_properties(files, answers) if one.name == name)
+    assert one.tells and one.told > 0.9 and one.chance == 1 / count
+    text = property_sentence(one)
+    assert f"and {count - 5} more." in text and text.count(",") < 9
+
+
+def test_what_is_drawn_at_random_tells_nothing_however_many_values_it_has():
+    rng = np.random.default_rng(5)
+    answers = ["a"] * 100 + ["b"] * 20
+    widths = [encoded(rng, (int(width), 8)) for width in rng.integers(8, 200, 120)]
+    cameras = [encoded(rng, exif=camera(f"model {number}")) for number in rng.integers(0, 60, 120)]
+    for files in (widths, cameras):
+        for one in file_properties(files, answers):
+            assert abs(one.told - 0.5) < 0.15 and not one.tells, one
+
+
+def test_each_answer_weighs_the_same():
+    rng, answers = np.random.default_rng(2), ["a"] * 90 + ["b"] * 10
+    # every b and 40 of the 90 of a are wide: balanced, wide says b
+    files = [encoded(rng, (12 if answer == "b" or number < 40 else 8, 8)) for number, answer in enumerate(answers)]
+    one = next(one for one in file_properties(files, answers) if one.name == "width")
+    assert one.told == pytest.approx((50 / 90 + 1) / 2) and one.tells
+    # 51 / 92 and 11 / 12: shares with one more of either kind
+    variance = 51 / 92 * 41 / 92 / 90 / 4 + 11 / 12 * 1 / 12 / 10 / 4
+    assert one.high - one.told == pytest.approx(1.96 * variance**0.5)
+
+
+def test_a_file_that_pil_does_not_open_and_any_seed_are_no_error(caplog):
+    rng = np.random.default_rng(0)
+    files = [encoded(rng, (20 + number % 2, 20)) for number in range(60)]
+    assert file_properties([{"bytes": None, "path": "zip://a.png::b.zip"}, *files[1:]], ANSWERS) == []
+    assert file_properties(files, ANSWERS, seed=2**40)[0].told == 1.0
+    assert _quality({1: [STANDARD_MEAN] * 64, 2: [1] * 64}) == 50 and _quality({}) is None
+    named = file_properties([encoded(rng, exif=camera("\x1b[31m" + a * 100)) for a in ANSWERS], ANSWERS)[0]
+    assert named.typical["a"] == "[31m" + "a" * 36
 
 
 def test_a_scan_says_which_properties_of_the_files_tell_the_answers(tmp_path):
@@ -428,7 +480,10 @@ def test_a_scan_says_which_properties_of_the_files_tell_the_answers(tmp_path):
     result = scan(model, saved, PROCESSOR)
     assert [one.name for one in result.properties] == ["JPEG quality"]
     text = property_sentence(result.properties[0])
-    assert text.startswith("The JPEG quality of the files alone tells 9") and "dark 90, light 95" in text
+    assert (
+        text.startswith("From the JPEG quality of its file alone, the answer to an image is guessed rightly in 9")
+        and "dark 90, light 95" in text
+    )
     assert text in scan_table(result)
     page = write_scan(result, tmp_path / "scan")[0].read_text()
     assert text in page and "properties of the files" in page

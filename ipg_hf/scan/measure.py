@@ -128,8 +128,8 @@ def scan(
     and the second does not. So no attribute and no label is needed, and the second exchange is the control: an edit of
     the same kind and size. [`~ipg_hf.pairs.exchange_pairs`] exchanges the same parts, to make pairs against a finding.
 
-    Properties of the files, such as their size and compression, are in no part. The scan says how well each alone tells
-    the answers, which need not be by what the model follows.
+    No part shows the size and the compression of a file alone: traces of them are in all parts. The scan says how well
+    such a property tells the answers. The model need not follow it.
 
     A part that shows something of the object moves answers rightly. The scan cannot know what is an object: look at the
     pictures. A shortcut that is in no part may not be found, nor one of two that each suffice alone.

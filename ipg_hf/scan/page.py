@@ -17,6 +17,7 @@ from .measure import Finding, Scan
 from .properties import FileProperty
 
 PAGE, NUMBERS = "scan.html", "scan.json"
+SHOWN = 5  # answers whose typical property is named
 
 
 def first_suspect(result: Scan) -> str | None:
@@ -55,13 +56,15 @@ def scan_table(result: Scan, before: Scan | None = None) -> str:
 
 def property_sentence(found: FileProperty) -> str:
     """What a property of the files tells, in two sentences."""
-    values = ", ".join(
-        f"{answer} {value if isinstance(value, str) else format(value, '.4g')}"
-        for answer, value in found.typical.items()
-    )
+    values = [
+        f"{answer} {value if isinstance(value, str) else f'{value:.10g}'}" for answer, value in found.typical.items()
+    ]
+    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+    told, low, high, chance = (f"{100 * share:.0f}" for share in (found.told, found.low, found.high, found.chance))
     return (
-        f"The {found.name} of the files alone tells {100 * found.told:.0f} % of the answers (95 % interval "
-        f"{100 * found.low:.0f} to {100 * found.high:.0f} %, by chance {100 * found.chance:.0f} %). Typical: {values}."
+        f"From the {found.name} of its file alone, the answer to an image is guessed rightly in {told} % (each answer "
+        f"weighs the same; 95 % interval {low} to {high} %, by chance {chance} %). "
+        f"Typical: {', '.join(values[:SHOWN])}{more}."
     )
 
 

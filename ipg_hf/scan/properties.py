@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,15 @@ from PIL import ExifTags, Image
 
 from ..pairs.images import upright_size
 
+logger = logging.getLogger(__name__)
+
 FOLDS = 5  # of the cross-validation
-LEAVES = 4  # of a tree: two thresholds make a middle range, three two of them
+LEAVES = 4  # of a tree, at least, and twice the number of answers
 LEAST_FILES = 20
 TELLING = 0.1  # of the way from chance to all answers
 STANDARD_MEAN = 57.625  # of JPEG's table of quantisation for brightness, at quality 50 (ITU T.81, table K.1)
 NONE = "none"
+LONGEST = 40  # letters of a camera's name
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class FileProperty:
 
 
 def file_properties(files: Sequence[Mapping[str, Any]], answers: Sequence[str], seed: int = 0) -> list[FileProperty]:
-    """Guesses the answers from single properties of the files: size, format, compression and camera.
+    """Guesses the answers from single properties of the files: size, format, compression and camera (ours).
 
-    What is guessed by a small decision tree on other images is a correlation, as Datalab of cleanlab reports them. The
-    model need not follow it. But no exchange of parts between images would show a model that does.
+    A number is guessed from by a small decision tree, a text by the answer that is most frequent with it, on other
+    images. That a property tells the answers is a correlation: the model need not follow it.
 
     Args:
         files: encoded images that can be decoded.
@@ -62,15 +66,19 @@ def file_properties(files: Sequence[Mapping[str, Any]], answers: Sequence[str], 
         seed: seed of the draw of the folds.
 
     Returns:
-        The properties that every file has and that differ between files, the most telling first; none of fewer than 20
-        images, or of fewer than two answers.
+        The properties that every file has and that differ between files, the most telling first. The list is empty if
+        there are fewer than 20 images or two answers, or if a file's header cannot be read.
     """
     counts = Counter(answers)
     places = [place for place, answer in enumerate(answers) if counts[answer] >= FOLDS]
     kept = [answers[place] for place in places]
     if len(kept) < LEAST_FILES or len({*kept}) < 2:
         return []
-    rows = [_properties_of(files[place]) for place in places]
+    try:
+        rows = [_properties_of(files[place]) for place in places]
+    except Exception as failure:  # of a file that `datasets` reads in another way, or with a damaged header
+        logger.info(f"The properties of the files are not looked at: {failure}")
+        return []
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     differ = {name: values for name, values in columns.items() if len({*values}) > 1 and None not in values}
     found = [_told(name, values, kept, seed) for name, values in differ.items()]
@@ -81,9 +89,8 @@ def _properties_of(file: Mapping[str, Any]) -> dict[str, float | str | None]:
     with Image.open(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"])) as image:
         width, height = upright_size(image)
         exif = Image.Image.getexif(image)
-        camera = " ".join(
-            str(exif[tag]).strip("\0 ") for tag in (ExifTags.Base.Make, ExifTags.Base.Model) if tag in exif
-        )
+        camera = " ".join(str(exif[tag]) for tag in (ExifTags.Base.Make, ExifTags.Base.Model) if tag in exif)
+        camera = " ".join("".join(letter if letter.isprintable() else " " for letter in camera).split())[:LONGEST]
         return {
             "width": width,
             "height": height,
@@ -95,24 +102,17 @@ def _properties_of(file: Mapping[str, Any]) -> dict[str, float | str | None]:
 
 
 def _quality(tables: Mapping[int, Sequence[int]] | None) -> float | None:
-    """The quality of a JPEG image, 1 to 100 by libjpeg's scale, from its tables."""
+    """About the quality of a JPEG image by libjpeg's scale of 1 to 100, from its table for brightness."""
     if not tables:
         return None
-    scale = 100 * float(np.mean(tables[0])) / STANDARD_MEAN
+    scale = 100 * float(np.mean(tables[min(tables)])) / STANDARD_MEAN
     return round(100 - scale / 2 if scale <= 100 else 5000 / scale)
 
 
 def _told(name: str, values: Sequence[float | str], answers: Sequence[str], seed: int) -> FileProperty:
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict  # a second, for scans alone
-    from sklearn.tree import DecisionTreeClassifier
-
-    kinds = sorted({*answers})
-    is_text = isinstance(values[0], str)
-    order = {value: place for place, value in enumerate(sorted({*values}))}
-    numbers = np.array([[order[value] if is_text else value] for value in values], float)
-    tree = DecisionTreeClassifier(max_leaf_nodes=LEAVES, class_weight="balanced", random_state=0)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    right = cross_val_predict(tree, numbers, np.array(answers), cv=folds) == np.array(answers)
+    kinds, is_text = sorted({*answers}), isinstance(values[0], str)
+    guesses = (_by_text if is_text else _by_number)(np.array(values), np.array(answers), seed % 2**32)
+    right = guesses == np.array(answers)
     told, variance, typical = 0.0, 0.0, {}
     for kind in kinds:
         own = np.array([answer == kind for answer in answers])
@@ -124,3 +124,33 @@ def _told(name: str, values: Sequence[float | str], answers: Sequence[str], seed
         typical[kind] = Counter(of_kind).most_common(1)[0][0] if is_text else float(median(of_kind))
     error = 1.96 * math.sqrt(variance)
     return FileProperty(name, told, max(told - error, 0.0), min(told + error, 1.0), 1 / len(kinds), typical)
+
+
+def _by_number(values: np.ndarray, answers: np.ndarray, seed: int) -> np.ndarray:
+    """The answer to each image, guessed from its value by a tree that the other folds have grown."""
+    from sklearn.model_selection import cross_val_predict  # a second, for scans alone
+    from sklearn.tree import DecisionTreeClassifier
+
+    leaves = max(LEAVES, 2 * len({*answers.tolist()}))
+    tree = DecisionTreeClassifier(max_leaf_nodes=leaves, class_weight="balanced", random_state=0)
+    return cross_val_predict(tree, values.astype(float)[:, None], answers, cv=_folds(seed))
+
+
+def _by_text(values: np.ndarray, answers: np.ndarray, seed: int) -> np.ndarray:
+    """The answer to each image, the most frequent of its value in the other folds; "" for a value that is not there."""
+    guesses = np.full(len(answers), "", answers.dtype)
+    for train, test in _folds(seed).split(values, answers):
+        sizes = Counter(answers[train].tolist())
+        shares: dict[str, Counter] = {}
+        for value, answer in zip(values[train].tolist(), answers[train].tolist(), strict=True):
+            shares.setdefault(value, Counter())[answer] += 1 / sizes[answer]
+        for place in test.tolist():
+            seen = shares.get(values[place])
+            guesses[place] = seen.most_common(1)[0][0] if seen else ""
+    return guesses
+
+
+def _folds(seed: int) -> Any:
+    from sklearn.model_selection import StratifiedKFold
+
+    return StratifiedKFold(FOLDS, shuffle=True, random_state=seed)

@@ -3,8 +3,9 @@
 
     python recipes/speed/plain_trainer.py JOB
 
-JOB is a JSON file: the keys of a recipe. A step takes B + 2P images, the number that a guided step computes. Validation
-and test are measured together with the images of their held-out pairs, which `ipg train` measures too.
+JOB is a JSON file: the keys of a recipe. A step takes B + 2P images, the number that a guided step computes. At the end
+validation and test are measured together with the images of their held-out pairs, as `ipg train` does. Batch norm
+stays on its running statistics where the recipe says so.
 """
 
 import json
@@ -28,7 +29,7 @@ from ipg_hf.data import LOADERS
 with open(sys.argv[1]) as file:
     job = json.load(file)
 options = job.get("dataset_options", {}) | ({"data_dir": job["data_dir"]} if "data_dir" in job else {})
-data = LOADERS[job["dataset"]](**options)
+data = LOADERS[job["dataset"]](**options, seed=42)  # that of TrainingArguments
 processor = ViTImageProcessor(**job["image_processor"])
 
 
@@ -71,19 +72,24 @@ else:
     model = AutoModelForImageClassification.from_config(config)
 if job.get("channels_last"):
     model = model.to(memory_format=torch.channels_last)
+if job.get("freeze_norm"):
+    for layer in filter(lambda module: isinstance(module, torch.nn.BatchNorm2d), model.modules()):
+        layer.eval()
+        layer.train = lambda mode=True, layer=layer: layer
 settings = {field.name: job[field.name] for field in fields(TrainingArguments) if field.name in job}
 settings["per_device_train_batch_size"] += 2 * job["per_device_pair_batch_size"]
 trainer = Trainer(
     model,
     TrainingArguments(**settings),
     train_dataset=transformed(data.train),
-    eval_dataset=measured(data.validation, data.validation_pairs),
+    eval_dataset=transformed(data.validation),
     processing_class=processor,
     data_collator=default_data_collator,
     compute_metrics=worst_group(data.validation),
 )
 datasets.disable_progress_bars()
 trainer.train()
+trainer.predict(measured(data.validation, data.validation_pairs))
 trainer.compute_metrics = worst_group(data.test)
 test = trainer.predict(measured(data.test, data.test_pairs))
 trainer.save_model()

@@ -27,7 +27,7 @@ ARMS = {"ipg": {}, "default": {"GOMP_SPINCOUNT": "300000"}, "one thread": {"OMP_
 
 def seconds(settings):
     """Wall seconds of one training."""
-    environment = {name: v for name, v in os.environ.items() if name not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "ipg_hf.cli", "train", "--config", str(RECIPE), "--max_steps", str(STEPS)]
         start = time.perf_counter()

@@ -5,8 +5,10 @@
 
 Each case is a recipe, with fewer steps where a step takes seconds. Each round starts both once, in turn: the recipe by
 `ipg train`, and plain_trainer.py with batches of B + 2P images on the same data, with the same evaluations and
-checkpoints. Measured: seconds to the first step, seconds to the exit, the processor's seconds; one thread a process.
-`import` compares `from ipg_hf import IPGTrainer` with `from transformers import Trainer`, and `help` is `ipg --help`.
+checkpoints. `ipg train` alone also transforms the pairs, and writes a record, a card and a plot. Both keep their memory
+between steps, which only `ipg train` does by itself (kept_memory.py). Measured: seconds to the first step, seconds to
+the exit, the processor's seconds; one thread a process. `import` compares `from ipg_hf import IPGTrainer` with
+`from transformers import Trainer`, and `help` is `ipg --help`.
 
 `IPG_DATA` names the folder of the data, and of dinov2_small_9l. `--write` keeps these cases in the record beside this
 file.
@@ -26,6 +28,7 @@ from pathlib import Path
 import yaml
 
 from ipg_hf.record import commit, hardware, read_json, versions, write_json
+from ipg_hf.run import KEEP_MEMORY
 
 FOLDER = Path(__file__).resolve().parent
 RECORD = Path(__file__).with_suffix(".json")
@@ -61,6 +64,7 @@ def timed(command):
     """Wall and processor's seconds of a process with one thread, and the time at which it was started."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {name: str(value) for name, _, value in KEEP_MEMORY}
     done = subprocess.run([sys.executable, "-c", *command], env=environment, capture_output=True, text=True)
     wall, after = time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
