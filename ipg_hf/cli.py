@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, flags = parser.parse_known_args(argv)
     if options.command in ("heads", "card", "bench", "scan") and flags:
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(flags)}")
+    path = getattr(options, "config", None) or getattr(options, "suite", None)
+    if path and not os.path.exists(path):  # said at once
+        print(f"ipg {options.command}: error: {path}: no such file.", file=sys.stderr)
+        return 2
     # a waiting thread of GNU OpenMP, which torch has on Linux, spins 30 times as long by default: beside busy processes
     # a training then takes twice as long (recipes/speed). torch reads it when it is imported; no number depends on it
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -170,12 +170,23 @@ def test_the_import_is_that_of_trainer_and_little_more():
     assert not {*new} & {"evaluate", "scipy", "sklearn", "matplotlib", "jinja2", "diffusers", "peft"}, new
 
 
-@pytest.mark.parametrize("given", ["--help", "bench --help", "scan FOLDER", "heads --models X", "trian"])
-def test_help_and_wrong_flags_wait_for_no_import(given):
+AT_ONCE = {
+    "--help": "usage: ipg",
+    "bench --help": "usage: ipg bench",
+    "scan FOLDER": "arguments are required: --data",
+    "heads --models X": "unrecognized arguments: --models",
+    "trian": "invalid choice: 'trian'",
+    "train --config none.yaml": "ipg train: error: none.yaml: no such file.",
+    "bench none.yaml": "ipg bench: error: none.yaml: no such file.",
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), AT_ONCE.items(), ids=AT_ONCE)
+def test_help_and_wrong_flags_wait_for_no_import(given, expected):
     code = (
-        "import sys\nfrom ipg_hf.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "import sys\nfrom ipg_hf.cli import main\ntry:\n    sys.exit(main(sys.argv[1:]))\nfinally:\n"
         "    print({*sys.modules} & {'torch', 'numpy', 'transformers', 'datasets', 'PIL', 'ipg_hf.commands'})"
     )
     done = subprocess.run([sys.executable, "-c", code, *given.split()], capture_output=True, text=True)
     assert done.returncode == (0 if "--help" in given else 2), done.stderr
-    assert done.stdout.endswith("set()\n") and ("usage: ipg" in done.stdout or "usage: ipg" in done.stderr)
+    assert done.stdout.endswith("set()\n") and expected in done.stdout + done.stderr

@@ -122,9 +122,41 @@ def kept_memory(record):
     return lines_of(("case", "kept, seconds a step", "given back", "kept / given back"), rows)
 
 
+def whole(record):
+    """Whole trainings and commands, `ipg` and plain."""
+    titles = (
+        "case",
+        "seconds to the first step (plain, ipg)",
+        "to the exit",
+        "exit: ipg / plain",
+        "processor: ipg / plain",
+    )
+    rows = []
+    for case, row in record.items():
+        plain, ours = (row["seconds"][arm] for arm in ("plain", "ipg"))
+        first = f"{plain['first_step']:.1f}, {ours['first_step']:.1f}" if "first_step" in plain else "-"
+        ratios = []
+        for name in ("wall", "cpu"):
+            rounds = row["ratio"][name]
+            ratios.append(f"{ours[name] / plain[name]:.2f} ({rounds[0]:.2f} to {rounds[-1]:.2f})")
+        rows.append([f"`{case}`", first, f"{plain['wall']:.1f}, {ours['wall']:.1f}", *ratios])
+    return lines_of(titles, rows)
+
+
+def threads(record):
+    """A training beside busy processes, by what waiting threads do."""
+    found = {name: made for name, made in record.items() if name.startswith("beside")}
+    arms = [*next(iter(found.values()))["seconds"]]
+    rows = []
+    for name, made in found.items():
+        cells = [f"{sum(made['seconds'][arm]) / record['rounds']:.0f} ({made['to_default'][arm]:.2f})" for arm in arms]
+        rows.append([f"{name.split()[1]} processes", *cells])
+    return lines_of(("beside", *(f"{arm}, s (to default)" for arm in arms)), rows)
+
+
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory):
+    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory, whole, threads):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
