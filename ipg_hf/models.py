@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel, TimmWrapperConfig
-from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from .inference import inference
+
+TIMM = "timm_wrapper"  # `model_type` of a timm model in transformers
 
 
 def load_image_classifier(
@@ -109,7 +110,7 @@ def _from_pretrained(name_or_path: str | os.PathLike, kwargs: Mapping[str, Any])
             f"weights in {name_or_path} have other shapes than its config.json says, for example "
             f"{other[0]}: give the config that the model was saved with."
         )
-    if isinstance(model, TimmWrapperForImageClassification):
+    if model.config.model_type == TIMM:
         _set_input_size(model.config)
     return model, info["missing_keys"]
 
@@ -250,6 +251,9 @@ def _forward_parameters(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreTrainedModel:
+    # with timm, half a second that others do not wait
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
     known = getattr(module, "pretrained_cfg", None)
     if not known or not hasattr(module, "reset_classifier"):
         raise ValueError(
@@ -277,7 +281,7 @@ def _wrap_timm(module: nn.Module, num_labels: int | None, **kwargs: Any) -> PreT
     return model
 
 
-def _set_input_size(config: TimmWrapperConfig) -> None:
+def _set_input_size(config: Any) -> None:
     """Sets the image size of a timm model's config to that of `model_args`, by which its image processor is made."""
     size = (config.model_args or {}).get("img_size")
     if size is not None:

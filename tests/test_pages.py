@@ -264,7 +264,11 @@ def test_what_the_findings_say_of_the_methods_holds(page_tables):
     assert steady(arrows(speed, "ipg_outputs_violated_every_4th"))
     assert arrows(speed[1:], "ipg_outputs_every_4th") == ["↓", "↓"]
     assert arrows(["few_pairs_long"], "kl") == ["↓"]
-    assert arrows(["scenes_dinov2"], "augmentation", "ipg") == ["↓"]
+    assert steady(arrows(speed, "ipg_outputs_quarter")) and arrows(["scenes_dinov2"], "ipg_quarter", "ipg") == ["↓"]
+    for row in ("augmentation", "kl", "ipg_paper", "dfr"):
+        assert arrows(["scenes_dinov2"], row, "ipg") == ["↓"], row
+    for row in ("reweight", "group_dro", "dfr"):
+        assert arrows(["scenes_95_dinov2"], row, "ipg") == ["↓"], row
     assert arrows(["transfer_digits"], "augmentation_schedule", "digits:ipg_resnet") == ["↓"]
     for name, network in (("digits", "resnet"), ("colored_mnist", "mlp"), ("scenes", "lite0")):  # without a tuning
         suite = {"scenes": "transfer_scenes_100"}.get(name, f"transfer_{name}")

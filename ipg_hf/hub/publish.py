@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperImageProcessor, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
 
+from ..models import TIMM
 from ..record import from_json, hub_id, json_values, read_json, trainer_record
 from .card import MARKER, model_card
 
@@ -95,7 +96,7 @@ class PublishingTrainer(Trainer):
         if not isinstance(model, PreTrainedModel) and not is_adapter:
             state_dict = _savable(self.model.state_dict() if state_dict is None else state_dict)
         config = model.config if hasattr(model, "config") else None
-        if isinstance(config, TimmWrapperConfig):
+        if getattr(config, "model_type", None) == TIMM:  # TimmWrapperConfig would import timm
             config.pretrained_cfg = {**config.pretrained_cfg, **_as_timm(self.processing_class)}
         readme = folder / "README.md"
         card = readme.read_bytes() if is_adapter and readme.is_file() else None
@@ -272,6 +273,8 @@ def _as_timm(processor: Any) -> dict[str, Any]:
 
     A folder with a timm model is read without the image processor's own file: the processor is made of these settings.
     """
+    from transformers import TimmWrapperImageProcessor  # with timm, half a second that others do not wait
+
     if isinstance(processor, TimmWrapperImageProcessor):
         return {name: list(v) if isinstance(v, tuple) else v for name, v in processor.data_config.items()}
     known = processor.to_dict() if isinstance(processor, ImageProcessingMixin) else {}
