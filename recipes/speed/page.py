@@ -134,29 +134,18 @@ def whole(record):
     rows = []
     for case, row in record.items():
         plain, ours = (row["seconds"][arm] for arm in ("plain", "ipg"))
-        first = f"{plain['first_step']:.1f}, {ours['first_step']:.1f}" if "first_step" in plain else "-"
+        first = f"{plain['first_step']:.3g}, {ours['first_step']:.3g}" if "first_step" in plain else "-"
         ratios = []
         for name in ("wall", "cpu"):
             rounds = row["ratio"][name]
             ratios.append(f"{ours[name] / plain[name]:.2f} ({rounds[0]:.2f} to {rounds[-1]:.2f})")
-        rows.append([f"`{case}`", first, f"{plain['wall']:.1f}, {ours['wall']:.1f}", *ratios])
+        rows.append([f"`{case}`", first, f"{plain['wall']:.3g}, {ours['wall']:.3g}", *ratios])
     return lines_of(titles, rows)
-
-
-def threads(record):
-    """A training beside busy processes, by what waiting threads do."""
-    found = {name: made for name, made in record.items() if name.startswith("beside")}
-    arms = [*next(iter(found.values()))["seconds"]]
-    rows = []
-    for name, made in found.items():
-        cells = [f"{sum(made['seconds'][arm]) / record['rounds']:.0f} ({made['to_default'][arm]:.2f})" for arm in arms]
-        rows.append([f"{name.split()[1]} processes", *cells])
-    return lines_of(("beside", *(f"{arm}, s (to default)" for arm in arms)), rows)
 
 
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory, whole, threads):
+    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory, whole):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
