@@ -9,7 +9,7 @@ from small_runs import train
 
 from ipg_hf.data import load_digits
 from ipg_hf.pairs import check_pairs, exchange_pairs
-from ipg_hf.pairs.exchanging import BOXES, PARTS, region
+from ipg_hf.pairs.exchanging import BOXES, PARTS, overlay_region, region, rows_to_compare
 
 
 def pixels(image):
@@ -138,6 +138,87 @@ def test_a_part_of_the_image_itself_changes_little(name):
     assert made.size == image.size and made.mode == "RGB"
     change = np.abs(pixels(made) - pixels(image)).mean()
     assert change < (10 if name == "texture" else 2)  # the detail of its corners comes
+
+
+# ---- The overlay
+
+STAMP = (slice(88, 95), slice(60, 84))  # across the edge of the lower right corner
+
+
+def stamped(labels, marked, place=STAMP, size=(100, 100)):
+    """Photographs, of which some have a stamp of two colours."""
+    images = []
+    for number, has in enumerate(marked):
+        made = pixels(photo(number, size))
+        if has:
+            made[place] = [250, 140, 20]
+            made[place][::2] = [20, 40, 90]
+        images.append(Image.fromarray(np.uint8(made)))
+    return image_set(images, labels)
+
+
+def at_rate(labels, rate):
+    """Whether each image of label 1 is marked, and each of label 0 is not: so in `rate` of the images of a label."""
+    place = [labels[:number].count(label) for number, label in enumerate(labels)]
+    return [(label == 1) == (round(number * rate) != round((number + 1) * rate))
+            for label, number in zip(labels, place, strict=True)]  # fmt: skip
+
+
+LABELS = [0, 1] * 30
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.9])
+def test_an_overlay_is_what_the_images_of_a_label_share(rate):
+    source = stamped(LABELS, at_rate(LABELS, rate))
+    found = pixels(overlay_region(source["image"][:], np.array(LABELS)).resize((100, 100)))
+    assert (found[STAMP] > 0).mean() > 0.9
+    rest = found.copy()
+    rest[85:98, 57:87] = 0
+    assert not rest.any()
+    pairs = exchange_pairs(source, part="overlay", seed=3)
+    middle = (90, slice(64, 80))
+    for row, marked in zip(pairs, at_rate(LABELS, rate), strict=True):
+        a, b = pixels(row["image_a"]), pixels(row["image_b"])
+        assert (a[:84] == b[:84]).all() and (a[:, :56] == b[:, :56]).all()
+        assert rate < 1 or (np.abs(b[middle] - [20, 40, 90]).max() <= 3) == (not marked)
+
+
+@pytest.mark.parametrize(
+    ("labels", "marked", "place"),
+    [
+        (LABELS, at_rate(LABELS, 0.5), STAMP),  # it tells nothing
+        (LABELS, [True] * 60, STAMP),  # all have it
+        (LABELS, [label == 1 for label in LABELS], (slice(40, 60), slice(40, 60))),  # the object may be there
+        ([1] * 9 + [0] * 51, [True] * 9 + [False] * 51, STAMP),  # too few images to tell
+    ],
+)
+def test_what_is_no_overlay(labels, marked, place):
+    source = stamped(labels, marked, place)
+    assert overlay_region(source["image"][:], np.array(labels)) is None
+    with pytest.raises(ValueError, match="there is no overlay"):
+        exchange_pairs(source, part="overlay")
+
+
+def test_one_of_many_labels_may_have_an_overlay():
+    labels = [number % 3 for number in range(60)]
+    source = stamped(labels, [label == 2 for label in labels])
+    assert overlay_region(source["image"][:], np.array(labels)) is not None
+    # a third of the images, those of a label, decide
+    assert overlay_region(source["image"][:], np.array(labels[1:] + labels[:1])) is not None
+    assert overlay_region(source["image"][:], np.random.default_rng(0).permutation(labels)) is None
+
+
+def test_an_overlay_needs_labels():
+    with pytest.raises(ValueError, match="needs the column 'label'"):
+        exchange_pairs(image_set([photo(number) for number in range(4)]), part="overlay")
+
+
+def test_the_rows_that_are_compared_are_spread_over_each_label():
+    kinds = np.repeat(np.arange(25), [1000, *[30] * 19, 5, 5, 5, 5, 5])
+    rows = rows_to_compare(kinds)
+    counts = np.bincount(kinds[rows], minlength=25)
+    assert counts.tolist() == [50] + [30] * 19 + [0] * 5
+    assert rows[0] == 0 and rows[49] == 999 and np.ptp(np.diff(rows[:50])) <= 1
 
 
 # ---- The pairs

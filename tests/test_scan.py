@@ -26,7 +26,7 @@ from ipg_hf.cli import main
 from ipg_hf.recipe import parse_recipe
 from ipg_hf.scan import first_suspect, load_images, read_scan, scan, scan_table, write_scan
 from ipg_hf.scan.measure import Finding, _donors, _finding, _ranked
-from ipg_hf.scan.page import _line, property_sentence
+from ipg_hf.scan.page import _line, property_sentence, sentence
 from ipg_hf.scan.properties import STANDARD_MEAN, _quality, file_properties
 
 SIZE = 40
@@ -148,6 +148,25 @@ def test_the_smallest_part_with_most_of_an_effect_comes_first():
 
 
 FOUND = Finding("top", 0, 0, 0, 0, 0, {}, "none")
+
+
+def test_a_stamp_that_no_other_part_holds_whole_is_the_first_finding():
+    """It stands across the edge of a corner, and the model looks at all of it."""
+    rng = np.random.default_rng(4)
+    images = cells()["image"][:]
+    for number, image in enumerate(images):
+        if number % 2:
+            image.paste(Image.new("RGB", (16, 4), (250, 140, 20)), (20, 33))
+        images[number] = image
+    rows = datasets.Dataset.from_dict({"image": [images[n] for n in rng.permutation(80)]}, features=cells(1).features)
+    stamp = torch.tensor([250, 140, 20])[:, None, None] / 255
+    model = Looks(lambda x: ((x[:, :, 33:37, 20:36] - stamp).abs().amax(1) < 0.1).float().mean((1, 2)))
+    result = scan(model, rows, PROCESSOR)
+    found = {entry.part: entry for entry in result.findings}
+    assert first_suspect(result) == "overlay" and found["overlay"].effect > 0.9
+    assert found["bottom_right"].effect < 0.7
+    assert "pairs: {maker: exchange, part: overlay}" in _line("overlay", result)
+    assert "The answer follows what the images of an answer share" in sentence(found["overlay"])
 
 
 def test_donors_have_another_answer_or_the_same():

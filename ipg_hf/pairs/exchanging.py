@@ -8,7 +8,7 @@ exchanges the same parts to find out which of them a model follows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from .edits import ImagePool, alpha_of, edited
 from .images import image_content
 from .makers import check_choice, check_is_set, check_number, known_values
 
-BACKGROUND, CENTER = "background", "center"
+BACKGROUND, CENTER, OVERLAY = "background", "center", "overlay"
 LEAST_SIZE = 8  # pixels: a border of a smaller image has none
 
 # region -> its upper, lower, left and right edge, as shares of the frame
@@ -43,6 +43,13 @@ DETAIL = 0.02  # radius of the blur that takes the fine detail off, as a share o
 PATCHES = 4  # rows and columns of patches, an even number
 RIGHT_ANGLE = 0.1  # cosine: axes of about a right angle
 MOST = 4.0  # times that a spread of colours is enlarged: what is nearly grey is noise
+# an overlay is looked for in images of GRID × GRID pixels
+GRID = 128
+ALIKE = 24  # of 255: the largest difference of a channel at which two pixels are alike
+MORE = 0.7  # by which the share of images that are alike is higher than in the images of other labels
+LEAST_PIXELS = 16
+GROWN = 5  # pixels, odd: the edge of a mark is blended with what is around it
+KINDS, OF_A_KIND, LEAST_OF_A_KIND = 20, 50, 10  # labels that are looked at, and images of each
 
 Exchange = Callable[[Image.Image, Image.Image], Image.Image]
 
@@ -71,6 +78,8 @@ def exchange_pairs(
             - `"border"`: a frame, 0.075 of height and width on each side.
             - `"top"`, `"bottom"`, `"left"`, `"right"`: a strip along an edge, 0.15 of height or width.
             - `"top_left"`, `"top_right"`, `"bottom_left"`, `"bottom_right"`: a corner, 0.3 of height and width.
+            - `"overlay"`: what looks the same in most images of one label and in few others, outside of the central
+              oval: a stamp, a logo, a ruler, a frame ([`overlay_region`]). It needs labels.
             - `"color"`: the mean colour, and the spread along the principal axes of the colours, at most 4 times the
               image's own.
             - `"texture"`: the fine detail. That of the donor's corners is put everywhere. Compression, blur and noise
@@ -90,14 +99,17 @@ def exchange_pairs(
     Raises:
         ValueError: `part` is unknown; the source is a stream or lacks a column; it has one image, or one label; an
             image or a mask cannot be read; an image does not change, or is smaller than 8 pixels; a mask is empty,
-            covers the whole image or is no mask.
+            covers the whole image or is no mask; there is no overlay, or no label to find it by.
     """
-    check_choice("part", part, [*(name for name in PARTS if name != CENTER), BACKGROUND])
+    check_choice("part", part, [*(name for name in PARTS if name != CENTER), BACKGROUND, OVERLAY])
     check_is_set(source, "the source")
     check_number("soft_edge", soft_edge, 0, math.inf)
     is_masked = part == BACKGROUND
     donors = Donors(source, mask if is_masked else None)
-    if not is_masked:
+    if part == OVERLAY:
+        found = donors.overlay()
+        exchange = partial(put_region, found=found)
+    elif not is_masked:
         exchange = PARTS[part]
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -167,6 +179,23 @@ class Donors:
                 return self.pool.read(number)
         raise ValueError("no other image has a part to give: all images of another label are copies of this one.")
 
+    def overlay(self) -> Image.Image:
+        """The region of an overlay that goes with a label, of [`overlay_region`].
+
+        Raises:
+            ValueError: there is none, or there are no labels.
+        """
+        if self.labels is None:
+            raise ValueError("part='overlay' needs the column 'label': an overlay is what the images of a label share.")
+        rows = rows_to_compare(self.labels)
+        found = overlay_region((self.pool.read(row) for row in rows.tolist()), self.labels[rows])
+        if found is None:
+            raise ValueError(
+                "there is no overlay: outside of the middle, nothing looks the same in most images of one label and in "
+                "few others. Exchange another part."
+            )
+        return found
+
 
 def fitted(donor: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scales a donor and crops it at the centre to the width and height of the image that gets its part."""
@@ -196,6 +225,50 @@ def region(name: str, size: tuple[int, int]) -> Image.Image:
     inside = np.hypot(y[:, None], x) <= 1 if name in OVALS else np.maximum(y[:, None], x) <= 1
     mask = Image.fromarray(np.uint8(255 * (inside != (name in OUTSIDE))))
     return mask.filter(ImageFilter.GaussianBlur(SOFT * min(size)))
+
+
+def rows_to_compare(kinds: np.ndarray) -> np.ndarray:
+    """Rows by which an overlay is looked for: of the 20 most frequent kinds, 50 evenly spaced ones of each."""
+    names, counts = np.unique(kinds, return_counts=True)
+    most = names[np.argsort(-counts, kind="stable")[:KINDS]]
+    chosen = [np.flatnonzero(kinds == kind) for kind in most]
+    return np.sort(
+        np.concatenate([of[np.linspace(0, len(of) - 1, min(len(of), OF_A_KIND)).round().astype(int)] for of in chosen])
+    )
+
+
+def overlay_region(images: Iterable[Image.Image], kinds: np.ndarray) -> Image.Image | None:
+    """Finds what looks the same in most images of one kind and in few others, outside of the central oval (ours).
+
+    A pixel belongs to it if the share of images that are like the median image of a kind is higher by 0.7 in this
+    kind than in the other images. In the middle the object would be found.
+
+    Args:
+        images: RGB images. They are compared at 128 × 128 pixels.
+        kinds: labels or answers, shape (n,). A kind of fewer than 10 images is not looked at.
+
+    Returns:
+        A mask of 128 × 128 pixels, 255 inside, or `None` if there is no such region.
+    """
+    shape = (GRID, GRID)
+    pixels = np.stack([np.asarray(image.resize(shape, Image.Resampling.BILINEAR), np.int16) for image in images])
+    inside = np.zeros(shape, bool)
+    for kind in np.unique(kinds):
+        own = kinds == kind
+        if own.sum() < LEAST_OF_A_KIND or (~own).sum() < LEAST_OF_A_KIND:
+            continue
+        is_alike = (np.abs(pixels - np.median(pixels[own], 0)) <= ALIKE).all(-1)
+        inside |= is_alike[own].mean(0) - is_alike[~own].mean(0) >= MORE
+    inside &= np.asarray(region("surroundings", shape)) > 127
+    if inside.sum() < LEAST_PIXELS:
+        return None
+    return Image.fromarray(np.uint8(255 * inside)).filter(ImageFilter.MaxFilter(GROWN))
+
+
+def put_region(image: Image.Image, donor: Image.Image, found: Image.Image) -> Image.Image:
+    """An image with a donor's pixels in a region of [`overlay_region`]; both RGB and of one size."""
+    mask = found.resize(image.size, Image.Resampling.BILINEAR)
+    return Image.composite(donor, image, mask.filter(ImageFilter.GaussianBlur(SOFT / 2 * min(image.size))))
 
 
 def _region(image: Image.Image, donor: Image.Image, name: str) -> Image.Image:

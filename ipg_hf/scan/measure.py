@@ -22,7 +22,19 @@ from ..inference import inference, logits_of
 from ..models import check_image_size, forward_inputs, model_inputs
 from ..pairs.classes import is_class_label, is_text, model_names, one_form
 from ..pairs.edits import alpha_of, fill_foreground, read_mask
-from ..pairs.exchanging import BACKGROUND, BOXES, CENTER, PARTS, check_size, fitted, region
+from ..pairs.exchanging import (
+    BACKGROUND,
+    BOXES,
+    CENTER,
+    OVERLAY,
+    PARTS,
+    check_size,
+    fitted,
+    overlay_region,
+    put_region,
+    region,
+    rows_to_compare,
+)
 from ..pairs.images import read_image, stored_images
 from ..pairs.makers import array_cached, check_columns, check_is_set, check_number, content_hash
 from ..pairs.matching import model_facts
@@ -86,9 +98,9 @@ class Scan:
     """The result of a scan.
 
     Args:
-        findings: one for each part. The part of the largest effect comes first, or the smallest corner, strip or border
-            that has three quarters of this effect: it says more exactly what the model follows. The rest follow in the
-            same way. `"center"` is the last: an effect of the middle is most often that of the object.
+        findings: one for each part. The part of the largest effect comes first, or the smallest overlay, corner, strip
+            or border that has three quarters of this effect: it says more exactly what the model follows. The rest
+            follow in the same way. `"center"` is the last: an effect of the middle is most often that of the object.
         examples: part -> images whose answers became those of the donors, at most 4.
         num_images: number of scanned images: those that were drawn, without those whose answer no other image has.
         accuracy: share of right answers among the drawn images with a label; `None` if there are none, if the label is
@@ -188,6 +200,10 @@ def scan(
     }
     if mask:
         parts[BACKGROUND] = lambda to, of: Image.composite(images[to], fitted(filled[of], images[to].size), alphas[to])
+    compared = rows_to_compare(before)
+    overlay = overlay_region([images[place] for place in compared], before[compared])
+    if overlay is not None:
+        parts[OVERLAY] = lambda to, of: put_region(images[to], fitted(images[of], images[to].size), overlay)
     findings, examples = [], {}
     with tqdm(total=2 * len(parts) * len(rows), desc="Scanning") as bar:
 
@@ -222,7 +238,7 @@ def scan(
             ]
     files = stored_images(dataset.with_format(None).select_columns(["image"]), ["image"])
     told = file_properties([files[row]["image"] for row in rows.tolist()], [names[n] for n in before], int(seed))
-    return Scan(_ranked(findings), examples, len(rows), accuracy, counts, int(seed), mask, properties=told)
+    return Scan(_ranked(findings, overlay), examples, len(rows), accuracy, counts, int(seed), mask, properties=told)
 
 
 def _facts(
@@ -335,9 +351,10 @@ def _finding(
     )
 
 
-def _ranked(findings: Sequence[Finding]) -> list[Finding]:
-    """The findings in the order of [`Scan`]."""
-    areas = {name: np.asarray(region(name, (100, 100))).mean() / 255 for name in BOXES}
+def _ranked(findings: Sequence[Finding], overlay: Image.Image | None = None) -> list[Finding]:
+    """The findings in the order of [`Scan`]; `overlay` is the region of that part."""
+    regions = {name: region(name, (100, 100)) for name in BOXES} | ({OVERLAY: overlay} if overlay else {})
+    areas = {name: np.asarray(mask).mean() / 255 for name, mask in regions.items()}
     rest, ranked = [found for found in findings if found.part != CENTER], []
     while rest:
         largest = max(found.effect for found in rest)

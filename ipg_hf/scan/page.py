@@ -186,6 +186,7 @@ WHAT = {
     "border": "the border of the frame",
     "surroundings": "the surroundings of the middle",
     CENTER: "the middle of the frame",
+    "overlay": "what the images of an answer share outside of the middle",
     "color": "the colours",
     "texture": "the fine detail",
     "background": "the background",

@@ -505,10 +505,10 @@ def exchanged() -> str:
 
 
 def planted_marks() -> str:
-    """What a scan finds of planted marks, and what pairs repair; one seed, and another of the controls."""
+    """What a scan finds of planted marks, and what pairs repair."""
     made: dict[str, dict[float, dict]] = {}
     for record in read_records(RECIPES / "records" / "planted.jsonl"):
-        if not planted.PARTS[record["kind"]] or (planted.is_planted(record) and record["seed"] < planted.HELD_OUT):
+        if not planted.PARTS[record["kind"]] or record["seed"] < planted.HELD_OUT:
             continue
         made.setdefault(record["kind"], {}).setdefault(record["rate"], record)
     lines = []

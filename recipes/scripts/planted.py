@@ -11,7 +11,7 @@ trained without pairs, and scanned on their test images. A record is the run `<m
 `recipes/records/planted.jsonl`. What has a record is not run again; `table.py` makes the table.
 
 Seed 0 served to choose how the scan exchanges fine detail, and is in no record; seed 1 to choose the order of the
-findings. On CelebA nothing was chosen.
+findings; what the scan missed on seed 2 led to the part "overlay". On CelebA nothing was chosen.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PLACE = "background"  # this mark is the place behind the bird, which the set it
 CONTROL = 0.5  # at this rate a mark tells nothing
 NONE = "-"
 SEVERAL = 2  # seeds: a mark with more gets a mean and a standard deviation
-HELD_OUT = 2  # the first seed that served for no choice
+HELD_OUT = 6  # the first seed that served for no choice, and the first with the part "overlay"
 
 
 def ruler(image: Image.Image) -> Image.Image:
@@ -97,11 +97,11 @@ def blur(image: Image.Image) -> Image.Image:
 
 # kind -> the mark, and the parts that hold it, which a scan should name
 MARKS: dict[str, tuple[Callable[[Image.Image], Image.Image] | None, tuple[str, ...]]] = {
-    "ruler": (ruler, ("bottom",)),
-    "date": (date, ("bottom_right", "bottom")),
-    "logo": (logo, ("top_left",)),
-    "frame": (frame, ("border",)),
-    "glare": (glare, ("left",)),
+    "ruler": (ruler, ("overlay", "bottom")),
+    "date": (date, ("overlay", "bottom_right", "bottom")),
+    "logo": (logo, ("overlay", "top_left")),
+    "frame": (frame, ("overlay", "border")),
+    "glare": (glare, ("overlay", "left")),
     "tint": (tint, ("color",)),
     "grey": (grey, ("color",)),
     "jpeg": (jpeg, ("texture",)),
@@ -113,7 +113,7 @@ MARKS: dict[str, tuple[Callable[[Image.Image], Image.Image] | None, tuple[str, .
 # recipes with a shortcut in their data -> its rate, and the parts that hold it
 OWN = {
     "digits/erm_resnet": (1.0, ("color",)),
-    "marked_digits/erm_resnet": (1.0, ("color", "top_left", "border", "top", "left")),
+    "marked_digits/erm_resnet": (1.0, ("color", "overlay", "top_left", "border", "top", "left")),
     "cue_conflict/ipg_lite0": (0.95, ("texture",)),  # trained without its pairs, as the next
     "celeba/ipg_match_balanced_lite0": (0.55, ()),  # gender, which no part of the frame holds alone
 }
@@ -242,8 +242,9 @@ def page() -> str:
         "the mark among the strong findings beside the center. *After pairs*: the worst group when the model was "
         "trained on with pairs against the first finding. *Effect*: that of this part before and after; below 0, the "
         "control moves the answer more often. Seed 0 served to choose how fine detail is exchanged, and is not in the "
-        "table. Seed 1 served to choose the order of the findings: it has an earlier order, and its ranks are not "
-        "counted; its controls are. CelebA's shortcut is gender, which no part of the frame holds alone: no rank."
+        "table. Seed 1 served to choose the order of the findings: it has an earlier order. Seeds 1 to 5 are of a scan "
+        f"without the part `overlay`, to which the misses of seed 2 led. Seeds from {HELD_OUT} on are counted. CelebA's "
+        "shortcut is gender, which no part of the frame holds alone: no rank."
     )
     lines = ["| mark | rate | seed | worst group | strong findings | rank | after pairs | effect |", "|---" * 8 + "|"]
     for record in records:
@@ -253,7 +254,7 @@ def page() -> str:
         cells += [place or NONE, *_repair_cells(record)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     planted_ones = [record for record in records if is_planted(record) and record["seed"] >= HELD_OUT]
-    controls = [record for record in records if record["rate"] == CONTROL]
+    controls = [record for record in records if record["rate"] == CONTROL and record["seed"] >= HELD_OUT]
     first, three = (sum((rank(r) or 99) <= most for r in planted_ones) for most in (1, 3))
     quiet = sum(not strong_parts(record) for record in controls)
     sums = (
