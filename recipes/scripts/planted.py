@@ -243,8 +243,8 @@ def page() -> str:
         "trained on with pairs against the first finding. *Effect*: that of this part before and after; below 0, the "
         "control moves the answer more often. Seed 0 served to choose how fine detail is exchanged, and is not in the "
         "table. Seed 1 served to choose the order of the findings: it has an earlier order. Seeds 1 to 5 are of a scan "
-        f"without the part `overlay`, to which the misses of seed 2 led. Seeds from {HELD_OUT} on are counted. CelebA's "
-        "shortcut is gender, which no part of the frame holds alone: no rank."
+        f"without the part `overlay`, to which the misses of seed 2 led. Seeds from {HELD_OUT} on are counted. "
+        "CelebA's shortcut is gender, which no part of the frame holds alone: no rank."
     )
     lines = ["| mark | rate | seed | worst group | strong findings | rank | after pairs | effect |", "|---" * 8 + "|"]
     for record in records:
