@@ -143,9 +143,23 @@ def whole(record):
     return lines_of(titles, rows)
 
 
+def threads(record):
+    """Seconds of a training by the spinning of waiting threads."""
+    arms = {"ipg": "`GOMP_SPINCOUNT=10000`", "default": "default", "one thread": "one thread"}
+    rows = []
+    for case, found in record.items():
+        if not case.startswith("beside"):
+            continue
+        name = "idle" if case == "beside 0 busy" else f"{case} processes"
+        seconds = [" and ".join(f"{value:.0f}" for value in sorted(found["seconds"][arm])) for arm in arms]
+        rows.append([name, *seconds, *(f"{found['to_default'][arm]:.2f}" for arm in ("ipg", "one thread"))])
+    titles = ["machine", *(f"{title}, s" for title in arms.values()), "first / default", "one thread / default"]
+    return lines_of(titles, rows)
+
+
 def rendered(page):
     """The page with each table put anew between its marker `<!-- NAME of the record -->` and `<!-- end -->`."""
-    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory, whole):
+    for make in (step, pair_memory, processes, pair_wait, pair_check, scan_time, scale, kept_memory, whole, threads):
         name = make.__name__
         before, rest = page.split(f"<!-- {name}.json -->", 1)
         record = json.loads((FOLDER / f"{name}.json").read_text())
