@@ -140,8 +140,8 @@ def test_the_smallest_part_with_most_of_an_effect_comes_first():
     def order(**effects):
         return [found.part for found in _ranked([replace(FOUND, part=part, effect=e) for part, e in effects.items()])]
 
-    assert order(surroundings=0.9, border=0.7, top=0.6) == ["border", "surroundings", "top"]  # .7 > .675 > .6
-    assert order(surroundings=0.9, border=0.67, top=0.66) == ["surroundings", "top", "border"]
+    assert order(surroundings=0.9, border=0.46, top=0.44) == ["border", "surroundings", "top"]  # .46 > .45 > .44
+    assert order(surroundings=0.9, border=0.44, top=0.43) == ["surroundings", "top", "border"]
     assert order(surroundings=0.8, background=0.83) == ["background", "surroundings"]  # of one size
     assert order(surroundings=0.45, color=0.5, center=0.9) == ["color", "surroundings", "center"]
     assert order(color=-0.1, top=-0.3) == ["color", "top"] and order() == []

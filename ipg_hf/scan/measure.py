@@ -48,7 +48,7 @@ LEAST_IMAGES = 20
 EXAMPLES = 4  # pictures of a finding
 SHARPER = 2  # times the size that the model gets: images are made smaller before the edits, which cost less then
 SOFT_EDGE = 1.5  # pixels: the blur of a mask's edge
-MOST = 0.75  # of the effect of a larger part: a smaller one that has it comes first
+ENOUGH = 0.5  # of the effect of a larger part: a smaller one that has it comes first
 
 Strength = Literal["strong", "weak", "none"]
 
@@ -99,7 +99,7 @@ class Scan:
 
     Args:
         findings: one for each part. The part of the largest effect comes first, or the smallest overlay, corner, strip
-            or border that has three quarters of this effect: it says more exactly what the model follows. The rest
+            or border that has half of this effect: it says more exactly what the model follows. The rest
             follow in the same way. `"center"` is the last: an effect of the middle is most often that of the object.
         examples: part -> images whose answers became those of the donors, at most 4.
         num_images: number of scanned images: those that were drawn, without those whose answer no other image has.
@@ -358,7 +358,7 @@ def _ranked(findings: Sequence[Finding], overlay: Image.Image | None = None) -> 
     rest, ranked = [found for found in findings if found.part != CENTER], []
     while rest:
         largest = max(found.effect for found in rest)
-        near = [found for found in rest if found.effect >= min(MOST * largest, largest)]
+        near = [found for found in rest if found.effect >= min(ENOUGH * largest, largest)]
         ranked.append(min(near, key=lambda found: (areas.get(found.part, 1), -found.effect)))
         rest.remove(ranked[-1])
     return ranked + [found for found in findings if found.part == CENTER]

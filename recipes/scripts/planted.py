@@ -11,7 +11,8 @@ trained without pairs, and scanned on their test images. A record is the run `<m
 `recipes/records/planted.jsonl`. What has a record is not run again; `table.py` makes the table.
 
 Seed 0 served to choose how the scan exchanges fine detail, and is in no record; seed 1 to choose the order of the
-findings; what the scan missed on seed 2 led to the part "overlay". On CelebA nothing was chosen.
+findings; what the scan missed on seed 2 led to the part "overlay"; seeds 1 to 6 served to choose the share of the
+largest effect that puts a smaller part first. On CelebA nothing was chosen.
 """
 
 import argparse
@@ -44,7 +45,7 @@ PLACE = "background"  # this mark is the place behind the bird, which the set it
 CONTROL = 0.5  # at this rate a mark tells nothing
 NONE = "-"
 SEVERAL = 2  # seeds: a mark with more gets a mean and a standard deviation
-HELD_OUT = 6  # the first seed that served for no choice, and the first with the part "overlay"
+HELD_OUT = 7  # the first seed that served for no choice
 
 
 def ruler(image: Image.Image) -> Image.Image:
@@ -242,7 +243,7 @@ def page() -> str:
         "the mark among the strong findings beside the center. *After pairs*: the worst group when the model was "
         "trained on with pairs against the first finding. *Effect*: that of this part before and after; below 0, the "
         "control moves the answer more often. Seed 0 served to choose how fine detail is exchanged, and is not in the "
-        "table. Seed 1 served to choose the order of the findings: it has an earlier order. Seeds 1 to 5 are of a scan "
+        "table. Seeds 1 to 6 have earlier orders of the findings: they served to choose it. Seeds 1 to 5 are of a scan "
         f"without the part `overlay`, to which the misses of seed 2 led. Seeds from {HELD_OUT} on are counted. "
         "CelebA's shortcut is gender, which no part of the frame holds alone: no rank."
     )
