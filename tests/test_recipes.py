@@ -15,11 +15,20 @@ from statistics import fmean, stdev
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from small import RATE, SIZE, descending, pairs, trainer
 from small_suite import TINY
-from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainingArguments,
+)
 
+from ipg_hf import IPGTrainer
 from ipg_hf.baselines import METHODS
 from ipg_hf.bench.figures import guided_records
 from ipg_hf.bench.suite import load_suite
@@ -31,6 +40,7 @@ from ipg_hf.pairs.exchanging import BOXES, region
 from ipg_hf.recipe import MAKERS, MASKED, parse_recipe, parse_settings
 from ipg_hf.record import NOT_RECORDED, read_records, resolved_settings
 from ipg_hf.run import train
+from ipg_hf.step import GuidedStep
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RECORDS, RESULTS = RECIPES / "records", RECIPES / "results"
@@ -70,7 +80,17 @@ def suite(name):
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES / "scripts"))
-    for name in ("table", "seeds", "run", "mask_quality", "pair_quality", "planted", "readability", "checkpoints"):
+    for name in (
+        "table",
+        "seeds",
+        "run",
+        "mask_quality",
+        "pair_quality",
+        "planted",
+        "readability",
+        "checkpoints",
+        "variants",
+    ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import table
 
@@ -395,10 +415,10 @@ def test_a_repeated_run_is_its_record_again_and_names_the_processor():
 
 def test_what_the_findings_say_of_the_choice_of_a_checkpoint_holds():
     held_out = {"digits": 60, "colored_mnist": 4000, "scenes": 192}
-    for name, pairs in held_out.items():
+    for name, count in held_out.items():
         made = records(f"checkpoints_{name}")
         assert [record["seed"] for record in made] == [0, 1, 2, 3, 4]
-        assert {record["data"]["held_out"]["from_training"] for record in made} == {pairs}
+        assert {record["data"]["held_out"]["from_training"] for record in made} == {count}
         found = {
             rule: {record["seed"]: record["choices"][rule]["test"]["worst_group_accuracy"] for record in made}
             for rule in made[0]["choices"]
@@ -456,6 +476,82 @@ def test_a_recipe_is_run_once_a_seed(elsewhere):
     found = written(elsewhere, "digits")
     assert [(record["run"], record["seed"]) for record in found] == [("tiny-seed3", 3), ("tiny-seed5", 5)]
     assert found[0]["metrics"] != found[1]["metrics"]
+
+
+def dinov2():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 1}
+    return Dinov2ForImageClassification(Dinov2Config(**sizes, image_size=SIZE, patch_size=4, num_labels=2))
+
+
+def tokens_of(folder, step):
+    """What the blocks get in the one forward of pairs, of which two have equal sides, and in that of images."""
+    model, seen = dinov2(), []
+    model.dinov2.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    kind = type("VariantTrainer", (IPGTrainer,), {"step_class": step})
+    trainer(folder, model, pair_dataset=pairs(2, same=True), kind=kind, max_steps=1).train()
+    return seen[-2:]  # before them the head is looked for
+
+
+def test_the_pairs_of_a_variant_are_smaller_or_have_fewer_tokens_alike_on_both_sides(script, tmp_path):
+    import variants
+
+    whole = 1 + (SIZE // 4) ** 2
+    for step, number in ((GuidedStep, whole), (variants.SmallPairs, 1 + 4), (variants.FewTokens, 1 + 4)):
+        of_pairs, of_images = tokens_of(tmp_path / step.__name__, step)
+        assert of_pairs.shape[:2] == (4, number) and of_images.shape[:2] == (8, whole)
+        a, b = of_pairs.chunk(2)
+        assert torch.equal(a, b)
+    every, few = (tokens_of(tmp_path / name, step)[0] for name, step in (("a", GuidedStep), ("b", variants.FewTokens)))
+    places = [[(every[pair] == token).all(-1).nonzero().item() for token in few[pair]] for pair in range(2)]
+    assert all(kept[0] == 0 and len({*kept}) == 5 for kept in places) and places[0] != places[1]
+
+
+def test_a_variant_has_four_times_the_rate_for_the_correction_alone(script, tmp_path):
+    import variants
+
+    moves = []
+    for step in (GuidedStep, variants.LargeSteps):
+        kind = type("VariantTrainer", (IPGTrainer,), {"step_class": step})
+        run, around = descending(tmp_path / step.__name__, kind=kind, max_steps=1)
+        run.train()
+        (before, _), (middle, _) = around.before[0], around.middle[0]
+        moves.append({name: middle[name] - before[name] for name in before})
+        rates = {group["lr"] for group in run.optimizer.param_groups}
+        assert rates == {RATE}
+    plain, large = moves
+    assert max(move.abs().max() for move in plain.values()) > 1e-4
+    for name, move in plain.items():
+        assert torch.allclose(large[name], 4 * move, rtol=1e-9, atol=1e-12)
+
+
+def test_a_variant_learns_adapters_and_the_head_alone(elsewhere):
+    import seeds
+    import variants
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": SIZE, "patch_size": 4}
+    elsewhere.write_text(yaml.safe_dump({**TINY, "model_type": "dinov2", "model_config": sizes}))
+    record = variants.made(elsewhere, "lora", 0, elsewhere.parent / "lora")
+    recipe, _, _ = seeds.settings(elsewhere, 0, elsewhere.parent / "again")
+    kept = {entry.name: getattr(recipe, entry.name) for entry in fields(recipe)}
+    model = variants.AdaptedRecipe(**kept).build_model(recipe.load_data(0).train)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name or "classifier.modules_to_save" in name for name in trained)
+    assert record["variant"] == "lora" and record["settings"]["learning_rate"] == 1.5e-3
+
+
+def test_a_variant_is_run_once_and_leaves_the_method_as_it_was(elsewhere):
+    import variants
+
+    elsewhere.write_text(yaml.safe_dump({**TINY, "learning_rate": 1e-2, "warmup_steps": 0}))
+    trainer_of_the_method = METHODS["ipg"].trainer
+    for _ in range(2):
+        variants.run(elsewhere, 0, ["every_4th", "every_4th_large"])
+    found = written(elsewhere, "variants_digits")
+    assert [record["run"] for record in found] == ["tiny-every_4th-seed0", "tiny-every_4th_large-seed0"]
+    assert found[0]["settings"] == found[1]["settings"] and found[0]["settings"]["correction_interval"] == 4
+    assert found[0]["metrics"] != found[1]["metrics"]
+    assert METHODS["ipg"].trainer is trainer_of_the_method
 
 
 def test_pairs_are_spoiled_for_a_run_and_its_record_says_so(elsewhere, monkeypatch):

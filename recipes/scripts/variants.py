@@ -4,7 +4,7 @@
 Launch: python recipes/scripts/variants.py recipes/scenes/ipg_dinov2.yaml --variants small tokens [--seeds 0 1 2 3 4]
 
 A record is the run `<recipe>-<variant>-seed<n>` in `recipes/records/variants_<dataset>.jsonl`. What has a record is not
-run again. `table.py` makes the page.
+run again. `page_tables.py` takes its numbers from them.
 """
 
 from dataclasses import fields
@@ -18,9 +18,7 @@ from torch.nn.functional import interpolate
 
 from ipg_hf import IPGTrainer
 from ipg_hf.baselines import METHODS
-from ipg_hf.bench.tables import spread
 from ipg_hf.recipe import Recipe
-from ipg_hf.record import read_records
 from ipg_hf.run import train
 from ipg_hf.step import GuidedStep
 
@@ -109,31 +107,6 @@ def run(path: Path, seed: int, variants: list[str]) -> None:
         name = f"{path.stem}-{variant}-seed{seed}"
         output = seeds.ROOT / "outputs" / f"variants-{dataset}-{name}"
         seeds.record_once(f"variants_{dataset}", name, partial(made, path, variant, seed, output))
-
-
-def page() -> str:
-    """A table for each data set that has records."""
-    note = (
-        "Worst group on the test set, mean ± sample standard deviation over seeds, of trainings that differ from the "
-        "recipe in one thing that no setting does. *small*: the pairs have half the height and width. *small_half*: "
-        "the same, with ten pairs a step. *tokens*: the pairs keep a random quarter of the patch tokens, the same on "
-        "both sides. *every_4th*: a correction at every fourth step. *every_4th_large*: the same, with four times the "
-        "learning rate for it. *lora*: adapters of rank 8 on query and value, and the head, at ten times the learning "
-        "rate; *lora_erm* is its plain training."
-    )
-    parts = ["# Variants", note]
-    for path in sorted(seeds.RECORDS.glob("variants_*.jsonl")):
-        found: dict[str, list[float]] = {}
-        for record in read_records(path):
-            found.setdefault(record["run"].rsplit("-seed", 1)[0], []).append(
-                record["metrics"]["test"]["worst_group_accuracy"]
-            )
-        lines = [
-            f"| `{name}` | {len(values)} | {spread(values)} | {min(values):.3f} |" for name, values in found.items()
-        ]
-        head = "| recipe and variant | seeds | worst group | lowest |\n|---|---|---|---|"
-        parts += [f"## {path.stem.removeprefix('variants_')}", "\n".join([head, *lines])]
-    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
