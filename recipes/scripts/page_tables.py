@@ -242,6 +242,7 @@ def pretrained() -> str:
     columns = {
         "scenes": "scenes_dinov2",
         "scenes, 5 %": "scenes_95_dinov2",
+        "textures": "transfer_cue_conflict_dinov2",
         "faces": "celeba_10k_dinov2",
     }
     ours = ("ipg", "ipg_match_features_balanced")
@@ -252,13 +253,23 @@ def pretrained() -> str:
         "`ipg_outputs`": "ipg_outputs",
         "`ipg_paper`": "ipg_paper",
         "`ipg`, a quarter of the pairs at each step": "ipg_quarter",
+        "`ipg`, corrections of the last blocks alone": "ipg_last_layers",
         "`kl`": "kl",
         "`augmentation`": "augmentation",
         "`reweight`": "reweight",
         "`group_dro`": "group_dro",
         "`dfr`": "dfr",
     }
-    return by_method(columns, rows, ours, "method")
+    variants = {
+        "`ipg`, LoRA": "lora",
+        "`ipg`, pairs of half the height and width": "small",
+        "`ipg`, a quarter of the patch tokens of pairs": "tokens",
+    }
+    lines = [
+        [title, cell("variants_scenes", f"ipg_dinov2-{name}", "scenes_dinov2:ipg"), *[NOT_RUN] * (len(columns) - 1)]
+        for title, name in variants.items()
+    ]
+    return by_method(columns, rows, ours, "method") + "".join(f"\n| {' | '.join(line)} |" for line in lines)
 
 
 def elsewhere() -> str:
