@@ -208,17 +208,103 @@ def test_one_of_many_labels_may_have_an_overlay():
     assert overlay_region(source["image"][:], np.random.default_rng(0).permutation(labels)) is None
 
 
-def test_an_overlay_needs_labels():
+def mark_in(number, more, size=20, spread=0, of=20):
+    """Twice 20 images of noise, of which some of the second kind have a square mark in a corner."""
+    rng = np.random.default_rng(0)
+    made = rng.integers(0, 256, (2 * of, 128, 128, 3))
+    for place, image in enumerate(made[of : of + number]):
+        image[4 : 4 + size, 4 : 4 + size] = 128 + (spread if place % 2 else -spread)
+    return overlay_region([Image.fromarray(np.uint8(image)) for image in made], np.repeat([0, 1], of), **more)
+
+
+@pytest.mark.parametrize(
+    ("mark", "more", "found"),
+    [
+        ({"number": 15}, {}, True),  # .75 of a kind, .7 are needed
+        ({"number": 12}, {}, False),
+        ({"number": 12}, {"more": 0.4}, True),
+        ({"number": 12}, {"more": 0.75}, False),
+        ({"number": 20, "spread": 22}, {}, True),  # alike up to 24 of 255
+        ({"number": 20, "spread": 27}, {}, False),
+        ({"number": 20, "size": 5}, {}, True),
+        ({"number": 20, "size": 3}, {}, False),  # fewer than 16 pixels
+        ({"number": 9, "of": 9}, {}, False),
+        ({"number": 10, "of": 10}, {}, True),
+    ],
+)
+def test_how_much_alike_an_overlay_is(mark, more, found):
+    region_of = mark_in(more=more, **mark)
+    assert (region_of is not None) == found
+    if found:
+        size = mark.get("size", 20)
+        inside = pixels(region_of) > 0
+        assert inside[4 : 4 + size, 4 : 4 + size].all() and inside.sum() <= (size + 4) ** 2
+
+
+def test_a_kind_that_has_few_others_beside_it_has_no_overlay():
+    labels = [0] * 51 + [1] * 9
+    source = stamped(labels, [label == 0 for label in labels])
+    assert overlay_region(source["image"][:], np.array(labels)) is None
+
+
+@pytest.mark.parametrize("rate", [0.8, 0.75])
+def test_pairs_exchange_an_overlay_that_the_labels_follow_less_than_a_model(rate):
+    source = stamped(LABELS, at_rate(LABELS, rate))
+    assert overlay_region(source["image"][:], np.array(LABELS)) is None  # what a scan would see of such answers
+    pairs = exchange_pairs(source, part="overlay", seed=3)
+    middle = (90, slice(64, 80))
+    got = [np.abs(pixels(row["image_b"])[middle] - [20, 40, 90]).max() <= 3 for row in pairs if row["label"] == 0]
+    assert abs(np.mean(got) - rate) < 0.15  # as many as their donors have it
+    kept = [(pixels(row["image_a"])[:84] == pixels(row["image_b"])[:84]).all() for row in pairs]
+    assert all(kept)
+
+
+@pytest.mark.parametrize("part", ["overlay", "bottom", "bottom_right"])
+def test_the_place_of_a_part_is_relative_to_the_frame(part):
+    """Wide and tall images: nothing of the donor's edges is cut off."""
+    images, labels = [], []
+    for number in range(40):
+        size = (150, 100) if number // 2 % 2 else (100, 150)
+        made = pixels(photo(number, size))
+        if number % 2:
+            made[round(0.88 * size[1]) : round(0.96 * size[1]), round(0.84 * size[0]) : round(0.96 * size[0])] = [
+                0,
+                255,
+                0,
+            ]
+        images.append(Image.fromarray(np.uint8(made)))
+        labels.append(number % 2)
+    pairs = exchange_pairs(image_set(images, labels), part=part)
+    for row in pairs:
+        a, b = (pixels(row[side]) for side in ("image_a", "image_b"))
+        y, x = round(0.92 * a.shape[0]), round(0.9 * a.shape[1])
+        stamped_a, stamped_b = (np.abs(side[y, x] - [0, 255, 0]).max() <= 30 for side in (a, b))
+        assert stamped_a == (row["label"] == 1) != stamped_b
+
+
+def test_an_overlay_needs_labels_and_images_of_them():
     with pytest.raises(ValueError, match="needs the column 'label'"):
         exchange_pairs(image_set([photo(number) for number in range(4)]), part="overlay")
+    few = [0] * 9 + [1] * 51
+    with pytest.raises(ValueError, match=r"Of 2 labels 0 were looked at, .* with 10 images"):
+        exchange_pairs(stamped(few, [label == 0 for label in few]), part="overlay")
 
 
-def test_the_rows_that_are_compared_are_spread_over_each_label():
+def test_numbers_of_an_overlay_are_checked_before_its_images_are_read():
+    plain = stamped(LABELS, [False] * 60)
+    for wrong in ({"num_pairs": 99}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+            exchange_pairs(plain, part="overlay", **wrong)
+
+
+def test_the_rows_that_are_compared_are_drawn_of_each_label():
     kinds = np.repeat(np.arange(25), [1000, *[30] * 19, 5, 5, 5, 5, 5])
     rows = rows_to_compare(kinds)
     counts = np.bincount(kinds[rows], minlength=25)
     assert counts.tolist() == [50] + [30] * 19 + [0] * 5
-    assert rows[0] == 0 and rows[49] == 999 and np.ptp(np.diff(rows[:50])) <= 1
+    assert len({*rows.tolist()}) == len(rows) and (np.diff(rows) > 0).all()
+    assert {*(rows[:50] % 2)} == {0, 1}  # in a set whose every second image of a label has a mark, half have it
+    assert rows.tolist() == rows_to_compare(kinds).tolist()
 
 
 # ---- The pairs

@@ -365,6 +365,12 @@ def test_an_earlier_scan_stands_beside_a_later_one(tmp_path):
     assert f"<td>bottom</td><td>{was}</td><td>{now}</td>".replace("-", "−") in text
     # a part that the earlier scan had not
     before.findings.remove(_of(before, "bottom"))
+    before.findings.append(replace(FOUND, part="overlay", effect=0.875))  # and parts that the later one has not
+    before.findings.append(replace(FOUND, part="background", effect=0.5))
+    last = [line.split() for line in scan_table(after, before).splitlines()[-2:]]
+    assert last == [["overlay", "not", "found", "+0.88"], ["background", "not", "run", "+0.50"]]
+    text = write_scan(after, tmp_path / "third", before=before)[0].read_text()
+    assert "<td>overlay</td><td>+0.88</td><td>not found</td>" in text
     assert next(line for line in scan_table(after, before).splitlines() if line.startswith("bottom ")).split()[2] == "-"
     with pytest.raises(ValueError, match="holds no scan"):
         read_scan(tmp_path)

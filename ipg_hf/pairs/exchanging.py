@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from .edits import ImagePool, alpha_of, edited
 from .images import image_content
-from .makers import check_choice, check_is_set, check_number, known_values
+from .makers import check_choice, check_is_set, check_number, draw_rows, known_values
 
 BACKGROUND, CENTER, OVERLAY = "background", "center", "overlay"
 LEAST_SIZE = 8  # pixels: a border of a smaller image has none
@@ -46,7 +46,8 @@ MOST = 4.0  # times that a spread of colours is enlarged: what is nearly grey is
 # an overlay is looked for in images of GRID × GRID pixels
 GRID = 128
 ALIKE = 24  # of 255: the largest difference of a channel at which two pixels are alike
-MORE = 0.7  # by which the share of images that are alike is higher than in the images of other labels
+MORE = 0.7  # by which the share of images that are alike is higher than in the images of other answers
+MORE_OF_A_LABEL = 0.4  # the same for labels: a model may follow an overlay more than its training labels do
 LEAST_PIXELS = 16
 GROWN = 5  # pixels, odd: the edge of a mark is blended with what is around it
 KINDS, OF_A_KIND, LEAST_OF_A_KIND = 20, 50, 10  # labels that are looked at, and images of each
@@ -79,7 +80,8 @@ def exchange_pairs(
             - `"top"`, `"bottom"`, `"left"`, `"right"`: a strip along an edge, 0.15 of height or width.
             - `"top_left"`, `"top_right"`, `"bottom_left"`, `"bottom_right"`: a corner, 0.3 of height and width.
             - `"overlay"`: what looks the same in most images of one label and in few others, outside of the central
-              oval: a stamp, a logo, a ruler, a frame ([`overlay_region`]). It needs labels.
+              oval: a stamp, a logo, a ruler, a frame ([`overlay_region`]). It needs 10 images of the label and 10
+              others. The 20 most frequent labels are looked at, by at most 50 images of each.
             - `"color"`: the mean colour, and the spread along the principal axes of the colours, at most 4 times the
               image's own.
             - `"texture"`: the fine detail. That of the donor's corners is put everywhere. Compression, blur and noise
@@ -107,6 +109,7 @@ def exchange_pairs(
     is_masked = part == BACKGROUND
     donors = Donors(source, mask if is_masked else None)
     if part == OVERLAY:
+        draw_rows(len(source), num_pairs, seed=seed, of="source rows")  # refuses these two before the images are read
         found = donors.overlay()
         exchange = partial(put_region, found=found)
     elif not is_masked:
@@ -114,7 +117,7 @@ def exchange_pairs(
 
     def edit(image: Image.Image, row: Mapping[str, Any], rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         check_size(image)
-        donor = fitted(donors.draw(rng, row), image.size)
+        donor = fitted(donors.draw(rng, row), image.size, part)
         if is_masked:
             return image, Image.composite(image, donor, alpha_of(row[mask], image.size, soft_edge))
         return image, exchange(image, donor)
@@ -188,18 +191,29 @@ class Donors:
         if self.labels is None:
             raise ValueError("part='overlay' needs the column 'label': an overlay is what the images of a label share.")
         rows = rows_to_compare(self.labels)
-        found = overlay_region((self.pool.read(row) for row in rows.tolist()), self.labels[rows])
+        found = overlay_region((self.pool.read(row) for row in rows.tolist()), self.labels[rows], MORE_OF_A_LABEL)
         if found is None:
+            counts = np.unique(self.labels[rows], return_counts=True)[1]
+            looked_at = int(((counts >= LEAST_OF_A_KIND) & (len(rows) - counts >= LEAST_OF_A_KIND)).sum())
             raise ValueError(
                 "there is no overlay: outside of the middle, nothing looks the same in most images of one label and in "
-                "few others. Exchange another part."
+                f"few others. Of {len(self.rows)} labels {looked_at} were looked at, of the {KINDS} most frequent "
+                f"those with {LEAST_OF_A_KIND} images beside {LEAST_OF_A_KIND} others. Exchange another part."
             )
         return found
 
 
-def fitted(donor: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scales a donor and crops it at the centre to the width and height of the image that gets its part."""
-    return donor if donor.size == size else ImageOps.fit(donor, size, Image.Resampling.BICUBIC)
+def fitted(donor: Image.Image, size: tuple[int, int], part: str | None = None) -> Image.Image:
+    """Scales a donor to the width and height of the image that gets its part.
+
+    A part at a place of the frame comes from the same place of the donor's frame, whose aspect ratio is not kept. For
+    other parts the donor is cropped at its centre.
+    """
+    if donor.size == size:
+        return donor
+    if part in BOXES or part == OVERLAY:
+        return donor.resize(size, Image.Resampling.BICUBIC)
+    return ImageOps.fit(donor, size, Image.Resampling.BICUBIC)
 
 
 def check_size(image: Image.Image) -> None:
@@ -228,24 +242,25 @@ def region(name: str, size: tuple[int, int]) -> Image.Image:
 
 
 def rows_to_compare(kinds: np.ndarray) -> np.ndarray:
-    """Rows by which an overlay is looked for: of the 20 most frequent kinds, 50 evenly spaced ones of each."""
+    """Rows by which an overlay is looked for: of the 20 most frequent kinds, 50 of each, drawn with a fixed seed."""
+    rng = np.random.default_rng(OF_A_KIND)
     names, counts = np.unique(kinds, return_counts=True)
     most = names[np.argsort(-counts, kind="stable")[:KINDS]]
     chosen = [np.flatnonzero(kinds == kind) for kind in most]
-    return np.sort(
-        np.concatenate([of[np.linspace(0, len(of) - 1, min(len(of), OF_A_KIND)).round().astype(int)] for of in chosen])
-    )
+    return np.sort(np.concatenate([rng.permutation(of)[:OF_A_KIND] for of in chosen]))
 
 
-def overlay_region(images: Iterable[Image.Image], kinds: np.ndarray) -> Image.Image | None:
+def overlay_region(images: Iterable[Image.Image], kinds: np.ndarray, more: float = MORE) -> Image.Image | None:
     """Finds what looks the same in most images of one kind and in few others, outside of the central oval (ours).
 
-    A pixel belongs to it if the share of images that are like the median image of a kind is higher by 0.7 in this
+    A pixel belongs to it if the share of images that are like the median image of a kind is higher by `more` in this
     kind than in the other images. In the middle the object would be found.
 
     Args:
-        images: RGB images. They are compared at 128 × 128 pixels.
-        kinds: labels or answers, shape (n,). A kind of fewer than 10 images is not looked at.
+        images: RGB images. They are compared at 128 × 128 pixels, whatever their aspect ratios.
+        kinds: labels or answers, shape (n,). A kind of fewer than 10 images is not looked at, nor one beside fewer than
+            10 others.
+        more: in (0, 1].
 
     Returns:
         A mask of 128 × 128 pixels, 255 inside, or `None` if there is no such region.
@@ -257,8 +272,9 @@ def overlay_region(images: Iterable[Image.Image], kinds: np.ndarray) -> Image.Im
         own = kinds == kind
         if own.sum() < LEAST_OF_A_KIND or (~own).sum() < LEAST_OF_A_KIND:
             continue
-        is_alike = (np.abs(pixels - np.median(pixels[own], 0)) <= ALIKE).all(-1)
-        inside |= is_alike[own].mean(0) - is_alike[~own].mean(0) >= MORE
+        twice = np.rint(2 * np.median(pixels[own], 0)).astype(np.int16)  # a median may be half of an odd number
+        is_alike = np.stack([(np.abs(2 * image - twice) <= 2 * ALIKE).all(-1) for image in pixels])
+        inside |= is_alike[own].mean(0) - is_alike[~own].mean(0) >= more
     inside &= np.asarray(region("surroundings", shape)) > 127
     if inside.sum() < LEAST_PIXELS:
         return None

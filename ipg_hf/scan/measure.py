@@ -195,7 +195,9 @@ def scan(
     images, filled, alphas = ([part[place] for place in shared] for part in (images, filled, alphas))
     other, same = _donors(before, rng)
     parts: dict[str, Callable[[int, int], Image.Image]] = {
-        name: lambda to, of, exchange=exchange: exchange(images[to], fitted(images[of], images[to].size))
+        name: lambda to, of, exchange=exchange, name=name: exchange(
+            images[to], fitted(images[of], images[to].size, name)
+        )
         for name, exchange in PARTS.items()
     }
     if mask:
@@ -203,7 +205,7 @@ def scan(
     compared = rows_to_compare(before)
     overlay = overlay_region([images[place] for place in compared], before[compared])
     if overlay is not None:
-        parts[OVERLAY] = lambda to, of: put_region(images[to], fitted(images[of], images[to].size), overlay)
+        parts[OVERLAY] = lambda to, of: put_region(images[to], fitted(images[of], images[to].size, OVERLAY), overlay)
     findings, examples = [], {}
     with tqdm(total=2 * len(parts) * len(rows), desc="Scanning") as bar:
 

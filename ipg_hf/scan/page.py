@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..html import rendered, write_files
-from ..pairs.exchanging import BACKGROUND, CENTER
+from ..pairs.exchanging import BACKGROUND, CENTER, OVERLAY
 from ..record import check_unused, read_json
 from .measure import Finding, Scan
 from .properties import FileProperty
@@ -39,7 +39,7 @@ def scan_table(result: Scan, before: Scan | None = None) -> str:
 
     Args:
         result: the scan.
-        before: an earlier scan, of [`read_scan`]. Its effects get a column.
+        before: an earlier scan, of [`read_scan`]. Its effects get a column, and what only it has gets a line.
     """
     was = {found.part: f"{found.effect:+.2f}" for found in before.findings} if before else {}
     heads = [f"{'part':<14}{'strength':<10}", *([f"{'before':>8}"] if before else [])]
@@ -50,8 +50,16 @@ def scan_table(result: Scan, before: Scan | None = None) -> str:
         interval = f"[{found.low:+.2f}, {found.high:+.2f}]"
         cells += [f"{found.effect:>+8.2f}  {interval:<18}{found.changed:>8.2f}{found.control:>9.2f}"]
         lines.append("".join(cells))
+    lines += [f"{part:<14}{now:<10}{was[part]:>8}" for part, now in _gone(result, before).items()]
     lines += [f"\n{property_sentence(found)}" for found in result.properties if found.tells]
     return "\n".join(lines)
+
+
+def _gone(result: Scan, before: Scan | None) -> dict[str, str]:
+    """The parts that an earlier scan has and this one has not, and why: no overlay goes with the answers any more."""
+    parts = {found.part for found in result.findings}
+    missing = [found.part for found in before.findings if found.part not in parts] if before else []
+    return {part: "not found" if part == OVERLAY else "not run" for part in missing}
 
 
 def property_sentence(found: FileProperty) -> str:
@@ -166,6 +174,7 @@ def write_scan(
         title=title,
         result=result,
         before={found.part: found.effect for found in before.findings} if before else {},
+        gone=_gone(result, before),
         sentences={found.part: sentence(found) for found in result.findings},
         lines={found.part: _line(found.part, result) for found in result.findings},
         cautions=CAUTIONS,
