@@ -265,10 +265,14 @@ def test_what_the_findings_say_of_the_methods_holds(page_tables):
     assert arrows(speed[1:], "ipg_outputs_every_4th") == ["↓", "↓"]
     assert arrows(["few_pairs_long"], "kl") == ["↓"]
     assert steady(arrows(speed, "ipg_outputs_quarter")) and arrows(["scenes_dinov2"], "ipg_quarter", "ipg") == ["↓"]
-    for row in ("augmentation", "kl", "ipg_paper", "dfr"):
+    for row in ("augmentation", "kl", "ipg_paper", "ipg_last_layers", "dfr"):
         assert arrows(["scenes_dinov2"], row, "ipg") == ["↓"], row
     for row in ("reweight", "group_dro", "dfr"):
         assert arrows(["scenes_95_dinov2"], row, "ipg") == ["↓"], row
+    for variant in ("lora", "small", "tokens"):
+        assert arrows(["variants_scenes"], f"ipg_dinov2-{variant}", "scenes_dinov2:ipg") == ["↓"], variant
+    every_4th = ["variants_colored_mnist"], "ipg_mlp-every_4th_large"
+    assert arrows(*every_4th, "ipg_mlp-every_4th") == ["↑"] and arrows(*every_4th, "colored_mnist:ipg_mlp") == ["↓"]
     assert arrows(["transfer_digits"], "augmentation_schedule", "digits:ipg_resnet") == ["↓"]
     for name, network in (("digits", "resnet"), ("colored_mnist", "mlp"), ("scenes", "lite0")):  # without a tuning
         suite = {"scenes": "transfer_scenes_100"}.get(name, f"transfer_{name}")
@@ -280,6 +284,17 @@ def test_what_the_findings_say_of_the_methods_holds(page_tables):
         for row in ("ipg_outputs", "ipg_outputs_decay", "ipg_outputs_schedule")
     }
     assert lowest["ipg_outputs"] == lowest["ipg_outputs_decay"] == 0 < lowest["ipg_outputs_schedule"]
+
+
+def test_what_the_findings_say_of_planted_shortcuts_holds(page_tables):
+    lines = [line for line in page_tables.planted_marks().splitlines()[2:]]
+    cells = {line.split(" | ")[0].lstrip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines}
+    ranks = {(name, at): row[at] for name, row in cells.items() for at in (1, 3) if row[at] != "-"}
+    assert [place for place, rank in ranks.items() if rank != "1"] == [("grey", 1)] and ranks["grey", 1] == "2"
+    assert {row[5] for row in cells.values()} == {"nothing", "-"} and len(ranks) == 23
+    marks = ("ruler", "date", "logo", "frame", "glare")
+    assert all(float(cells[name][4]) > 0.8 > float(cells[name][0]) for name in marks)
+    assert all(float(cells[name][4]) < 0.1 for name in ("jpeg", "blur", "grey"))
 
 
 def test_no_result_stands_in_the_prose_of_the_findings():

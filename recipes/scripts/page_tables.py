@@ -253,18 +253,14 @@ def pretrained() -> str:
         "`ipg_outputs`": "ipg_outputs",
         "`ipg_paper`": "ipg_paper",
         "`ipg`, a quarter of the pairs at each step": "ipg_quarter",
-        "`ipg`, corrections of the last blocks alone": "ipg_last_layers",
+        "`ipg`, the last blocks alone": "ipg_last_layers",
         "`kl`": "kl",
         "`augmentation`": "augmentation",
         "`reweight`": "reweight",
         "`group_dro`": "group_dro",
         "`dfr`": "dfr",
     }
-    variants = {
-        "`ipg`, LoRA": "lora",
-        "`ipg`, pairs of half the height and width": "small",
-        "`ipg`, a quarter of the patch tokens of pairs": "tokens",
-    }
+    variants = {"`ipg`, LoRA": "lora", "`ipg`, smaller pairs": "small", "`ipg`, fewer tokens of pairs": "tokens"}
     lines = [
         [title, cell("variants_scenes", f"ipg_dinov2-{name}", "scenes_dinov2:ipg"), *[NOT_RUN] * (len(columns) - 1)]
         for title, name in variants.items()
