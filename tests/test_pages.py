@@ -287,7 +287,7 @@ def test_what_the_findings_say_of_the_methods_holds(page_tables):
 
 
 def test_what_the_findings_say_of_planted_shortcuts_holds(page_tables):
-    lines = [line for line in page_tables.planted_marks().splitlines()[2:]]
+    lines = page_tables.planted_marks().splitlines()[2:]
     cells = {line.split(" | ")[0].lstrip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines}
     ranks = {(name, at): row[at] for name, row in cells.items() for at in (1, 3) if row[at] != "-"}
     assert [place for place, rank in ranks.items() if rank != "1"] == [("grey", 1)] and ranks["grey", 1] == "2"

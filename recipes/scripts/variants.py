@@ -26,8 +26,6 @@ KEPT = 0.25  # share of the patch tokens
 SMALLER = 0.5  # of height and width
 LARGER = 4.0  # times the learning rate
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
-# LoRA is usually trained at ten times the rate
-LORA_FLAGS = ("--learning_rate", "1.5e-3")
 
 
 class SmallPairs(GuidedStep):
@@ -78,12 +76,10 @@ class AdaptedRecipe(Recipe):
 # variant -> the step, the recipe's class, and flags
 VARIANTS = {
     "small": (SmallPairs, Recipe, ()),
-    "small_half": (SmallPairs, Recipe, ("--per_device_pair_batch_size", "10")),
     "tokens": (FewTokens, Recipe, ()),
     "every_4th": (GuidedStep, Recipe, ("--correction_interval", "4")),
     "every_4th_large": (LargeSteps, Recipe, ("--correction_interval", "4")),
-    "lora": (GuidedStep, AdaptedRecipe, LORA_FLAGS),
-    "lora_erm": (GuidedStep, AdaptedRecipe, (*LORA_FLAGS, "--method", "erm")),
+    "lora": (GuidedStep, AdaptedRecipe, ("--learning_rate", "1.5e-3")),  # usually ten times that of a whole network
 }
 
 
